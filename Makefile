@@ -10,12 +10,13 @@ EXTRAS := lm,plots,dev
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test lint format demo clean
 
 help:
 	@echo "make demo    set up, train three small models, write runs/demo/report.html"
 	@echo "make test    set up, then ruff, pyright and pytest"
 	@echo "make lint    set up, then ruff and pyright"
+	@echo "make format  set up, then let ruff rewrite what it can"
 	@echo "make setup   set up: $(VENV) with the versions of constraints.txt"
 	@echo "make clean   remove $(VENV), caches and build folders (runs/ stays)"
 
@@ -33,6 +34,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # Two workers with one thread each: the tests are small, and threads inside them only get in each other's way.
 test: lint

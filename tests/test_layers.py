@@ -1,0 +1,122 @@
+"""The layers of the package: each imports only from its left, and the base install needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import leapformer
+
+PACKAGE = Path(leapformer.__file__).parent
+LAYERS = ["ops", "nn", "models", "training", "tasks", "cli"]
+MAY_IMPORT = {layer: set(LAYERS[: place + 1]) for place, layer in enumerate(LAYERS)}
+MAY_IMPORT["analysis"] = {"ops", "nn", "models", "analysis"}
+MAY_IMPORT["cli"] |= {"analysis"}
+MAY_IMPORT["errors"] = set()
+# `leapformer` itself hands out the public names of these, and only these.
+MAY_IMPORT["__init__"] = {"ops", "nn", "models"}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    """The layer a source file belongs to: its first folder, or its own name at the top level."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Each module that a source file imports anywhere, type checking included, as (line, absolute dotted name)."""
+    package = ["leapformer", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from leapformer import nn` names the layer only after the import.
+            for alias in node.names if module == "leapformer" else []:
+                yield node.lineno, f"leapformer.{alias.name}"
+            yield node.lineno, module
+
+
+def imported_layers(path: Path) -> Iterator[tuple[int, str]]:
+    """Each layer of leapformer that a source file imports."""
+    for line, module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "leapformer" and len(parts) > 1 and parts[1] in MAY_IMPORT and parts[1] != "errors":
+            yield line, parts[1]
+
+
+def test_every_source_file_belongs_to_a_layer():
+    assert {layer_of(path) for path in SOURCES} <= set(MAY_IMPORT)
+
+
+def test_each_layer_imports_only_from_its_left():
+    back_edges = [
+        f"{path.relative_to(PACKAGE)}:{line}: {layer_of(path)} imports {layer}"
+        for path in SOURCES
+        for line, layer in imported_layers(path)
+        if layer not in MAY_IMPORT[layer_of(path)]
+    ]
+    assert back_edges == []
+
+
+def test_base_install_layers_import_torch_and_the_standard_library_only():
+    allowed = {"torch", "leapformer", *sys.stdlib_module_names}
+    foreign = [
+        f"{path.relative_to(PACKAGE)}:{line}: {module}"
+        for path in SOURCES
+        if layer_of(path) in {"ops", "nn", "errors", "__init__"}
+        for line, module in imported_modules(path)
+        if module.split(".")[0] not in allowed
+    ]
+    assert foreign == []
+
+
+def test_relative_imports_are_resolved(tmp_path, monkeypatch):
+    """The checks above read what they should: a relative import of another layer counts as one of it."""
+    source = tmp_path / "ops" / "sub" / "module.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("from ...nn import blocks\nfrom ..api import door\nfrom leapformer import models\n")
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    assert [layer for _, layer in imported_layers(source)] == ["nn", "ops", "models"]
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules in memory after a statement in a fresh interpreter."""
+    program = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"accelerate", "datasets", "matplotlib", "pandas", "pydantic", "rich", "tensorboard", "transformers", "triton"}
+
+
+def test_import_leapformer_loads_nothing_heavy():
+    assert loaded_after("import leapformer") & (HEAVY | {"torch"}) == set()
+
+
+def test_ops_and_nn_load_no_extra():
+    assert loaded_after("import leapformer.ops, leapformer.nn") & HEAVY == set()
+
+
+def test_the_command_starts_without_torch_and_transformers():
+    assert loaded_after("import leapformer.cli") & {"torch", "transformers", "matplotlib", "datasets"} == set()
+
+
+@pytest.mark.parametrize("name", leapformer.__all__)
+def test_public_names_are_fetched_on_first_use(name):
+    assert getattr(leapformer, name) is not None
+    assert name in dir(leapformer)
+
+
+def test_unknown_public_name():
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        leapformer.no_such_name  # noqa: B018
