@@ -1,0 +1,25 @@
+"""Linear attention as functions on tensors: no parameters, no models. See docs/ops.md."""
+
+from leapformer.ops.api import (
+    AttentionOutput,
+    LeapWeights,
+    cosine_factors,
+    leap_attention,
+    linear_attention,
+    linear_state,
+    proportion,
+)
+from leapformer.ops.state import LinearState
+from leapformer.ops.visibility import Staircase
+
+__all__ = [
+    "AttentionOutput",
+    "LeapWeights",
+    "LinearState",
+    "Staircase",
+    "cosine_factors",
+    "leap_attention",
+    "linear_attention",
+    "linear_state",
+    "proportion",
+]

@@ -1,0 +1,408 @@
+"""The public doors of linear attention: arguments are checked once, here, and handed to one implementation.
+
+Letters: B batch, T queries, S keys, H query heads, G key/value heads (H a multiple of G), R rank of the re-weighting,
+K key width, V value width, N packed sequences.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leapformer.ops import reference, torch_impl
+from leapformer.ops.state import LinearState
+from leapformer.ops.visibility import Staircase
+
+Visible = Literal["all", "causal"] | Staircase | Tensor
+Impl = Literal["auto", "reference", "torch"]
+
+_log = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+class AttentionOutput(NamedTuple):
+    """``output`` [B, T, H, V] in the input dtype; ``state`` after all S keys, or None where it was not asked for."""
+
+    output: Tensor
+    state: LinearState | None
+
+
+class LeapWeights(NamedTuple):
+    """Weights of one LeaP module: proportion = sigmoid(w2 . relu(w1 x + b1) + b2) for each head's ReLU'd vector x.
+
+    ``w1`` [1 or H, r, K], ``b1`` [1 or H, r], ``w2`` [1 or H, r], ``b2`` [1 or H]. Without a hidden layer (r = 1 in the
+    paper's count) w1 and b1 are None and w2 is [1 or H, K]. For keys the head axis is 1 or G. (arXiv 2405.13046, sec. 3)
+    """
+
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factors: Tensor | None = None,
+    k_factors: Tensor | None = None,
+    *,
+    visible: Visible = "all",
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    impl: Impl = "auto",
+) -> AttentionOutput:
+    """out_i = sum_j w_ij v_j / max(sum_j w_ij, eps) with w_ij = q_i . k_j sum_r q_factors[i, r] k_factors[j, r].
+
+    Args:
+        q: query features [B, T, H, K], non-negative where ``normalize`` is used.
+        k: key features [B, S, G, K]; v: values [B, S, G, V]; q, k and v share one floating dtype.
+        q_factors: [B, T, H or 1, R] and k_factors [B, S, G or 1, R], both or neither; any floating dtype.
+        visible: "all", "causal" (needs T = S), a ``Staircase``, or integers [B or 1, T] of how many key slots each
+            query sees, padding included, clamped to [0, S]; that they never decrease is the caller's promise.
+        key_mask: bool [B, S], True = real; masked keys enter neither numerator, normaliser nor state.
+        cu_seqlens: int32 [N + 1], B = 1: N sequences packed behind one another; states are then [N, ...] and visibility
+            counts from the start of each sequence. cu_seqlens_k where keys are packed otherwise.
+        log_decay: [B, T, H] <= 0, causal only; the state is multiplied by exp(log_decay[t]) before key t is added.
+        initial_state: keys before slot 0, seen by every query; with a decay it has H heads.
+        return_state: also return the state after all unmasked keys (float32 or better).
+        normalize: False returns the numerator.
+        eps: clamp of the normaliser; below it the normaliser gets no gradient.
+        impl: "reference" (quadratic oracle), "torch" (linear), or "auto".
+
+    Returns:
+        ``AttentionOutput(output [B, T, H, V], state)``. A query without features or visible keys gets exactly 0.
+
+    Raises:
+        ValueError: an argument does not fit; the message says what was expected and got.
+
+    Source: arXiv 2405.13046, eq. 5-8; arXiv 2202.08791, eq. 10; arXiv 2006.16236, eq. 4-9.
+    """
+    _check(q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps)
+    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
+    if log_decay is not None and q.shape[2] != k.shape[2]:
+        k, v, k_factors = (_for_query_heads(x, q.shape[2]) for x in (k, v, k_factors))
+    run = _implementation(impl)
+    output, kv, z = run(
+        q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
+        initial_state=initial_state, normalize=normalize, eps=eps,
+    )  # fmt: skip
+    if not return_state:
+        return AttentionOutput(output, None)
+    total = None if log_decay is None else _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
+    return AttentionOutput(output, LinearState(kv, z, total))
+
+
+def leap_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_leap: LeapWeights,
+    k_leap: LeapWeights,
+    *,
+    visible: Visible = "all",
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: LinearState | None = None,
+    return_state: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    impl: Impl = "auto",
+) -> AttentionOutput:
+    """LeaPformer attention: ``linear_attention`` of relu(q), relu(k) with factors cos and sin of pi/2 P.
+
+    q [B, T, H, K] and k [B, S, G, K] are the plain projections; P = ``proportion(relu(x), weights)`` is learned, of
+    queries by ``q_leap``, of keys by ``k_leap``, and computed in float32 or better. All else as in ``linear_attention``.
+
+    Source: arXiv 2405.13046, eq. 7-9.
+    """
+    if key_mask is not None and key_mask.shape == k.shape[:2]:
+        k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
+    q, k = torch.relu(q), torch.relu(k)
+    q_factors, k_factors = (cosine_factors(proportion(x, w)) for x, w in ((q, q_leap), (k, k_leap)))
+    return linear_attention(
+        q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
+        normalize=normalize, eps=eps, impl=impl,
+    )  # fmt: skip
+
+
+def linear_state(
+    k: Tensor,
+    v: Tensor,
+    k_factors: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    every: int | None = None,
+    initial_state: LinearState | None = None,
+) -> LinearState:
+    """The state after all keys, or (``every`` = C) after each block of C keys, the last one possibly shorter.
+
+    k [B, S, G, K], v [B, S, G, V], k_factors [B, S, G or 1, R], key_mask bool [B, S] (True = real). At the end: kv
+    [B, G, R, K, V] and z [B, G, R, K]; at block boundaries with a block axis after B, n = ceil(S / C) blocks.
+    """
+    q = k[:, :0]
+    q_factors = None if k_factors is None else k_factors[:, :0]
+    if every is None:
+        kwargs = {"key_mask": key_mask, "initial_state": initial_state, "return_state": True}
+        state = linear_attention(q, k, v, q_factors, k_factors, **kwargs).state
+        assert state is not None
+        return state
+    if every < 1:
+        raise ValueError(f"linear_state: every must be at least 1, got {every}")
+    _check(q, k, v, q_factors, k_factors, "all", key_mask, None, None, None, initial_state, 1.0)
+    return _block_states(k, v, k_factors, key_mask, every, initial_state)
+
+
+def proportion(x: Tensor, weights: LeapWeights) -> Tensor:
+    """P = sigmoid(w2 . relu(w1 x + b1) + b2) in [0, 1]: x [B, T, H, K] (already ReLU'd) -> [B, T, H], float32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        w1, b1, w2, b2 = (None if w is None else w.to(dtype) for w in weights)
+        assert w2 is not None and b2 is not None
+        x = x.to(dtype)
+        if w1 is not None:
+            x = torch.relu(_by_head(x, w1) + (0 if b1 is None else b1))
+        return torch.sigmoid(_by_head(x, w2[:, None])[..., 0] + b2)
+
+
+def cosine_factors(p: Tensor) -> Tensor:
+    """[cos(pi/2 P), sin(pi/2 P)] for P [B, T, H] -> [B, T, H, 2]: cos(pi/2 (a - b)) as a sum of two products."""
+    angle = p * (math.pi / 2)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, H, K] times weight [1 or H, r, K] -> [B, T, H, r]."""
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0])
+    return torch.einsum("bthk,hrk->bthr", x, weight)
+
+
+def _for_query_heads(x: Tensor | None, H: int) -> Tensor | None:
+    return x if x is None or x.shape[2] == 1 else x.repeat_interleave(H // x.shape[2], dim=2)
+
+
+def _implementation(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if impl == "auto":
+        if "torch" not in _announced and not torch.compiler.is_compiling():
+            _announced.add("torch")
+            _log.info("linear attention: impl='auto' uses 'torch'")
+        return torch_impl.attend
+    known = {"torch": torch_impl.attend, "reference": _run_reference}
+    if impl not in known:
+        raise ValueError(f"impl: expected 'auto', 'reference' or 'torch', got {impl!r}")
+    return known[impl]
+
+
+def _run_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_factors: Tensor | None,
+    k_factors: Tensor | None,
+    *,
+    causal: bool,
+    counts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    log_decay: Tensor | None,
+    initial_state: LinearState | None,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q_factors is None or k_factors is None:
+        q_factors, k_factors = q.new_ones(*q.shape[:2], 1, 1), k.new_ones(*k.shape[:2], 1, 1)
+    if causal:
+        counts = Staircase.causal().counts(q.shape[1], k.shape[1], device=q.device)
+        if cu_seqlens is not None:
+            counts = counts - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    whole = [(slice(None), slice(None), slice(None))]
+    parts = whole if cu_seqlens is None or cu_seqlens_k is None else _packed_parts(cu_seqlens, cu_seqlens_k)
+    results = [
+        reference.attend(
+            q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
+            counts=None if counts is None else counts[:, t],
+            key_mask=None if key_mask is None else key_mask[:, s],
+            log_decay=None if log_decay is None else log_decay[:, t],
+            initial_state=None if initial_state is None else initial_state.select(row),
+            normalize=normalize, eps=eps,
+        )
+        for row, t, s in parts
+    ]  # fmt: skip
+    output = torch.cat([out for out, _ in results], dim=1).to(q.dtype)
+    return output, torch.cat([state.kv for _, state in results]), torch.cat([state.z for _, state in results])
+
+
+def _packed_parts(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice, slice]]:
+    queries, keys = cu_seqlens.tolist(), cu_seqlens_k.tolist()
+    return [
+        (slice(n, n + 1), slice(queries[n], queries[n + 1]), slice(keys[n], keys[n + 1]))
+        for n in range(len(queries) - 1)
+    ]
+
+
+def _lower_visibility(
+    visible: Visible, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[bool, Tensor | None]:
+    """(causal, counts): counts int64 [B or 1, T] relative to the own sequence, None for "all" and causal."""
+    if isinstance(visible, str):
+        return visible == "causal", None
+    T, S = q.shape[1], k.shape[1]
+    if cu_seqlens is None:
+        if isinstance(visible, Staircase):
+            return False, visible.counts(T, S, device=q.device)
+        return False, visible.to(torch.int64).clamp(0, S).expand(q.shape[0], T)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    slots = torch.arange(T, device=q.device)
+    row = torch.searchsorted(cu_seqlens[1:].to(torch.int64).contiguous(), slots, right=True)
+    row = row.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+    lengths = cu_seqlens_k.diff().to(torch.int64)[row]
+    if not isinstance(visible, Staircase):
+        return False, torch.minimum(visible.to(torch.int64).clamp(min=0), lengths[None])
+    own = Staircase(*(f.to(q.device)[row] if isinstance(f, Tensor) and f.numel() > 1 else f for f in visible))
+    index = slots - cu_seqlens.to(torch.int64)[row]
+    return False, own.at(index[:, None], lengths[:, None]).reshape(1, T)
+
+
+def _total_decay(
+    log_decay: Tensor, cu_seqlens: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
+) -> Tensor:
+    """The summed log decay [B or N, H] of the stretch, on top of that of the initial state."""
+    if cu_seqlens is None:
+        total = log_decay.sum(1, dtype=dtype)
+    else:
+        sums = F.pad(log_decay[0].to(dtype).cumsum(0), (0, 0, 1, 0))
+        total = sums[cu_seqlens.long()].diff(dim=0)
+    if initial_state is not None and initial_state.log_decay is not None:
+        total = total + initial_state.log_decay
+    return total
+
+
+def _block_states(
+    k: Tensor, v: Tensor, k_factors: Tensor | None, key_mask: Tensor | None, every: int, initial: LinearState | None
+) -> LinearState:
+    """States after each block, by one batched state per block and a running sum."""
+    B, S = k.shape[:2]
+    n = -(-S // every)
+
+    def by_block(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        padding = [0, 0] * (x.dim() - 2) + [0, n * every - S]
+        return F.pad(x, padding).reshape(B * n, every, *x.shape[2:])
+
+    blocks = linear_state(by_block(k), by_block(v), by_block(k_factors), key_mask=by_block(key_mask))  # type: ignore[arg-type]
+    kv, z = (field.unflatten(0, (B, n)).cumsum(1) for field in (blocks.kv, blocks.z))
+    if initial is not None:
+        kv, z = kv + initial.kv[:, None], z + initial.z[:, None]
+    return LinearState(kv, z, None if initial is None else initial.log_decay)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _expect(ok: bool, what: str, expected: object, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{what}: expected {expected}, got {got}")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
+    key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
+    initial_state: LinearState | None, eps: float,
+) -> None:  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _expect(x.dim() == 4, name, "4 axes [batch, tokens, heads, width]", f"shape {tuple(x.shape)}")
+        _expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+        _expect(x.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", x.dtype)
+        _expect(x.device == q.device, f"device of {name}", f"that of q, {q.device}", x.device)
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    _expect(k.shape[0] == B and k.shape[3] == K, "k", f"[{B}, S, G, {K}] to go with q", tuple(k.shape))
+    _expect(v.shape[:3] == k.shape[:3], "v", f"[{B}, {S}, {G}, V] to go with k", tuple(v.shape))
+    _expect(G > 0 and H % G == 0, "heads of q", f"a multiple of the {G} heads of k", H)
+    _expect(eps > 0, "eps", "a number above 0", eps)
+    _check_factors(q, k, q_factors, k_factors)
+    _check_visible(visible, B, T, S)
+    if key_mask is not None:
+        _expect(cu_seqlens is None, "key_mask", "None together with cu_seqlens", "both")
+        _expect(key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", key_mask.dtype)
+        _expect(tuple(key_mask.shape) == (B, S), "key_mask", f"shape {(B, S)}", tuple(key_mask.shape))
+    N = _check_packing(B, T, S, visible, cu_seqlens, cu_seqlens_k)
+    if log_decay is not None:
+        _expect(isinstance(visible, str) and visible == "causal", "visible with log_decay", "'causal'", visible)
+        _expect(tuple(log_decay.shape) == (B, T, H), "log_decay", f"shape {(B, T, H)}", tuple(log_decay.shape))
+    if initial_state is not None:
+        R, V, heads = 1 if q_factors is None else q_factors.shape[-1], v.shape[3], G if log_decay is None else H
+        kv, z = tuple(initial_state.kv.shape), tuple(initial_state.z.shape)
+        _expect(kv == (N, heads, R, K, V), "initial_state.kv", f"shape {(N, heads, R, K, V)}", kv)
+        _expect(z == (N, heads, R, K), "initial_state.z", f"shape {(N, heads, R, K)}", z)
+
+
+def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Tensor | None) -> None:
+    if q_factors is None and k_factors is None:
+        return
+    if q_factors is None or k_factors is None:
+        raise ValueError("q_factors and k_factors: expected both or neither, got only one")
+    for name, x, of in (("q_factors", q_factors, q), ("k_factors", k_factors, k)):
+        B, T, H, _ = of.shape
+        fits = x.dim() == 4 and tuple(x.shape[:2]) == (B, T) and x.shape[2] in (1, H)
+        _expect(fits, name, f"shape [{B}, {T}, {H} or 1, R]", tuple(x.shape))
+        _expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+    _expect(q_factors.shape[3] == k_factors.shape[3], "rank of k_factors", q_factors.shape[3], k_factors.shape[3])
+
+
+def _check_visible(visible: Visible, B: int, T: int, S: int) -> None:
+    if isinstance(visible, str):
+        _expect(visible in ("all", "causal"), "visible", "'all', 'causal', a Staircase or integers [B, T]", repr(visible))
+        _expect(visible == "all" or T == S, "visible='causal'", f"as many keys as queries ({T})", S)
+    elif isinstance(visible, Staircase):
+        return
+    elif isinstance(visible, Tensor):
+        fits = visible.dim() == 2 and visible.shape[0] in (1, B) and visible.shape[1] == T
+        _expect(fits, "visible", f"shape [{B}, {T}]", tuple(visible.shape))
+        integer = not visible.is_floating_point() and visible.dtype != torch.bool
+        _expect(integer, "visible", "an integer dtype", visible.dtype)
+    else:
+        raise ValueError(f"visible: expected 'all', 'causal', a Staircase or integers [B, T], got {type(visible).__name__}")
+
+
+def _check_packing(
+    B: int, T: int, S: int, visible: Visible, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> int:
+    """The number of states: N packed sequences, else the batch."""
+    if cu_seqlens is None:
+        _expect(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a tensor")
+        return B
+    _expect(B == 1, "batch with cu_seqlens", 1, B)
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if bounds is not None:
+            _expect(bounds.dim() == 1 and bounds.numel() >= 2, name, "shape [N + 1], N >= 1", tuple(bounds.shape))
+            integer = bounds.dtype in (torch.int32, torch.int64)
+            _expect(integer, name, "dtype torch.int32 or torch.int64", bounds.dtype)
+    if cu_seqlens_k is None:
+        _expect(T == S, "keys with cu_seqlens but no cu_seqlens_k", f"as many as queries ({T})", S)
+    else:
+        same = cu_seqlens_k.shape == cu_seqlens.shape
+        _expect(same, "cu_seqlens_k", f"shape {tuple(cu_seqlens.shape)}", tuple(cu_seqlens_k.shape))
+    return cu_seqlens.shape[0] - 1

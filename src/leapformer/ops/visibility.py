@@ -1,0 +1,50 @@
+"""Who sees what: query i sees the first g(i) key slots, g never decreasing.
+
+Letters: B batch, T queries, S keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Staircase(NamedTuple):
+    """g(i) = clip(offset + step * ((i + phase) // every), 0, S), with integers or int tensors [B] as fields."""
+
+    offset: int | Tensor
+    step: int | Tensor = 0
+    every: int | Tensor = 1
+    phase: int | Tensor = 0
+
+    @classmethod
+    def causal(cls) -> Staircase:
+        """g(i) = i + 1: language models and decoders."""
+        return cls(offset=1, step=1)
+
+    @classmethod
+    def blocks(cls, size: int) -> Staircase:
+        """g(i) = (i // size + 1) size: a streaming encoder that sees whole blocks of ``size`` and the past."""
+        return cls(offset=size, step=size, every=size)
+
+    @classmethod
+    def wait_k(cls, k: int | Tensor, ratio: int) -> Staircase:
+        """g(i) = (k + i) ratio: wait-k cross-attention over a source read ``ratio`` states at a time."""
+        return cls(offset=k * ratio, step=ratio)
+
+    def counts(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """g as int64 [B, T], or [1, T] where all fields are integers, clipped to [0, S]."""
+        i = torch.arange(T, dtype=torch.int64, device=device)[None]
+        return self.at(i, S)
+
+    def at(self, i: Tensor, S: int | Tensor) -> Tensor:
+        """g at query indices ``i`` int64 [1 or B, T]."""
+
+        def column(field: int | Tensor) -> int | Tensor:
+            return field.to(i.device, torch.int64).reshape(-1, 1) if isinstance(field, Tensor) else field
+
+        offset, step, every, phase = (column(field) for field in self)
+        g = offset + step * torch.div(i + phase, every, rounding_mode="floor")
+        return torch.minimum(g.clamp(min=0), torch.as_tensor(S, dtype=torch.int64, device=i.device))
