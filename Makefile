@@ -40,8 +40,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # Two workers with one thread each: the tests are small, and threads inside them only get in each other's way.
+# A file stays with one worker, so that what it prepares once for all of its tests is prepared once.
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/leapformer demo
