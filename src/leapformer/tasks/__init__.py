@@ -1,0 +1,1 @@
+"""The tasks of the paper, one sub-package each: data, tokenizers, metrics."""
