@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-BLOCK_TOKENS = 4096  # tokens times heads of a block: about what keeps its temporaries in a core's cache
+BLOCK_TOKENS = 2048  # tokens times heads of a block: about what keeps its temporaries in a core's cache
 
 
 class Inputs(NamedTuple):
@@ -94,9 +94,9 @@ def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
         state = _initial_state(x)
         for block in wide_blocks(x.k.shape[1], B * H):
             w = _values(x, block)
-            state = state + (_key_features(x, block).transpose(-1, -2) @ w).squeeze(2)
+            state = state + (_key_features(x, block).transpose(-1, -2) @ w)[0]
         for block in wide_blocks(T, B * H):
-            _finish(_query_features(x, block) @ state[:, :, None], block, result, normalize, eps)
+            _finish(_query_features(x, block) @ state, block, result, normalize, eps)
     kv, z = _split_state(state, x)
     return Forward(result.output, kv, z, result.normaliser)
 
@@ -119,12 +119,12 @@ def backward(
         for block in wide_blocks(T, B * H):
             incoming = _numerator_gradient(grad, saved, block, x, normalize, eps)
             phi_q = _query_features(x, block)
-            grad_state = grad_state + (phi_q.transpose(-1, -2) @ incoming).squeeze(2)
-            _write_feature_gradient(incoming @ state[:, :, None].transpose(-1, -2), block, x.q, x.q_factors, grads.q, grads.q_factors)
+            grad_state = grad_state + (phi_q.transpose(-1, -2) @ incoming)[0]
+            _write_feature_gradient(incoming @ state.transpose(-1, -2), block, x.q, x.q_factors, grads.q, grads.q_factors)
         for block in wide_blocks(x.k.shape[1], B * H):
             w, phi_k = _values(x, block), _key_features(x, block)
-            _write_value_gradient(phi_k @ grad_state[:, :, None], block, grads)
-            _write_feature_gradient(w @ grad_state[:, :, None].transpose(-1, -2), block, x.k, x.k_factors, grads.k, grads.k_factors)
+            _write_value_gradient(phi_k @ grad_state, block, grads)
+            _write_feature_gradient(w @ grad_state.transpose(-1, -2), block, x.k, x.k_factors, grads.k, grads.k_factors)
     if x.key_mask is not None:
         for field in (grads.k, grads.v, grads.k_factors):
             if field is not None:
@@ -158,27 +158,27 @@ def wide_blocks(T: int, heads: int) -> Iterator[Block]:
 
 
 def _view(x: Tensor, block: Block, groups: int) -> Tensor:
-    """[B, T, heads, D] -> a view [B, groups, n, heads / groups, C, D] of the block (heads 1: both head axes are 1)."""
+    """[B, T, heads, D] -> a view [n, B, groups, heads / groups, C, D] of the block (heads 1: both head axes are 1)."""
     part = x[:, block.start : block.start + block.n * block.C]
     heads = part.shape[2]
     groups = min(groups, heads)
     part = part.reshape(part.shape[0], block.n, block.C, groups, heads // groups, part.shape[-1])
-    return part.permute(0, 3, 1, 4, 2, 5)
+    return part.permute(1, 0, 3, 4, 2, 5)
 
 
 # ---- features and values ---------------------------------------------------------------------------------------------
 
 
 def _features(x: Tensor, factors: Tensor | None, block: Block, groups: int, dtype: torch.dtype) -> Tensor:
-    """phi = factors (x) x as [B, G, n, r C, F], contiguous."""
+    """phi = factors (x) x as [n, B, G, r C, F], contiguous."""
     tokens = _view(x, block, groups)
-    B, G, n, r, C, K = tokens.shape
+    n, B, G, r, C, K = tokens.shape
     if factors is None:
-        return tokens.to(dtype).reshape(B, G, n, r * C, K)
+        return tokens.to(dtype).reshape(n, B, G, r * C, K)
     R = factors.shape[-1]
-    phi = torch.empty(B, G, n, r, C, R, K, dtype=dtype, device=x.device)
+    phi = torch.empty(n, B, G, r, C, R, K, dtype=dtype, device=x.device)
     torch.mul(tokens[..., None, :], _view(factors, block, groups)[..., None], out=phi)
-    return phi.view(B, G, n, r * C, R * K)
+    return phi.view(n, B, G, r * C, R * K)
 
 
 def _query_features(x: Inputs, block: Block) -> Tensor:
@@ -191,7 +191,7 @@ def _key_features(x: Inputs, block: Block) -> Tensor:
 
 
 def _values(x: Inputs, block: Block) -> Tensor:
-    """w = [v, 1] as [B, G, n, C, V + 1]."""
+    """w = [v, 1] as [n, B, G, C, V + 1]."""
     v = _view(x.v, block, x.k.shape[2]).squeeze(3)
     w = torch.ones(*v.shape[:-1], v.shape[-1] + 1, dtype=x.compute_dtype, device=v.device)
     w[..., :-1] = v
@@ -200,7 +200,7 @@ def _values(x: Inputs, block: Block) -> Tensor:
 
 def _hidden(key_mask: Tensor, block: Block) -> Tensor:
     part = key_mask[:, block.start : block.start + block.n * block.C]
-    return ~part.reshape(-1, 1, block.n, block.C, 1)
+    return ~part.reshape(-1, block.n, block.C).transpose(0, 1)[:, :, None, :, None]
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _initial_state(x: Inputs) -> Tensor:
 
 
 class Decay(NamedTuple):
-    """since_start e_q and until_end e_k [B, G, n, C, 1], whole e_C [B, G, n, 1, 1], between D [B, G, n, C, C]."""
+    """since_start e_q and until_end e_k [n, B, G, C, 1], whole e_C [n, B, G, 1, 1], between D [n, B, G, C, C]."""
 
     since_start: Tensor
     until_end: Tensor
@@ -249,7 +249,7 @@ def _lower_triangle(C: int, like: Tensor) -> Tensor:
 
 
 def _apply_causal(P: Tensor, decay: Decay | None, C: int) -> Tensor:
-    """P [B, G, n, r C, C] times the decay between query and key, 0 where the key is later; in place."""
+    """P [n, B, G, r C, C] times the decay between query and key, 0 where the key is later; in place."""
     if decay is not None:
         return P.mul_(decay.between)
     P.unflatten(-2, (-1, C)).mul_(_lower_triangle(C, P).to(P.dtype))
@@ -260,30 +260,30 @@ def _apply_causal(P: Tensor, decay: Decay | None, C: int) -> Tensor:
 
 
 def _chunk_states(phi_k: Tensor, w: Tensor, state: Tensor, decay: Decay | None) -> Tensor:
-    """States before each chunk of the block and after the last: [B, G, n + 1, F, V + 1]."""
+    """States before each chunk of the block and after the last: [n + 1, B, G, F, V + 1]."""
     added = phi_k.transpose(-1, -2) @ (w if decay is None else w * decay.until_end)
-    B, G, n, F, W = added.shape
-    states = torch.empty(B, G, n + 1, F, W, dtype=added.dtype, device=added.device)
-    states[:, :, 0] = state
+    n = added.shape[0]
+    states = torch.empty(n + 1, *added.shape[1:], dtype=added.dtype, device=added.device)
+    states[0] = state
     for c in range(n):
         if decay is None:
-            torch.add(states[:, :, c], added[:, :, c], out=states[:, :, c + 1])
+            torch.add(states[c], added[c], out=states[c + 1])
         else:
-            torch.addcmul(added[:, :, c], states[:, :, c], decay.whole[:, :, c], out=states[:, :, c + 1])
+            torch.addcmul(added[c], states[c], decay.whole[c], out=states[c + 1])
     return states
 
 
 def _causal_block(x: Inputs, block: Block, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's numerators [B, G, n, r C, V + 1] and the state after it."""
+    """The block's numerators [n, B, G, r C, V + 1] and the state after it."""
     phi_q, phi_k, w, decay = _query_features(x, block), _key_features(x, block), _values(x, block), _decay(x, block)
     states = _chunk_states(phi_k, w, state, decay)
     P = _apply_causal(phi_q @ phi_k.transpose(-1, -2), decay, block.C)
     numerator = P @ w
     if decay is None:
-        _add_product(numerator, phi_q, states[:, :, :-1])
+        _add_product(numerator, phi_q, states[:-1])
     else:
-        numerator.addcmul_(phi_q @ states[:, :, :-1], decay.since_start)
-    return numerator, states[:, :, -1]
+        numerator.addcmul_(phi_q @ states[:-1], decay.since_start)
+    return numerator, states[-1]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def _states_at_starts(x: Inputs, blocks: list[Block]) -> list[Tensor]:
     """The state before every block, found again by a sweep over the keys."""
     starts = [_initial_state(x)]
     for block in blocks[:-1]:
-        starts.append(_chunk_states(_key_features(x, block), _values(x, block), starts[-1], _decay(x, block))[:, :, -1])
+        starts.append(_chunk_states(_key_features(x, block), _values(x, block), starts[-1], _decay(x, block))[-1])
     return starts[: len(blocks)]
 
 
@@ -306,14 +306,14 @@ def _causal_block_backward(
 ) -> Tensor:
     """Writes the block's gradients and returns that of the state before it.
 
-    ``incoming`` [B, G, n, r C, V + 1] is the gradient of the numerators, ``grad_after`` [B, G, F, V + 1] that of the
+    ``incoming`` [n, B, G, r C, V + 1] is the gradient of the numerators, ``grad_after`` [B, G, F, V + 1] that of the
     state after the block.
     """
     phi_q, phi_k, w, decay = _query_features(x, block), _key_features(x, block), _values(x, block), _decay(x, block)
     states = _chunk_states(phi_k, w, state, decay)
     read = incoming if decay is None else incoming * decay.since_start
     grad_states = _grad_chunk_states(phi_q, read, grad_after, decay)
-    before, after = states[:, :, :-1], grad_states[:, :, 1:]
+    before, after = states[:-1], grad_states[1:]
 
     P = _apply_causal(phi_q @ phi_k.transpose(-1, -2), decay, block.C)
     dP = _apply_causal(incoming @ w.transpose(-1, -2), decay, block.C)
@@ -330,27 +330,27 @@ def _causal_block_backward(
         # Every term with phi_q(t) carries exp(+total_t), every term with phi_k(t) exp(-total_t), the state after the
         # chunk exp(+total_C): so the gradient of the running total needs no further product.
         total = (phi_q * grad_phi_q).sum(-1) - (phi_k * grad_phi_k).sum(-1)
-        total[..., -1] += (states[:, :, 1:] * after).sum((-1, -2))
+        total[..., -1] += (states[1:] * after).sum((-1, -2))
         steps = total.flip(-1).cumsum(-1).flip(-1)
         assert grads.log_decay is not None
         _view(grads.log_decay[..., None], block, x.k.shape[2]).squeeze(3).squeeze(-1).copy_(steps)
     _write_value_gradient(grad_w, block, grads)
     _write_feature_gradient(grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors)
     _write_feature_gradient(grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors)
-    return grad_states[:, :, 0]
+    return grad_states[0]
 
 
 def _grad_chunk_states(phi_q: Tensor, read: Tensor, grad_after: Tensor, decay: Decay | None) -> Tensor:
-    """Gradients of the states before each chunk and after the last: [B, G, n + 1, F, V + 1]."""
+    """Gradients of the states before each chunk and after the last: [n + 1, B, G, F, V + 1]."""
     added = phi_q.transpose(-1, -2) @ read
-    B, G, n, F, W = added.shape
-    grads = torch.empty(B, G, n + 1, F, W, dtype=added.dtype, device=added.device)
-    grads[:, :, n] = grad_after
+    n = added.shape[0]
+    grads = torch.empty(n + 1, *added.shape[1:], dtype=added.dtype, device=added.device)
+    grads[n] = grad_after
     for c in reversed(range(n)):
         if decay is None:
-            torch.add(grads[:, :, c + 1], added[:, :, c], out=grads[:, :, c])
+            torch.add(grads[c + 1], added[c], out=grads[c])
         else:
-            torch.addcmul(added[:, :, c], grads[:, :, c + 1], decay.whole[:, :, c], out=grads[:, :, c])
+            torch.addcmul(added[c], grads[c + 1], decay.whole[c], out=grads[c])
     return grads
 
 
@@ -359,7 +359,7 @@ def _grad_chunk_states(phi_q: Tensor, read: Tensor, grad_after: Tensor, decay: D
 
 def _finish(numerator: Tensor, block: Block, result: Forward, normalize: bool, eps: float) -> None:
     """Divide by the clamped normaliser and write output and normaliser of the block."""
-    G = numerator.shape[1]
+    G = numerator.shape[2]
     numerator = numerator.unflatten(-2, (-1, block.C))
     out = _view(result.output, block, G)
     normaliser = numerator[..., -1:]
@@ -371,7 +371,7 @@ def _finish(numerator: Tensor, block: Block, result: Forward, normalize: bool, e
 
 
 def _numerator_gradient(grad: Tensor, saved: Forward, block: Block, x: Inputs, normalize: bool, eps: float) -> Tensor:
-    """Gradient of [numerator, normaliser] as [B, G, n, r C, V + 1]; a clamped normaliser gets none."""
+    """Gradient of [numerator, normaliser] as [n, B, G, r C, V + 1]; a clamped normaliser gets none."""
     G = x.k.shape[2]
     g = _view(grad, block, G)
     both = torch.zeros(*g.shape[:-1], g.shape[-1] + 1, dtype=x.compute_dtype, device=g.device)
@@ -392,8 +392,8 @@ def _write_value_gradient(grad_w: Tensor, block: Block, grads: Gradients) -> Non
 def _write_feature_gradient(
     grad_phi: Tensor, block: Block, x: Tensor, factors: Tensor | None, grad_x: Tensor, grad_factors: Tensor | None
 ) -> None:
-    """From the gradient of phi [B, G, n, r C, F] to those of x (sum over the rank) and of its factors (over the width)."""
-    G = grad_phi.shape[1]
+    """From the gradient of phi [n, B, G, r C, F] to those of x (sum over the rank) and of its factors (over the width)."""
+    G = grad_phi.shape[2]
     grad_phi = grad_phi.unflatten(-2, (-1, block.C))
     target = _view(grad_x, block, G)
     if factors is None or grad_factors is None:
@@ -408,7 +408,7 @@ def _write_feature_gradient(
     target.copy_(total)
     by_factor = (grad_phi * tokens[..., None, :]).sum(-1)
     if factors.shape[2] == 1:
-        by_factor = by_factor.sum((1, 3), keepdim=True)
+        by_factor = by_factor.sum((2, 3), keepdim=True)
     _view(grad_factors, block, G).copy_(by_factor)
 
 
