@@ -32,7 +32,7 @@ ROW_SUFFIXES = (".jsonl",)
 _SPLIT_NAMES = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation"}
 _SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 _SKIPPED_MODULES = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "pydoc_data", "ensurepip", "__pycache__"}
-_SKIPPED_MODULES |= {"site-packages", "dist-packages", "encodings"}
+_SKIPPED_MODULES |= {"site-packages", "dist-packages", "encodings", "__hello__", "__phello__"}
 _ARTICLE_TITLE = re.compile(r"^ = [^=\n]*(?: = = [^=\n]+)*= $")
 
 
@@ -148,16 +148,27 @@ def _decompress(path: Path, raw: bytes) -> bytes:
     if path.suffix == ".xz":
         return lzma.decompress(raw)
     if path.suffix == ".zst":
+        return _decompress_zst(raw, path)
+    return raw
+
+
+def _decompress_zst(raw: bytes, path: Path) -> bytes:
+    """Frame by frame, as the library's own reader takes a file that is cut off for a whole one."""
+    try:
+        import zstandard
+    except ImportError:
+        raise MissingExtra("lm", package="zstandard", purpose=f"reading {path}") from None
+    pieces = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
         try:
-            import zstandard
-        except ImportError:
-            raise MissingExtra("lm", package="zstandard", purpose=f"reading {path}") from None
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader:
-                return reader.read()
+            pieces.append(frame.decompress(raw))
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from None
-    return raw
+        if not frame.eof:
+            raise EOFError("the last frame is cut off")
+        raw = frame.unused_data
+    return b"".join(pieces)
 
 
 def read_text(path: str | Path) -> str:

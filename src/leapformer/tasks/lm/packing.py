@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -73,10 +74,10 @@ def encode_split(
     file = Path(cache_dir) / f"tokens-{_content_key(documents, tokenizer, separate_documents)}.npz"
     if file.is_file():
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 words, size = (int(number) for number in stored["counts"])
                 return EncodedSplit(stored["tokens"], stored["document_starts"], words, size)
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a file that was cut off is made again
     split = _encode(documents, tokenizer, separate_documents)
     _store(split, file)

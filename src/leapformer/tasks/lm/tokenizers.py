@@ -30,7 +30,8 @@ def build_tokenizer(
         kind: "bytes" (ids 0 to 255 are the bytes, 256 is `<eos>`), "bpe" (byte-level byte-pair encoding) or "word"
             (what whitespace separates, and `<eos>` for a line end; ids by falling frequency, as adaptive softmax
             needs them).
-        vocab_size: number of ids, `<eos>` included. "bytes": 257 or None. "bpe": at least 257, by default 2,048.
+        vocab_size: number of ids, `<eos>` included. "bytes": 257 or None. "bpe": at least 257, by default 2,048; a
+            text that offers fewer pairs gives fewer ids, so a model takes `len(tokenizer)`.
             "word": at least 2; by default every word.
         documents: the training text, for "bpe" and "word".
 
