@@ -374,7 +374,9 @@ def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Te
 
 def _check_visible(visible: Visible, B: int, T: int, S: int) -> None:
     if isinstance(visible, str):
-        _expect(visible in ("all", "causal"), "visible", "'all', 'causal', a Staircase or integers [B, T]", repr(visible))
+        _expect(
+            visible in ("all", "causal"), "visible", "'all', 'causal', a Staircase or integers [B, T]", repr(visible)
+        )
         _expect(visible == "all" or T == S, "visible='causal'", f"as many keys as queries ({T})", S)
     elif isinstance(visible, Staircase):
         return
@@ -384,7 +386,9 @@ def _check_visible(visible: Visible, B: int, T: int, S: int) -> None:
         integer = not visible.is_floating_point() and visible.dtype != torch.bool
         _expect(integer, "visible", "an integer dtype", visible.dtype)
     else:
-        raise ValueError(f"visible: expected 'all', 'causal', a Staircase or integers [B, T], got {type(visible).__name__}")
+        raise ValueError(
+            f"visible: expected 'all', 'causal', a Staircase or integers [B, T], got {type(visible).__name__}"
+        )
 
 
 def _check_packing(

@@ -102,7 +102,15 @@ def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
 
 
 def backward(
-    x: Inputs, saved: Forward, grad: Tensor, grad_kv: Tensor, grad_z: Tensor, *, causal: bool, normalize: bool, eps: float
+    x: Inputs,
+    saved: Forward,
+    grad: Tensor,
+    grad_kv: Tensor,
+    grad_z: Tensor,
+    *,
+    causal: bool,
+    normalize: bool,
+    eps: float,
 ) -> Gradients:
     """Gradients of ``forward``; ``saved`` is its result, ``grad`` [B,T,H,V] and grad_kv, grad_z those of its outputs."""
     grads = _empty_gradients(x)
@@ -120,7 +128,9 @@ def backward(
             incoming = _numerator_gradient(grad, saved, block, x, normalize, eps)
             phi_q = _query_features(x, block)
             grad_state = grad_state + (phi_q.transpose(-1, -2) @ incoming)[0]
-            _write_feature_gradient(incoming @ state.transpose(-1, -2), block, x.q, x.q_factors, grads.q, grads.q_factors)
+            _write_feature_gradient(
+                incoming @ state.transpose(-1, -2), block, x.q, x.q_factors, grads.q, grads.q_factors
+            )
         for block in wide_blocks(x.k.shape[1], B * H):
             w, phi_k = _values(x, block), _key_features(x, block)
             _write_value_gradient(phi_k @ grad_state, block, grads)
@@ -213,7 +223,9 @@ def _join_state(kv: Tensor, z: Tensor, x: Inputs) -> Tensor:
 
 def _split_state(state: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
     state = state.unflatten(2, (x.rank, x.k.shape[-1]))
-    return state[..., :-1].clone(memory_format=torch.contiguous_format), state[..., -1].clone(memory_format=torch.contiguous_format)
+    return state[..., :-1].clone(memory_format=torch.contiguous_format), state[..., -1].clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def _initial_state(x: Inputs) -> Tensor:

@@ -173,7 +173,10 @@ def packed_backward(
     total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x[:8]))  # type: ignore[arg-type]
     for bucket in _buckets(cu_seqlens, cu_seqlens_k):
         saved_part = Forward(
-            bucket.queries_in(saved.output), saved.kv[bucket.rows], saved.z[bucket.rows], bucket.queries_in(saved.normaliser)
+            bucket.queries_in(saved.output),
+            saved.kv[bucket.rows],
+            saved.z[bucket.rows],
+            bucket.queries_in(saved.normaliser),
         )
         part = backward(
             bucket.inputs(x), saved_part, bucket.queries_in(grad), grad_kv[bucket.rows], grad_z[bucket.rows],

@@ -49,7 +49,9 @@ def attend(
     if log_decay is not None:  # the state is multiplied by exp(log_decay[t]) before key t is added
         since_start = log_decay.to(dtype).cumsum(1).transpose(1, 2)  # [B, H, T], T = S
         between = since_start[:, :, :, None] - since_start[:, :, None, :]
-        weight = weight * between.masked_fill(~torch.ones(T, S, dtype=torch.bool, device=q.device).tril(), -torch.inf).exp()
+        weight = (
+            weight * between.masked_fill(~torch.ones(T, S, dtype=torch.bool, device=q.device).tril(), -torch.inf).exp()
+        )
     numerator = torch.einsum("bhts,bshv->bthv", weight, v_of_query_head)
     normaliser = weight.sum(-1).transpose(1, 2)
 

@@ -1,0 +1,37 @@
+"""Layers: proportions, re-weightings, attention, blocks and their state. See docs/nn.md."""
+
+from leapformer.nn.attention import AttentionLayer, Capabilities, Decay, LinearAttention, build_attention
+from leapformer.nn.blocks import DecoderBlock, EncoderBlock, FeedForward
+from leapformer.nn.conv import ShortConvolution
+from leapformer.nn.feature_maps import FEATURE_MAPS, elu_plus_one
+from leapformer.nn.positions import LearnedPositions, SinusoidalPositions
+from leapformer.nn.proportions import LeapModule, PositionProportion, hidden_for_share, leap_parameters
+from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Quadratic, Reweighting
+from leapformer.nn.softmax import SoftmaxAttention
+from leapformer.nn.state import LayerState
+
+__all__ = [
+    "FEATURE_MAPS",
+    "REWEIGHTINGS",
+    "AttentionLayer",
+    "Capabilities",
+    "Cosine",
+    "Decay",
+    "DecoderBlock",
+    "EncoderBlock",
+    "FeedForward",
+    "LayerState",
+    "LeapModule",
+    "LearnedPositions",
+    "LinearAttention",
+    "PositionProportion",
+    "Quadratic",
+    "Reweighting",
+    "ShortConvolution",
+    "SinusoidalPositions",
+    "SoftmaxAttention",
+    "build_attention",
+    "elu_plus_one",
+    "hidden_for_share",
+    "leap_parameters",
+]

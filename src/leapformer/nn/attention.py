@@ -1,0 +1,305 @@
+"""Linear attention as a layer: feature map x proportion x re-weighting, with decay, convolution and output norm as switches.
+
+Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leapformer.nn.conv import ShortConvolution
+from leapformer.nn.feature_maps import FEATURE_MAPS
+from leapformer.nn.proportions import LeapModule, PositionProportion, Start
+from leapformer.nn.reweighting import REWEIGHTINGS
+from leapformer.nn.state import LayerState, real_tokens
+from leapformer.ops import Staircase, linear_attention
+from leapformer.ops.api import Impl, Visible
+
+Kind = Literal["leap", "cosformer", "linear", "softmax"]
+Variant = Literal["paper", "gated"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a mechanism can do; ``streaming`` means a state of constant size."""
+
+    causal: bool
+    cross: bool
+    streaming: bool
+    arbitrary_length: bool
+
+
+class Decay(nn.Module):
+    """log_decay = logsigmoid(W x + b) per head, b = 4 at the start, so that the state keeps 98 % a token."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.constant_(self.bias, 4.0)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, H] <= 0; padding doesn't decay."""
+        log_decay = F.logsigmoid(F.linear(x, self.weight, self.bias))
+        return log_decay if key_mask is None else log_decay.masked_fill(~key_mask[..., None], 0)
+
+
+class AttentionLayer(nn.Module):
+    """Projections, short convolution and state handling that all mechanisms share; a mechanism writes ``attend``."""
+
+    capabilities: Capabilities
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        conv_width: int = 0,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"attention: expected num_heads a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
+            )
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"attention: expected hidden_size a multiple of num_heads={num_heads}, got {hidden_size}"
+                )
+            head_dim = hidden_size // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dropout = dropout
+        self.conv = ShortConvolution(hidden_size, width=conv_width) if conv_width else None
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        visible: Visible = "all",
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Self-attention over x [B, T, D], or cross-attention of x over ``context`` [B, S, D].
+
+        Args:
+            visible, cu_seqlens, cu_seqlens_k: as in ``leapformer.ops.linear_attention``.
+            key_mask: bool [B, S] (self: [B, T]), True = real.
+            position_ids: int64 [B or 1, T] from 0, for cosFormer; None counts slots, on from the state.
+            state: what came before (self-attention); written in place and returned where gradients are off.
+            return_state: also return the state after x.
+
+        Returns:
+            (y [B, T, D], LayerState or None).
+        """
+        own_mask = key_mask if context is None else None
+        tail = None
+        if self.conv is not None:
+            past = None if state is None else state.conv
+            x, tail = self.conv(x, key_mask=own_mask, cu_seqlens=cu_seqlens, past=past)
+        source = x if context is None else context
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.k_proj, self.v_proj))
+        y, kept = self.attend(
+            q, k, v, x, is_self=context is None, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, position_ids=position_ids, state=state, return_state=return_state,
+        )  # fmt: skip
+        y = self.o_proj(y.flatten(-2))
+        if kept is None:
+            return y, None
+        kept.conv, kept.length = tail, real_tokens(x, own_mask, state)
+        return y, kept if state is None else state.update(kept)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
+        state: LayerState | None, return_state: bool,
+    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
+        """From projected q [B, T, H, K], k, v [B, S, G, K] to the heads' outputs [B, T, H, K]."""
+        raise NotImplementedError
+
+
+class LinearAttention(AttentionLayer):
+    """Attention whose cost is linear in the length, as a composition (design section 1; arXiv 2405.13046, eq. 5-9).
+
+    Args:
+        hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
+        feature_map: "relu" or "elu" (elu + 1).
+        proportion: None (plain linear attention), "position" (cosFormer) or "learned" (LeaPformer).
+        reweighting: "cosine" or "quadratic".
+        max_positions: cosFormer's M.
+        leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.
+        decay: multiply the state by a learned, data-dependent factor per head and token (causal self-attention only).
+        conv_width: width of the short causal convolution on the layer's input, 0 for none.
+        output_norm: RMSNorm over each head's output instead of division by the normaliser.
+        dropout: on the attention's output. eps, impl: as in ``leapformer.ops.linear_attention``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        feature_map: str = "relu",
+        proportion: Literal["position", "learned"] | None = "learned",
+        reweighting: str = "cosine",
+        max_positions: int = 2048,
+        leap_hidden: int = 8,
+        leap_per_head: bool = False,
+        leap_bins: int | None = None,
+        leap_start: Start = "default",
+        decay: bool = False,
+        conv_width: int = 0,
+        output_norm: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
+            dropout=dropout,
+        )  # fmt: skip
+        self.feature_map = _named(FEATURE_MAPS, feature_map, "feature_map")
+        self.reweighting = _named(REWEIGHTINGS, reweighting, "reweighting")()
+        self.q_proportion, self.k_proportion, self.position_proportion = None, None, None
+        if proportion == "learned":
+            leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+            self.q_proportion = LeapModule(self.head_dim, heads=self.num_heads if leap_per_head else 1, **leap)
+            self.k_proportion = LeapModule(self.head_dim, heads=self.num_kv_heads if leap_per_head else 1, **leap)
+        elif proportion == "position":
+            self.position_proportion = PositionProportion(max_positions)
+        elif proportion is not None:
+            raise ValueError(f"proportion: expected None, 'position' or 'learned', got {proportion!r}")
+        self.decay = Decay(hidden_size, num_heads) if decay else None
+        self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
+        self.eps, self.impl = eps, impl
+        self.capabilities = Capabilities(True, True, True, arbitrary_length=proportion != "position")
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
+        state: LayerState | None, return_state: bool,
+    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
+        q, k = self.feature_map(q), self.feature_map(k)
+        q_factors, k_factors = self._factors(q, k, is_self, position_ids, cu_seqlens, cu_seqlens_k, state)
+        causal = is_self and isinstance(visible, str) and visible == "causal"
+        log_decay = self.decay(x, key_mask=key_mask) if self.decay is not None and causal else None
+        output, linear = linear_attention(
+            q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=None if state is None else state.linear,
+            return_state=return_state, normalize=self.output_norm is None, eps=self.eps, impl=self.impl,
+        )  # fmt: skip
+        if self.output_norm is not None:
+            output = self.output_norm(output)
+        output = F.dropout(output, self.dropout, self.training)
+        return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
+
+    def _factors(
+        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None, state: LayerState | None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Factors [B, T, H or 1, R] and [B, S, G or 1, R] of the re-weighting, or none."""
+        if self.q_proportion is not None and self.k_proportion is not None:
+            p_q, p_k = self.q_proportion(q), self.k_proportion(k)
+        elif self.position_proportion is not None:
+            first = None if state is None else state.length
+            own = _positions(q.shape[1], cu_seqlens, first, q.device) if position_ids is None else position_ids
+            p_q = self.position_proportion(own).expand(q.shape[0], -1, -1)
+            keys = own if is_self else _positions(k.shape[1], cu_seqlens_k, None, k.device)
+            p_k = p_q if is_self else self.position_proportion(keys).expand(k.shape[0], -1, -1)
+        else:
+            return None, None
+        if p_q.dtype != torch.promote_types(q.dtype, torch.float32):
+            p_q, p_k = (p.to(torch.promote_types(q.dtype, torch.float32)) for p in (p_q, p_k))
+        return self.reweighting.factors_q(p_q), self.reweighting.factors_k(p_k)
+
+
+def build_attention(
+    kind: Kind,
+    *,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    variant: Variant = "paper",
+    decay: bool | None = None,
+    conv_width: int | None = None,
+    output_norm: bool | None = None,
+    leap_hidden: int = 8,
+    leap_per_head: bool = False,
+    leap_bins: int | None = None,
+    leap_start: Start = "default",
+    feature_map: str = "relu",
+    reweighting: str = "cosine",
+    max_positions: int = 2048,
+    bias: bool = True,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    impl: Impl = "auto",
+) -> AttentionLayer:
+    """One attention layer by name: "leap", "cosformer", "linear" or "softmax".
+
+    ``variant`` "gated" turns on decay, a convolution of width 4 and the output norm for the linear kinds; each of the
+    three switches can be set by itself. Softmax takes the convolution only where ``conv_width`` asks for it.
+    """
+    from leapformer.nn.softmax import SoftmaxAttention
+
+    if variant not in ("paper", "gated"):
+        raise ValueError(f"variant: expected 'paper' or 'gated', got {variant!r}")
+    shape = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "bias": bias, "dropout": dropout}
+    if kind == "softmax":
+        return SoftmaxAttention(hidden_size, num_heads, conv_width=conv_width or 0, **shape)
+    proportions = {"leap": "learned", "cosformer": "position", "linear": None}
+    if kind not in proportions:
+        raise ValueError(f"attention: expected 'leap', 'cosformer', 'linear' or 'softmax', got {kind!r}")
+    gated = variant == "gated"
+    return LinearAttention(
+        hidden_size, num_heads, feature_map=feature_map, proportion=proportions[kind], reweighting=reweighting,
+        max_positions=max_positions, leap_hidden=leap_hidden, leap_per_head=leap_per_head, leap_bins=leap_bins,
+        leap_start=leap_start, decay=gated if decay is None else decay,
+        conv_width=(4 if gated else 0) if conv_width is None else conv_width,
+        output_norm=gated if output_norm is None else output_norm, eps=eps, impl=impl, **shape,
+    )  # fmt: skip
+
+
+def _named(table: dict, name: str, what: str):
+    if name not in table:
+        raise ValueError(f"{what}: expected one of {sorted(table)}, got {name!r}")
+    return table[name]
+
+
+def _positions(T: int, cu_seqlens: Tensor | None, first: Tensor | None, device: torch.device) -> Tensor:
+    """Positions [1 or B, T] of T slots: from ``first`` [B] on, or from the start of each packed sequence."""
+    slots = torch.arange(T, device=device)[None]
+    if cu_seqlens is not None:
+        row = torch.searchsorted(cu_seqlens[1:].to(torch.int64).contiguous(), slots[0], right=True)
+        return slots - cu_seqlens.to(torch.int64)[row]
+    return slots if first is None else slots + first[:, None]
+
+
+__all__ = ["AttentionLayer", "Capabilities", "Decay", "LinearAttention", "Staircase", "build_attention"]

@@ -1,0 +1,93 @@
+"""Softmax attention with the interface of the linear layers: the yardstick.
+
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leapformer.nn.attention import AttentionLayer, Capabilities
+from leapformer.nn.state import LayerState
+from leapformer.ops import Staircase
+from leapformer.ops.api import Visible
+
+
+class SoftmaxAttention(AttentionLayer):
+    """softmax(q k^T / sqrt(K)) v through PyTorch's scaled_dot_product_attention (arXiv 1706.03762, eq. 1).
+
+    Dropout is on the attention weights. The state keeps all keys and values, so it grows. A query that sees no key
+    gets 0. Arguments as in ``AttentionLayer``.
+    """
+
+    capabilities = Capabilities(causal=True, cross=True, streaming=False, arbitrary_length=True)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
+        state: LayerState | None, return_state: bool,
+    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
+        past, new_keys, B = 0, k.shape[1], k.shape[0]
+        if state is not None and state.keys is not None and state.values is not None:
+            past = state.keys.shape[1]
+            k, v = torch.cat([state.keys, k], dim=1), torch.cat([state.values, v], dim=1)
+            if key_mask is not None or state.key_mask is not None:
+                new = _all_real(B, new_keys, k) if key_mask is None else key_mask
+                key_mask = torch.cat([_all_real(B, past, k) if state.key_mask is None else state.key_mask, new], dim=1)
+        plain_causal = isinstance(visible, str) and visible == "causal" and past == 0
+        simple = key_mask is None and cu_seqlens is None
+        mask = None
+        if not (simple and (plain_causal or (isinstance(visible, str) and visible == "all"))):
+            mask = _visible_mask(q, k, visible, past, key_mask, cu_seqlens, cu_seqlens_k)
+        output = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=plain_causal and mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        ).transpose(1, 2)
+        if mask is not None:
+            output = output.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
+        if not return_state:
+            return output, None
+        return output, LayerState(length=q.new_zeros(0), keys=k, values=v, key_mask=key_mask)
+
+
+def _all_real(B: int, S: int, like: Tensor) -> Tensor:
+    return torch.ones(B, S, dtype=torch.bool, device=like.device)
+
+
+def _visible_mask(
+    q: Tensor, k: Tensor, visible: Visible, past: int, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """bool [B or 1, 1, T, S], True where the query sees the key; every query sees the ``past`` keys of the state."""
+    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    queries, keys = torch.arange(T, device=q.device), torch.arange(S - past, device=q.device)
+    mask = torch.ones(1, T, S - past, dtype=torch.bool, device=q.device)
+    if cu_seqlens is not None:
+        rows, queries = _rows(cu_seqlens, queries)
+        key_rows, keys = _rows(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, keys)
+        mask = (rows[:, None] == key_rows[None])[None]
+    if isinstance(visible, str):
+        counts = queries[None] + 1 if visible == "causal" else None
+    else:
+        counts = visible.at(queries[None], S) if isinstance(visible, Staircase) else visible
+    if counts is not None:
+        mask = mask & (keys < counts[..., None])
+    if past:
+        mask = torch.cat([torch.ones(*mask.shape[:2], past, dtype=torch.bool, device=q.device), mask], dim=-1)
+    if key_mask is not None:
+        mask = mask & key_mask[:, None]
+    return mask[:, None].expand(-1, 1, T, S) if mask.shape[0] in (1, B) else mask[:, None]
+
+
+def _rows(cu_seqlens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Which packed sequence each slot belongs to, and its index in it."""
+    bounds = cu_seqlens.to(torch.int64)
+    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+    return row, slots - bounds[row]
