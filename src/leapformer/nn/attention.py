@@ -197,7 +197,8 @@ class LinearAttention(AttentionLayer):
             raise ValueError(f"proportion: expected None, 'position' or 'learned', got {proportion!r}")
         self.decay = Decay(hidden_size, num_heads) if decay else None
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
-        self.eps, self.impl = eps, impl
+        self.eps = eps
+        self.impl: Impl = impl
         self.capabilities = Capabilities(True, True, True, arbitrary_length=proportion != "position")
 
     def attend(

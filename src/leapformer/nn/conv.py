@@ -39,13 +39,14 @@ class ShortConvolution(nn.Module):
             past = x.new_zeros(B, self.width - 1, D)
         padded = torch.cat([past.to(x.dtype), x], dim=1)
         y = x * self.weight[0]
+        since_start = None
         if cu_seqlens is not None:
             slots = torch.arange(T, device=x.device)
             row = torch.searchsorted(cu_seqlens[1:].to(torch.int64).contiguous(), slots, right=True)
             since_start = slots - cu_seqlens.to(torch.int64)[row]
         for w in range(1, self.width):
             earlier = padded[:, self.width - 1 - w : self.width - 1 - w + T]
-            if cu_seqlens is not None:
-                earlier = earlier * (since_start >= w)[None, :, None]
+            if since_start is not None:
+                earlier = earlier.masked_fill((since_start < w)[None, :, None], 0)
             y = torch.addcmul(y, earlier, self.weight[w])
         return y, padded[:, T:]

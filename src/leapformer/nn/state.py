@@ -37,7 +37,7 @@ class LayerState:
 
     def snapshot(self) -> LayerState:
         """An independent copy."""
-        linear = None if self.linear is None else LinearState(*(None if t is None else t.clone() for t in self.linear))
+        linear = None if self.linear is None else self.linear.clone()
         return replace(self, linear=linear, **{name: t.clone() for name, t in self._tensors().items()})
 
     def restore(self, snapshot: LayerState) -> None:

@@ -93,7 +93,9 @@ def linear_attention(
     _check(q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps)
     causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
     if log_decay is not None and q.shape[2] != k.shape[2]:
-        k, v, k_factors = (_for_query_heads(x, q.shape[2]) for x in (k, v, k_factors))
+        k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
+        if k_factors is not None and k_factors.shape[2] > 1:
+            k_factors = _for_query_heads(k_factors, q.shape[2])
     run = _implementation(impl)
     output, kv, z = run(
         q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -197,8 +199,8 @@ def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bthk,hrk->bthr", x, weight)
 
 
-def _for_query_heads(x: Tensor | None, H: int) -> Tensor | None:
-    return x if x is None or x.shape[2] == 1 else x.repeat_interleave(H // x.shape[2], dim=2)
+def _for_query_heads(x: Tensor, H: int) -> Tensor:
+    return x.repeat_interleave(H // x.shape[2], dim=2)
 
 
 def _implementation(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -345,7 +347,6 @@ def _check(
     _check_factors(q, k, q_factors, k_factors)
     _check_visible(visible, B, T, S)
     if key_mask is not None:
-        _expect(cu_seqlens is None, "key_mask", "None together with cu_seqlens", "both")
         _expect(key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", key_mask.dtype)
         _expect(tuple(key_mask.shape) == (B, S), "key_mask", f"shape {(B, S)}", tuple(key_mask.shape))
     N = _check_packing(B, T, S, visible, cu_seqlens, cu_seqlens_k)

@@ -136,7 +136,7 @@ class _Bucket(NamedTuple):
             log_decay=None if x.log_decay is None else self.queries_in(x.log_decay),
             kv=None if x.kv is None else x.kv[self.rows],
             z=None if x.z is None else x.z[self.rows],
-            key_mask=None,
+            key_mask=None if x.key_mask is None else x.key_mask[0][self.keys],
         )
 
     def options(self, options: Options) -> Options:

@@ -5,6 +5,7 @@ Letters: B batch (or packed sequences), G state heads, H query heads, R rank of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,18 +57,26 @@ class LinearState(NamedTuple):
         """The rows ``index`` of the batch; an int keeps the batch axis (of length 1)."""
         if isinstance(index, int):
             index = slice(index, index + 1 or None)
-        return LinearState(*(None if field is None else field[index] for field in self))
+        return self._map(lambda field: field[index])
 
     def reorder(self, index: Tensor) -> LinearState:
         """Row b of the result is row ``index[b]`` of this state (beam search); ``index`` is int64 [B]."""
-        return LinearState(*(None if field is None else field.index_select(0, index) for field in self))
+        return self._map(lambda field: field.index_select(0, index))
+
+    def clone(self) -> LinearState:
+        """An independent copy."""
+        return self._map(Tensor.clone)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> LinearState:
+        decay = None if self.log_decay is None else change(self.log_decay)
+        return LinearState(change(self.kv), change(self.z), decay)
 
     def copy_(self, other: LinearState) -> LinearState:
         """Overwrite this state in place (addresses stay) with ``other`` and return it."""
         if (self.log_decay is None) != (other.log_decay is None):
             raise ValueError("LinearState.copy_: one state has log_decay and the other has none")
         for own, new in zip(self, other, strict=True):
-            if own is not None:
+            if own is not None and new is not None:
                 if own.shape != new.shape:
                     raise ValueError(f"LinearState.copy_: expected shape {tuple(own.shape)}, got {tuple(new.shape)}")
                 own.copy_(new)

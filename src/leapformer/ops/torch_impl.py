@@ -35,8 +35,10 @@ def _forward(
     options = Options(causal, counts, normalize, eps)
     with torch.autocast(q.device.type, enabled=False):
         if cu_seqlens is not None and cu_seqlens_k is not None:
-            return tuple(layouts.packed_forward(x, cu_seqlens, cu_seqlens_k, options))
-        return tuple(layouts.forward(x, options))
+            result = layouts.packed_forward(x, cu_seqlens, cu_seqlens_k, options)
+        else:
+            result = layouts.forward(x, options)
+    return result.output, result.kv, result.z, result.normaliser
 
 
 forward_op = torch.library.custom_op("leapformer::linear_attention", _forward, mutates_args=())
