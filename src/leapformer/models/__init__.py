@@ -1,0 +1,28 @@
+"""LeaPformer models for Hugging Face transformers. Importing this registers them with the Auto classes. See docs/models.md."""
+
+from leapformer.errors import MissingExtra
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+except ImportError as error:
+    raise MissingExtra("lm", package="transformers", purpose="leapformer.models") from error
+
+from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from leapformer.models.cache import LeapformerCache
+from leapformer.models.configuration import LeapformerConfig
+from leapformer.models.modeling import CheckpointError, LeapformerForCausalLM, LeapformerModel, SequenceTooLong
+
+AutoConfig.register(LeapformerConfig.model_type, LeapformerConfig, exist_ok=True)
+AutoModel.register(LeapformerConfig, LeapformerModel, exist_ok=True)
+AutoModelForCausalLM.register(LeapformerConfig, LeapformerForCausalLM, exist_ok=True)
+
+__all__ = [
+    "AdaptiveEmbedding",
+    "AdaptiveSoftmax",
+    "CheckpointError",
+    "LeapformerCache",
+    "LeapformerConfig",
+    "LeapformerForCausalLM",
+    "LeapformerModel",
+    "SequenceTooLong",
+]

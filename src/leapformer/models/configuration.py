@@ -1,0 +1,197 @@
+"""The configuration of every LeaPformer model, with Hugging Face's standard names where they exist."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+ATTENTION_KINDS = ("leap", "cosformer", "linear", "softmax")
+VARIANTS = ("paper", "gated")
+POSITIONS = ("sinusoidal", "learned", "none")
+OUTPUT_NORMS = ("sum", "rmsnorm")
+
+
+class LeapformerConfig(PreTrainedConfig):
+    r"""Configuration of `LeapformerModel` and `LeapformerForCausalLM`.
+
+    Sizes:
+        vocab_size (256), hidden_size (128), num_hidden_layers (4), num_attention_heads (4), intermediate_size (None:
+        4 x hidden_size), num_key_value_heads (None: num_attention_heads), head_dim (None: hidden_size / heads).
+    Attention:
+        attention ("leap"): one kind for all blocks, or a list with one kind per block (a hybrid):
+            "leap" (learned proportions), "cosformer" (P(i) = i / max_position_embeddings), "linear" (no re-weighting),
+            "softmax".
+        variant ("paper"): "paper" or "gated". It sets the three switches below wherever they are None.
+        decay (None): data-dependent decay per head; paper False, gated True. Linear kinds only.
+        conv_width (None): width of the causal depthwise convolution on the layer's input, 0 for none;
+            paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
+        output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds only.
+        leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
+        leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.
+        leap_start ("default"): how the LeaP module starts, "default" or "spread".
+        leap_per_head (False): one module per head instead of one shared over the heads.
+        leap_bins (None): round learned proportions to this many values, with a straight-through gradient.
+        feature_map ("relu"), reweighting ("cosine"): names from `leapformer.nn`.
+        attention_impl ("auto"): which implementation of `leapformer.ops` runs.
+        attention_eps (1e-6): the clamp of the normaliser.
+        attention_bias (True): biases of the projections.
+    Positions:
+        positions ("sinusoidal"): "sinusoidal" (any length), "learned" or "none".
+        max_position_embeddings (2048): a limit for cosFormer and for learned positions, and for nothing else.
+        position_scale (1.0): what sinusoidal positions are multiplied with.
+    The rest:
+        hidden_act ("relu"; or "gelu", "silu"), hidden_dropout, attention_dropout, activation_dropout (0.0), layer_norm_eps,
+        final_norm (True): a LayerNorm after the last block.
+        tie_word_embeddings (True): the output layer is the input embedding.
+        adaptive_cutoffs (None): band limits such as [20000, 60000] of an adaptive input and softmax (Baevski and Auli);
+        adaptive_factor (4), adaptive_dropout (0.0). They need tied embeddings.
+        initializer_range (0.02): standard deviation of every projection; the two that write into the residual stream
+            are divided by sqrt(2 x num_hidden_layers).
+        embedding_initializer_range (None: hidden_size ** -0.5) and embedding_scale (None: hidden_size ** 0.5), so
+            that a token enters the first block with unit variance while tied logits start with unit variance too.
+
+    Raises ValueError with the field's name, what was expected and what was found.
+
+    Example:
+        >>> config = LeapformerConfig(num_hidden_layers=2, attention=["leap", "softmax"])
+        >>> config.attention_of(1)
+        'softmax'
+    """
+
+    model_type = "leapformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "relu"
+
+    attention: str | list[str] | tuple[str, ...] = "leap"
+    variant: str = "paper"
+    decay: bool | None = None
+    conv_width: int | None = None
+    output_norm: str | None = None
+    leap_hidden: int | None = None
+    leap_share: float | None = None
+    leap_start: str = "default"
+    leap_per_head: bool = False
+    leap_bins: int | None = None
+    feature_map: str = "relu"
+    reweighting: str = "cosine"
+    attention_impl: str = "auto"
+    attention_eps: float = 1e-6
+    attention_bias: bool = True
+
+    positions: str = "sinusoidal"
+    max_position_embeddings: int = 2048
+    position_scale: float | int = 1.0
+
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    final_norm: bool = True
+
+    tie_word_embeddings: bool = True
+    adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
+    adaptive_factor: int = 4
+    adaptive_dropout: float | int = 0.0
+
+    initializer_range: float = 0.02
+    embedding_initializer_range: float | None = None
+    embedding_scale: float | int | None = None
+
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._check_sizes()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.embedding_initializer_range is None:
+            self.embedding_initializer_range = self.hidden_size**-0.5
+        if self.embedding_scale is None:
+            self.embedding_scale = math.sqrt(self.hidden_size)
+        if isinstance(self.attention, tuple):
+            self.attention = list(self.attention)
+        self._check_choices()
+        self._check_adaptive()
+        super().__post_init__(**kwargs)
+
+    def attention_of(self, layer: int) -> str:
+        """The attention kind of block `layer`."""
+        return self.attention if isinstance(self.attention, str) else self.attention[layer]
+
+    @property
+    def attention_kinds(self) -> list[str]:
+        """The attention kind of every block, in order."""
+        return [self.attention_of(layer) for layer in range(self.num_hidden_layers)]
+
+    def length_limit(self) -> tuple[int, str] | None:
+        """The longest sequence that this model takes and why, or None where any length will do."""
+        if "cosformer" in self.attention_kinds:
+            why = "cosFormer's proportion is i / max_position_embeddings and must stay within 1"
+        elif self.positions == "learned":
+            why = "learned positions exist up to max_position_embeddings only"
+        else:
+            return None
+        return self.max_position_embeddings, why
+
+    def _check_sizes(self) -> None:
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"config {name}: expected at least 1, found {getattr(self, name)}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads} "
+                f"(or a head_dim), found {self.hidden_size}"
+            )
+        groups = self.num_key_value_heads
+        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
+            raise ValueError(
+                f"config num_key_value_heads: expected a divisor of num_attention_heads={self.num_attention_heads}, "
+                f"found {groups}"
+            )
+
+    def _check_choices(self) -> None:
+        kinds = [self.attention] if isinstance(self.attention, str) else self.attention
+        if not isinstance(self.attention, str) and len(kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"config attention: expected one kind per block ({self.num_hidden_layers}), found {len(kinds)}"
+            )
+        for kind in kinds:
+            _check_choice("attention", kind, ATTENTION_KINDS)
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("positions", self.positions, POSITIONS)
+        if self.output_norm is not None:
+            _check_choice("output_norm", self.output_norm, OUTPUT_NORMS)
+        if self.leap_hidden is not None and self.leap_share is not None:
+            raise ValueError("config leap_hidden and leap_share: expected at most one of the two, found both")
+
+    def _check_adaptive(self) -> None:
+        if self.adaptive_cutoffs is None:
+            return
+        limits = list(self.adaptive_cutoffs)
+        if not limits or limits != sorted(set(limits)) or limits[0] < 1 or limits[-1] >= self.vocab_size:
+            raise ValueError(
+                f"config adaptive_cutoffs: expected rising limits between 1 and vocab_size - 1 = {self.vocab_size - 1}, "
+                f"found {limits}"
+            )
+        if not self.tie_word_embeddings:
+            raise ValueError("config adaptive_cutoffs: expected tie_word_embeddings=True, found False")
+        self.adaptive_cutoffs = limits
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"config {name}: expected one of {', '.join(choices)}, found {value!r}")

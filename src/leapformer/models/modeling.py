@@ -1,0 +1,501 @@
+"""The LeaPformer language model for Hugging Face transformers.
+
+Letters: B sequences, T tokens, D hidden size, V vocabulary, N packed sequences.
+"""
+
+import math
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from leapformer.errors import LeapformerError
+from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from leapformer.models.cache import LeapformerCache
+from leapformer.models.configuration import LeapformerConfig
+from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
+from leapformer.nn import (
+    Decay,
+    DecoderBlock,
+    LeapModule,
+    LearnedPositions,
+    ShortConvolution,
+    SinusoidalPositions,
+    build_attention,
+    hidden_for_share,
+)
+
+
+class SequenceTooLong(LeapformerError, ValueError):
+    """A sequence is longer than cosFormer's or learned positions' maximum."""
+
+
+class CheckpointError(LeapformerError, ValueError):
+    """A checkpoint is cut off, damaged, or of another model."""
+
+
+class LeapformerPreTrainedModel(PreTrainedModel):
+    """What all LeaPformer models share: initialisation, strict loading, and an own cache in `generate`."""
+
+    config_class = LeapformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderBlock"]
+    # A constant-size state cannot be cropped, so assisted generation is refused.
+    _is_stateful = True
+
+    config: LeapformerConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As in transformers, from safetensors only, and strict: a missing, surplus or misshapen weight is an error.
+
+        Raises CheckpointError (one line) for a file that is cut off or of another model.
+        """
+        where = str(pretrained_model_name_or_path)
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        _check_model_type(where)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint {where}: expected whole safetensors weights, found {error}") from error
+        except RuntimeError as error:
+            raise CheckpointError(f"checkpoint {where}: its weights have other shapes than its config says") from error
+        _check_loaded(where, info, cls)
+        return (model, info) if want_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, AdaptiveEmbedding):
+            for embedding, projection in zip(module.embeddings, module.projections, strict=True):
+                # Each band ends with the variance of an embedding of full size.
+                init.normal_(embedding.weight, std=embedding.weight.shape[1] ** -0.5)
+                init.normal_(projection.weight, std=projection.weight.shape[0] ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.embedding_initializer_range)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | LeapModule | Decay | ShortConvolution):
+            if not all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+                module.reset_parameters()
+        elif isinstance(module, DecoderBlock):
+            # Children come first, so this replaces what the two projections into the residual stream got.
+            for projection in (module.attention.o_proj, module.feed_forward.down_proj):
+                init.normal_(projection.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+class LeapformerModel(LeapformerPreTrainedModel):
+    """Token embeddings, positions and blocks of causal attention; the output is the last hidden state.
+
+    Example:
+        >>> model = LeapformerModel(LeapformerConfig(hidden_size=16, num_hidden_layers=1))
+        >>> model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
+        torch.Size([1, 3, 16])
+    """
+
+    def __init__(self, config: LeapformerConfig):
+        super().__init__(config)
+        self.embed_tokens = _build_embedding(config)
+        self.positions = _build_positions(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        leap_hidden = _leap_hidden(config)
+        self.blocks = nn.ModuleList(_build_block(config, kind, leap_hidden) for kind in config.attention_kinds)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LeapformerCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the model over T new tokens.
+
+        Arguments:
+            input_ids: [B, T] int64, or instead inputs_embeds: [B, T, D], before the embedding scale.
+            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 = real, 0 = padding on either side. None: all real.
+            position_ids: [B or 1, T] int64 from 0. None: counted over the real tokens, going on from the cache.
+            past_key_values: a `LeapformerCache`, updated in place. None makes one if use_cache.
+            use_cache: None means config.use_cache, but never in training or for packed sequences.
+            cu_seqlens: [N + 1] int32, for N sequences packed into one row (B = 1) instead of a mask; attention and
+                positions start anew in each.
+
+        Raises ValueError for a mask of another shape, another kind of cache, or a sequence longer than
+        max_position_embeddings where attention is cosFormer or positions are learned.
+        """
+        embeds = self._embed(input_ids, inputs_embeds)
+        batch, tokens, _ = embeds.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        cache = _check_cache(past_key_values, self.config.num_hidden_layers, cu_seqlens)
+        if use_cache and cache is None:
+            cache = LeapformerCache(self.config.num_hidden_layers)
+        past = 0 if cache is None else cache.get_seq_length()
+        key_mask = _new_token_mask(attention_mask, batch, tokens, past)
+        slots = past + tokens
+        if position_ids is None:
+            position_ids = _count_positions(key_mask, cache, cu_seqlens, tokens, embeds.device)
+        else:
+            slots = None
+        self._check_length(position_ids, slots)
+
+        hidden = embeds if self.positions is None else embeds + self._position_vectors(position_ids, embeds.dtype)
+        hidden = self.dropout(hidden)
+        keywords = {
+            "visible": "causal",
+            "key_mask": key_mask,
+            "position_ids": position_ids,
+            "cu_seqlens": cu_seqlens,
+        }
+        states: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            if output_hidden_states:
+                states.append(hidden)
+            hidden = self._run_block(block, hidden, keywords, cache, layer)
+        hidden = self.norm(hidden)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("LeapformerModel: expected either input_ids or inputs_embeds, found both or neither")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return embeds * self.config.embedding_scale
+
+    def _position_vectors(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.positions(position_ids).to(dtype) * self.config.position_scale
+
+    def _check_length(self, position_ids: Tensor, slots: int | None) -> None:
+        """Refuse positions past the limit. Counted positions stay below `slots`, so mostly nothing has to be read."""
+        limit = self.config.length_limit()
+        if limit is None or (slots is not None and slots <= limit[0]) or torch.compiler.is_compiling():
+            return
+        longest, why = limit
+        found = int(position_ids.max()) + 1
+        if found > longest:
+            raise SequenceTooLong(
+                f"sequence too long: expected at most max_position_embeddings={longest} tokens, found {found}; {why} "
+                "(attention='leap' with sinusoidal positions takes any length)"
+            )
+
+    def _run_block(
+        self, block: nn.Module, hidden: Tensor, keywords: dict, cache: LeapformerCache | None, layer: int
+    ) -> Tensor:
+        if cache is None:
+            call = partial(block.__call__, **keywords)
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(call, hidden)[0]
+            return call(hidden)[0]
+        kept = cache.layers[layer]
+        hidden, state = block(hidden, **keywords, state=kept.state, return_state=True)
+        kept.store(state, slots=hidden.shape[1])
+        return hidden
+
+
+class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
+    """The language model: `LeapformerModel` and an output layer over the vocabulary.
+
+    Example:
+        >>> model = LeapformerForCausalLM(LeapformerConfig(hidden_size=16, num_hidden_layers=1))
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model(ids, labels=ids).logits.shape
+        torch.Size([1, 3, 256])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # The Trainer then passes num_items_in_batch, so that accumulation averages over tokens and not over batches.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: LeapformerConfig):
+        super().__init__(config)
+        self.model = LeapformerModel(config)
+        if config.adaptive_cutoffs is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = {}
+            self.lm_head = AdaptiveSoftmax(
+                config.vocab_size,
+                config.hidden_size,
+                cutoffs=list(config.adaptive_cutoffs),
+                dropout=config.adaptive_dropout,
+            )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LeapformerCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """As `LeapformerModel.forward`, and:
+
+        labels: [B, T] int64, shifted inside (place t is scored on labels[t + 1]), -100 ignored. With labels no cache is
+            made unless asked for, and an adaptive softmax returns the loss without logits.
+        num_items_in_batch: the loss is the sum over tokens divided by this; None: their mean.
+        logits_to_keep: only the last so many places (0: all), or a tensor of indices, get logits.
+
+        The logits [B, T, V] have the model's dtype; those of an adaptive softmax are log-probabilities.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        loss, logits = None, None
+        if labels is not None:
+            targets = next_token_labels(labels)
+            losses, logits = self._losses(hidden, targets)
+            loss = reduce_losses(losses, targets, num_items_in_batch)
+            logits = None if logits is None else _keep(logits, logits_to_keep)
+        else:
+            logits = self._logits(_keep(hidden, logits_to_keep))
+        output = CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of every token in nats, [B, T] at least float32: place t is -log p(labels[t + 1]), 0 if ignored."""
+        hidden = self.model(input_ids, attention_mask, use_cache=False, cu_seqlens=cu_seqlens).last_hidden_state
+        return self._losses(hidden, next_token_labels(labels))[0]
+
+    def num_parameters_added_by_leap(self) -> int:
+        """How many of the parameters belong to LeaP modules."""
+        return sum(
+            p.numel() for module in self.modules() if isinstance(module, LeapModule) for p in module.parameters()
+        )
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Losses [B, T] and, where they had to be computed anyway, the logits [B, T, V]."""
+        flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if isinstance(self.lm_head, AdaptiveSoftmax):
+            return self.lm_head.token_losses(flat, flat_targets, self._bands()).view(targets.shape), None
+        logits = self.lm_head(flat)
+        return token_losses(logits, flat_targets).view(targets.shape), logits.view(*targets.shape, -1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.lm_head, AdaptiveSoftmax):
+            return self.lm_head.log_probabilities(hidden, self._bands())
+        return self.lm_head(hidden)
+
+    def _bands(self) -> list[tuple[Tensor, Tensor]]:
+        embedding = self.model.embed_tokens
+        assert isinstance(embedding, AdaptiveEmbedding)
+        return embedding.weights()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        """Give `generate` our cache from the start (chunked prefill needs one before the first forward)."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    "generate: expected no cache_implementation (the model has its own cache), "
+                    f"found {generation_config.cache_implementation!r}"
+                )
+            model_kwargs["past_key_values"] = LeapformerCache(self.config.num_hidden_layers)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+
+def _build_embedding(config: LeapformerConfig) -> nn.Module:
+    if config.adaptive_cutoffs is None:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    return AdaptiveEmbedding(
+        config.vocab_size, config.hidden_size, cutoffs=list(config.adaptive_cutoffs), factor=config.adaptive_factor
+    )
+
+
+def _build_positions(config: LeapformerConfig) -> nn.Module | None:
+    if config.positions == "sinusoidal":
+        return SinusoidalPositions(config.hidden_size)
+    if config.positions == "learned":
+        return LearnedPositions(config.max_position_embeddings, config.hidden_size)
+    return None
+
+
+def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> DecoderBlock:
+    attention = build_attention(
+        kind,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        variant=config.variant,  # type: ignore[arg-type]
+        decay=config.decay,
+        conv_width=config.conv_width,
+        output_norm=None if config.output_norm is None else config.output_norm == "rmsnorm",
+        leap_hidden=leap_hidden,
+        leap_per_head=config.leap_per_head,
+        leap_bins=config.leap_bins,
+        leap_start=config.leap_start,  # type: ignore[arg-type]
+        feature_map=config.feature_map,
+        reweighting=config.reweighting,
+        max_positions=config.max_position_embeddings,
+        bias=config.attention_bias,
+        dropout=config.attention_dropout,
+        eps=config.attention_eps,
+        impl=config.attention_impl,  # type: ignore[arg-type]
+    )
+    return DecoderBlock(
+        attention,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        activation=config.hidden_act,
+        dropout=config.hidden_dropout,
+        activation_dropout=config.activation_dropout,
+        norm_eps=config.layer_norm_eps,
+    )
+
+
+def _leap_hidden(config: LeapformerConfig) -> int:
+    """The LeaP module's r: given, from the wanted share of the parameters, or the paper's head_dim / 4."""
+    if config.leap_hidden is not None:
+        return config.leap_hidden
+    blocks = config.attention_kinds.count("leap")
+    if config.leap_share is None or not blocks:
+        return max(1, config.head_dim // 4)
+    # The same language model with plain linear attention instead says how many parameters there are without LeaP.
+    fields: dict[str, Any] = config.to_dict() | {"leap_share": None}
+    fields["attention"] = ["linear" if kind == "leap" else kind for kind in config.attention_kinds]
+    with torch.device("meta"):
+        parameters = LeapformerForCausalLM(LeapformerConfig(**fields)).num_parameters()
+    modules = config.num_attention_heads + config.num_key_value_heads if config.leap_per_head else 2
+    return hidden_for_share(
+        config.leap_share, parameters=parameters, modules=blocks * modules, head_dim=config.head_dim
+    )
+
+
+def _new_token_mask(
+    attention_mask: Tensor | dict[str, Tensor] | None, batch: int, tokens: int, past: int
+) -> Tensor | None:
+    """The mask [B, T] bool of the new tokens, or None where all are real."""
+    if isinstance(attention_mask, dict):
+        # transformers makes one entry per layer type; ours are all the same.
+        attention_mask = next(iter(attention_mask.values()), None)
+    if attention_mask is None:
+        return None
+    widths = (tokens, past + tokens)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in widths:
+        raise ValueError(
+            f"attention_mask: expected [{batch}, {tokens}] or, with the cached tokens, [{batch}, {past + tokens}], "
+            f"found {list(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
+    # Without padding the attention is faster without a mask. Looking costs a synchronisation on other devices.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def _count_positions(
+    mask: Tensor | None, cache: LeapformerCache | None, cu_seqlens: Tensor | None, tokens: int, device: torch.device
+) -> Tensor:
+    """Position of every new token, [1 or B, T] int64: how many real tokens its sequence has before it."""
+    if mask is not None:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    else:
+        positions = torch.arange(tokens, device=device)[None]
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].to(device), positions[0], right=True)
+        positions = positions - cu_seqlens.to(device)[sequence][None]
+    if cache is not None and cache.length is not None:
+        positions = positions + cache.length[:, None]
+    return positions
+
+
+def _check_cache(cache: Any, layers: int, cu_seqlens: Tensor | None) -> LeapformerCache | None:
+    if cache is None:
+        return None
+    if not isinstance(cache, LeapformerCache) or len(cache.layers) != layers:
+        raise ValueError(
+            f"past_key_values: expected a LeapformerCache of {layers} layers, "
+            f"found {type(cache).__name__} of {len(cache)} layers"
+        )
+    if cu_seqlens is not None:
+        raise ValueError("past_key_values: expected none beside cu_seqlens (packed sequences), found a LeapformerCache")
+    return cache
+
+
+def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+def _check_model_type(where: str) -> None:
+    """Refuse a folder whose config.json is of another kind of model; transformers would only warn."""
+    if not os.path.isdir(where):
+        return
+    try:
+        found = LeapformerConfig.get_config_dict(where)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {where}: expected a readable config.json, found none") from error
+    if found != LeapformerConfig.model_type:
+        raise CheckpointError(f"checkpoint {where}: expected model_type 'leapformer', found {found!r}")
+
+
+def _check_loaded(where: str, info: dict, cls: type[PreTrainedModel]) -> None:
+    """Raise on missing or surplus weights, which transformers would fill at random or drop."""
+    missing = sorted(info["missing_keys"])
+    surplus = sorted(info["unexpected_keys"])
+    if cls is LeapformerModel:
+        # The body alone may be taken out of a model with a head.
+        surplus = [key for key in surplus if not key.startswith("lm_head.")]
+    if missing or surplus:
+        raise CheckpointError(
+            f"checkpoint {where}: expected the weights of {cls.__name__} as its config says, "
+            f"found {len(missing)} missing (first: {missing[:1]}) and {len(surplus)} others (first: {surplus[:1]})"
+        )
