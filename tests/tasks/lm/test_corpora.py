@@ -123,6 +123,12 @@ def test_text_files_and_rows_of_a_folder(tmp_path, suffix):
     assert corpus.separate_documents
 
 
+def test_a_single_file_is_cut_whatever_its_name(tmp_path):
+    (tmp_path / "valid.txt").write_text("line\n" * 40)
+    corpus = load_corpus("text", path=tmp_path / "valid.txt")
+    assert (corpus.train, corpus.validation) == (["line\n" * 38], ["line\n" * 2])
+
+
 def test_rows_may_name_another_field(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"body": "a b c"}')
     (tmp_path / "test.jsonl").write_text('{"body": "d"}')

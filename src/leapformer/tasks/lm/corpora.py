@@ -257,7 +257,7 @@ def _load_text(path: Any, subset: str | None, text_field: str, validation_share:
             raise LeapformerError(f"data.path: expected a file {wanted}, found {root}")
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in files:
-        splits[_split_of(file)].extend(_read_documents(file, text_field))
+        splits[_split_of(file) if root.is_dir() else "train"].extend(_read_documents(file, text_field))
     if not any(splits.values()):
         raise LeapformerError(f"data: {root} has no text")
     name = f"text ({root.name})"
@@ -283,21 +283,15 @@ def _only_filled(splits: dict[str, list[str]]) -> str:
 def hold_out(documents: list[str], *, share: float) -> tuple[list[str], list[str]]:
     """Cuts a list of documents into training and validation.
 
-    From 20 documents on, whole documents are held out, evenly spread: those at which the running share of the text
-    passes the next multiple. With fewer, the last lines of every document.
+    From 20 documents on, whole documents are held out, evenly spread whatever their length. With fewer, the last lines
+    of every document.
     """
     if len(documents) < 20:
         return _hold_out_tails(documents, share)
     train: list[str] = []
     held: list[str] = []
-    debt = 0.0
-    for document in documents:
-        debt += share * len(document)
-        if debt >= len(document):
-            held.append(document)
-            debt -= len(document)
-        else:
-            train.append(document)
+    for index, document in enumerate(documents, start=1):
+        (held if int(index * share) > int((index - 1) * share) else train).append(document)
     if not held:
         held.append(train.pop())
     return train, held
