@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops import reference, torch_impl
+from leapformer.ops.autocast import without_autocast
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase
 
@@ -97,11 +98,12 @@ def linear_attention(
         if k_factors is not None and k_factors.shape[2] > 1:
             k_factors = _for_query_heads(k_factors, q.shape[2])
     run = _implementation(impl)
-    output, kv, z = run(
-        q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-        initial_state=initial_state, normalize=normalize, eps=eps,
-    )  # fmt: skip
+    with without_autocast(q.device.type):
+        output, kv, z = run(
+            q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
+            initial_state=initial_state, normalize=normalize, eps=eps,
+        )  # fmt: skip
     if not return_state:
         return AttentionOutput(output, None)
     total = None if log_decay is None else _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
@@ -174,7 +176,7 @@ def linear_state(
 def proportion(x: Tensor, weights: LeapWeights) -> Tensor:
     """P = sigmoid(w2 . relu(w1 x + b1) + b2) in [0, 1]: x [B, T, H, K] (already ReLU'd) -> [B, T, H], float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         w1, b1, w2, b2 = (None if w is None else w.to(dtype) for w in weights)
         assert w2 is not None and b2 is not None
         x = x.to(dtype)
@@ -240,17 +242,18 @@ def _run_reference(
             counts = counts - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     whole = [(slice(None), slice(None), slice(None))]
     parts = whole if cu_seqlens is None or cu_seqlens_k is None else _packed_parts(cu_seqlens, cu_seqlens_k)
-    results = [
-        reference.attend(
-            q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
-            counts=None if counts is None else counts[:, t],
-            key_mask=None if key_mask is None else key_mask[:, s],
-            log_decay=None if log_decay is None else log_decay[:, t],
-            initial_state=None if initial_state is None else initial_state.select(row),
-            normalize=normalize, eps=eps,
-        )
-        for row, t, s in parts
-    ]  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        results = [
+            reference.attend(
+                q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
+                counts=None if counts is None else counts[:, t],
+                key_mask=None if key_mask is None else key_mask[:, s],
+                log_decay=None if log_decay is None else log_decay[:, t],
+                initial_state=None if initial_state is None else initial_state.select(row),
+                normalize=normalize, eps=eps,
+            )
+            for row, t, s in parts
+        ]  # fmt: skip
     output = torch.cat([out for out, _ in results], dim=1).to(q.dtype)
     return output, torch.cat([state.kv for _, state in results]), torch.cat([state.z for _, state in results])
 

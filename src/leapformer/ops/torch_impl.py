@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import layouts
+from leapformer.ops.autocast import without_autocast
 from leapformer.ops.chunks import Forward, Inputs
 from leapformer.ops.layouts import Options
 from leapformer.ops.state import LinearState
@@ -33,11 +34,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask)
     options = Options(causal, counts, normalize, eps)
-    with torch.autocast(q.device.type, enabled=False):
-        if cu_seqlens is not None and cu_seqlens_k is not None:
-            result = layouts.packed_forward(x, cu_seqlens, cu_seqlens_k, options)
-        else:
-            result = layouts.forward(x, options)
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        result = layouts.packed_forward(x, cu_seqlens, cu_seqlens_k, options)
+    else:
+        result = layouts.forward(x, options)
     return result.output, result.kv, result.z, result.normaliser
 
 
@@ -89,7 +89,7 @@ def _backward(
     x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask)
     saved = Forward(output, final_kv, final_z, normaliser)
     options = Options(causal, counts, normalize, eps)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if cu_seqlens is not None and cu_seqlens_k is not None:
             grads = layouts.packed_backward(x, cu_seqlens, cu_seqlens_k, saved, grad, grad_kv, grad_z, options)
         else:
