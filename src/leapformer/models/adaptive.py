@@ -13,6 +13,15 @@ from torch.nn import functional as F
 
 from leapformer.models.loss import IGNORE_INDEX
 
+# The attribute of a module that names the standard deviation of its weights at the start.
+START = "_start_std"
+
+
+def start_with(std: float, *modules: nn.Module) -> None:
+    """Let the weights of `modules` start with standard deviation `std` instead of the configuration's."""
+    for module in modules:
+        setattr(module, START, std)
+
 
 class AdaptiveEmbedding(nn.Module):
     """Word embeddings in bands: ids [...] int64 -> [..., D].
@@ -22,7 +31,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, *, cutoffs: list[int], factor: int = 4):
         super().__init__()
-        self.limits = [0, *cutoffs, vocab_size]
+        self.limits, self.hidden_size = [0, *cutoffs, vocab_size], hidden_size
         if hidden_size // factor ** len(cutoffs) < 1:
             raise ValueError(
                 f"adaptive embedding: expected hidden_size of at least factor^bands = {factor ** len(cutoffs)}, "
@@ -32,13 +41,16 @@ class AdaptiveEmbedding(nn.Module):
         self.projections = nn.ModuleList()
         for band, (first, end) in enumerate(zip(self.limits[:-1], self.limits[1:], strict=True)):
             size = hidden_size // factor**band
-            self.embeddings.append(nn.Embedding(end - first, size))
-            self.projections.append(nn.Linear(size, hidden_size, bias=False))
+            embedding, projection = nn.Embedding(end - first, size), nn.Linear(size, hidden_size, bias=False)
+            # Projected, every band then has the variance 1 / D of a plain embedding.
+            start_with(size**-0.5, embedding)
+            start_with(hidden_size**-0.5, projection)
+            self.embeddings.append(embedding)
+            self.projections.append(projection)
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
-        weight = self.projections[0].weight
-        output = weight.new_zeros(flat.shape[0], weight.shape[0])
+        output = self.embeddings[0].weight.new_zeros(flat.shape[0], self.hidden_size)  # type: ignore[operator]
         for band, (embedding, projection) in enumerate(zip(self.embeddings, self.projections, strict=True)):
             first, end = self.limits[band], self.limits[band + 1]
             rows = ((flat >= first) & (flat < end)).nonzero().squeeze(1)

@@ -87,16 +87,22 @@ class LeapformerCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[LeapformerCacheLayer() for _ in range(num_layers)])
 
+    def layer(self, number: int) -> LeapformerCacheLayer:
+        """What block `number` keeps."""
+        layer = self.layers[number]
+        assert isinstance(layer, LeapformerCacheLayer)
+        return layer
+
     @property
     def length(self) -> Tensor | None:
         """[B] int64: how many real tokens each row has seen, which is its next position; None before the first."""
-        state = self.layers[0].state
+        state = self.layer(0).state
         return None if state is None else state.length
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states: constant for linear attention, growing for softmax."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(self.layer(number).nbytes for number in range(len(self.layers)))
 
     def snapshot(self) -> "LeapformerCache":
         """An independent copy, to go back to."""
@@ -106,7 +112,8 @@ class LeapformerCache(Cache):
 
     def restore(self, snapshot: "LeapformerCache") -> None:
         """Go back to `snapshot`, which stays usable."""
-        for layer, kept in zip(self.layers, snapshot.layers, strict=True):
+        for number in range(len(self.layers)):
+            layer, kept = self.layer(number), snapshot.layer(number)
             layer.state = None if kept.state is None else kept.state.snapshot()
             layer.slots, layer.is_initialized = kept.slots, kept.is_initialized
 

@@ -3,6 +3,7 @@
 Letters: B sequences, T tokens, D hidden size, V vocabulary, N packed sequences.
 """
 
+import json
 import math
 import os
 from functools import partial
@@ -16,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from leapformer.errors import LeapformerError
-from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from leapformer.models.adaptive import START, AdaptiveEmbedding, AdaptiveSoftmax, start_with
 from leapformer.models.cache import LeapformerCache
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
@@ -63,37 +64,33 @@ class LeapformerPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)
         _check_model_type(where)
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise CheckpointError(f"checkpoint {where}: expected whole safetensors weights, found {error}") from error
         except RuntimeError as error:
             raise CheckpointError(f"checkpoint {where}: its weights have other shapes than its config says") from error
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {where}: expected safetensors weights, found none") from error
+        model, info = loaded
         _check_loaded(where, info, cls)
         return (model, info) if want_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, AdaptiveEmbedding):
-            for embedding, projection in zip(module.embeddings, module.projections, strict=True):
-                # Each band ends with the variance of an embedding of full size.
-                init.normal_(embedding.weight, std=embedding.weight.shape[1] ** -0.5)
-                init.normal_(projection.weight, std=projection.weight.shape[0] ** -0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.embedding_initializer_range)
+        # transformers calls this for modules with parameters of their own, so a special standard deviation is an
+        # attribute of the very module (see `start_with`) and not a matter of its parent.
+        if isinstance(module, nn.Embedding):
+            std: Any = self.config.embedding_initializer_range
+            init.normal_(module.weight, std=getattr(module, START, std))
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
+            init.normal_(module.weight, std=getattr(module, START, self.config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm | LeapModule | Decay | ShortConvolution):
             if not all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
                 module.reset_parameters()
-        elif isinstance(module, DecoderBlock):
-            # Children come first, so this replaces what the two projections into the residual stream got.
-            for projection in (module.attention.o_proj, module.feed_forward.down_proj):
-                init.normal_(projection.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
 
 class LeapformerModel(LeapformerPreTrainedModel):
@@ -159,7 +156,9 @@ class LeapformerModel(LeapformerPreTrainedModel):
             slots = None
         self._check_length(position_ids, slots)
 
-        hidden = embeds if self.positions is None else embeds + self._position_vectors(position_ids, embeds.dtype)
+        hidden = embeds
+        if self.positions is not None:
+            hidden = hidden + self.positions(position_ids).to(hidden.dtype) * self.config.position_scale
         hidden = self.dropout(hidden)
         keywords = {
             "visible": "causal",
@@ -184,10 +183,7 @@ class LeapformerModel(LeapformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LeapformerModel: expected either input_ids or inputs_embeds, found both or neither")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        return embeds * self.config.embedding_scale
-
-    def _position_vectors(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.positions(position_ids).to(dtype) * self.config.position_scale
+        return embeds * self.config.embedding_scale  # type: ignore[operator]
 
     def _check_length(self, position_ids: Tensor, slots: int | None) -> None:
         """Refuse positions past the limit. Counted positions stay below `slots`, so mostly nothing has to be read."""
@@ -210,7 +206,7 @@ class LeapformerModel(LeapformerPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 return self._gradient_checkpointing_func(call, hidden)[0]
             return call(hidden)[0]
-        kept = cache.layers[layer]
+        kept = cache.layer(layer)
         hidden, state = block(hidden, **keywords, state=kept.state, return_state=True)
         kept.store(state, slots=hidden.shape[1])
         return hidden
@@ -367,6 +363,7 @@ def _build_positions(config: LeapformerConfig) -> nn.Module | None:
 
 
 def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> DecoderBlock:
+    assert config.intermediate_size is not None
     attention = build_attention(
         kind,
         hidden_size=config.hidden_size,
@@ -389,7 +386,7 @@ def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> Decod
         eps=config.attention_eps,
         impl=config.attention_impl,  # type: ignore[arg-type]
     )
-    return DecoderBlock(
+    block = DecoderBlock(
         attention,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -398,12 +395,17 @@ def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> Decod
         activation_dropout=config.activation_dropout,
         norm_eps=config.layer_norm_eps,
     )
+    # 2 L parts are summed into the residual stream.
+    residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    start_with(residual, block.attention.o_proj, block.feed_forward.down_proj)
+    return block
 
 
 def _leap_hidden(config: LeapformerConfig) -> int:
     """The LeaP module's r: given, from the wanted share of the parameters, or the paper's head_dim / 4."""
     if config.leap_hidden is not None:
         return config.leap_hidden
+    assert config.head_dim is not None and config.num_key_value_heads is not None
     blocks = config.attention_kinds.count("leap")
     if config.leap_share is None or not blocks:
         return max(1, config.head_dim // 4)
@@ -480,9 +482,12 @@ def _check_model_type(where: str) -> None:
     if not os.path.isdir(where):
         return
     try:
-        found = LeapformerConfig.get_config_dict(where)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {where}: expected a readable config.json, found none") from error
+        with open(os.path.join(where, "config.json"), encoding="utf-8") as file:
+            found = json.load(file).get("model_type")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {where}: expected a config.json, found none") from error
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {where}: expected JSON in config.json, found {error}") from error
     if found != LeapformerConfig.model_type:
         raise CheckpointError(f"checkpoint {where}: expected model_type 'leapformer', found {found!r}")
 

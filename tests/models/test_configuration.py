@@ -1,0 +1,69 @@
+"""The configuration: defaults, variants, hybrids, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from leapformer.models import LeapformerConfig
+from tests.models.builders import tiny_config, tiny_model
+
+
+def test_defaults_follow_from_the_sizes():
+    config = LeapformerConfig(hidden_size=64, num_attention_heads=4)
+    assert (config.head_dim, config.intermediate_size, config.num_key_value_heads) == (16, 256, 4)
+    assert config.eos_token_id is None
+    assert config.embedding_scale == 8.0
+    assert config.embedding_initializer_range == 0.125
+
+
+def test_a_variant_sets_the_switches_and_a_switch_wins_over_it():
+    paper, gated, own, softmax = (
+        tiny_model(**fields).model.blocks[0].attention
+        for fields in (
+            {},
+            {"variant": "gated"},
+            {"variant": "gated", "output_norm": "sum", "decay": False, "conv_width": 3},
+            {"variant": "gated", "attention": "softmax", "conv_width": 3},
+        )
+    )
+    assert (paper.decay, paper.conv, paper.output_norm) == (None, None, None)
+    assert gated.decay is not None and gated.conv.width == 4 and gated.output_norm is not None
+    assert own.decay is None and own.conv.width == 3 and own.output_norm is None
+    assert softmax.conv.width == 3
+
+
+def test_a_hybrid_names_one_kind_per_block(tmp_path):
+    config = tiny_config(attention=("leap", "softmax"))
+    config.save_pretrained(tmp_path)
+    assert LeapformerConfig.from_pretrained(tmp_path).attention_kinds == ["leap", "softmax"]
+
+
+def test_a_configuration_survives_saving(tmp_path):
+    config = tiny_config(variant="gated", decay=False, leap_share=0.01, positions="learned")
+    config.save_pretrained(tmp_path)
+    assert LeapformerConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention": "lepa"}, "config attention: expected one of leap, cosformer, linear, softmax, found 'lepa'"),
+        ({"attention": ["leap"]}, r"config attention: expected one kind per block \(2\), found 1"),
+        ({"variant": "best"}, "config variant: expected one of paper, gated, found 'best'"),
+        ({"positions": "rotary"}, "config positions: expected one of sinusoidal, learned, none, found 'rotary'"),
+        ({"output_norm": "max"}, "config output_norm: expected one of sum, rmsnorm, found 'max'"),
+        ({"hidden_size": 15}, "config hidden_size: expected a multiple of num_attention_heads=2"),
+        ({"num_key_value_heads": 3}, "config num_key_value_heads: expected a divisor of num_attention_heads=2"),
+        ({"vocab_size": 0}, "config vocab_size: expected at least 1, found 0"),
+        ({"leap_hidden": 2, "leap_share": 0.1}, "config leap_hidden and leap_share: expected at most one"),
+        ({"adaptive_cutoffs": [20, 10]}, r"config adaptive_cutoffs: expected rising limits .* found \[20, 10\]"),
+        (
+            {"adaptive_cutoffs": [29]},
+            "config adaptive_cutoffs: expected rising limits between 1 and vocab_size - 1 = 28",
+        ),
+        ({"adaptive_cutoffs": [9], "tie_word_embeddings": False}, "expected tie_word_embeddings=True, found False"),
+    ],
+)
+def test_a_wrong_value_gets_one_line(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
