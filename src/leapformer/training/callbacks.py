@@ -1,0 +1,144 @@
+"""Callbacks: the metrics file, TensorBoard, the progress bar, and a stop that leaves a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from leapformer.training.run import Run
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what the Trainer logs to metrics.jsonl and to TensorBoard.
+
+    Arguments:
+        run: the folder of the run.
+        progress: returns the tokens and the seconds of training so far.
+    """
+
+    def __init__(self, run: Run, progress: Callable[[], tuple[int, float]]) -> None:
+        self.run = run
+        self.progress = progress
+        self.writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.run.tensorboard_path), purge_step=state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        tokens, seconds = self.progress()
+        values = {name: value for name, value in logs.items() if name != "epoch"}
+        self.run.log({"step": state.global_step, **values, "tokens": tokens, "seconds": round(seconds, 3)})
+        if self.writer is not None:
+            for name, value in values.items():
+                group = "eval" if name.startswith("eval_") else "train"
+                self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class ProgressBar(TrainerCallback):
+    """A bar of the steps on the error stream, with the last losses and the speed.
+
+    Arguments:
+        label: what is trained.
+        progress: returns the tokens and the seconds of training so far.
+    """
+
+    def __init__(self, label: str, progress: Callable[[], tuple[int, float]]) -> None:
+        self.label = label
+        self.progress = progress
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        names = {"loss": "loss", "eval_loss": "validation"}
+        self.shown.update({names[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in names})
+        tokens, seconds = self.progress()
+        if seconds:
+            self.shown["tokens/s"] = f"{tokens / seconds:,.0f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+
+
+class Stop(TrainerCallback):
+    """Ends the training with a checkpoint after the step in which it was asked for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def interruptible(stop: Stop) -> Iterator[None]:
+    """Within the block, Ctrl-C asks for a stop with a checkpoint; a second one breaks off at once.
+
+    Only the main thread can do that; elsewhere the block changes nothing.
+    """
+
+    def request(number: int, frame: Any) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, previous)
+
+    try:
+        previous = signal.signal(signal.SIGINT, request)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

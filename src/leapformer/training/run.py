@@ -1,0 +1,188 @@
+"""A run: one folder that holds the recipe, the metrics, the checkpoints, the best model and the results.
+
+    recipe.yaml      the resolved recipe
+    metrics.jsonl    one JSON object per logged event, in order of steps
+    checkpoints/     checkpoint-N, each enough to resume from
+    model/           the best model so far, for `from_pretrained`, with its tokenizer
+    tensorboard/
+    results.json     written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leapformer.errors import LeapformerError
+from leapformer.training.recipes import Recipe
+from leapformer.training.saving import check_archive, check_weights, recover, write_json, write_text
+
+CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINT_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+class Run:
+    """The folder of one run. Making the object touches nothing on disk."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.recipe_path = self.path / "recipe.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.results_path = self.path / "results.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.model_path = self.path / "model"
+        self.tensorboard_path = self.path / "tensorboard"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def cache_path(self) -> Path:
+        """Where prepared data is kept, beside the runs that share it."""
+        return self.path.parent / ".cache"
+
+    @property
+    def finished(self) -> bool:
+        return self.results_path.is_file()
+
+    def start(self, recipe: Recipe) -> Path | None:
+        """Make the folder, or take up an interrupted run of the same recipe.
+
+        Returns:
+            The checkpoint to resume from, or None to start at step 0.
+
+        Raises:
+            LeapformerError: the folder holds something else, a finished run, or a run of another recipe.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise LeapformerError(f"{self.path}: expected a folder for the run, found a file")
+        if not self.recipe_path.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise LeapformerError(
+                    f"{self.path}: expected an empty folder or an unfinished run, found other files; "
+                    "choose another --output"
+                )
+            self._make_folder()
+            write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            return None
+        if self.finished:
+            raise LeapformerError(f"{self.path}: this run is finished; choose another --output")
+        differences = list(_differences(self.recipe(), recipe.to_dict()))
+        if differences:
+            raise LeapformerError(
+                f"{self.path}: holds an unfinished run of another recipe ({'; '.join(differences[:3])}); "
+                "choose another --output"
+            )
+        for folder in (self.path, self.checkpoints_path):
+            recover(folder)
+        return self.last_checkpoint()
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as it was trained.
+
+        Raises:
+            LeapformerError: this is not the folder of a run.
+        """
+        if not self.recipe_path.is_file():
+            raise LeapformerError(f"{self.path}: expected the folder of a run, found no recipe.yaml in it")
+        content = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "task" not in content:
+            raise LeapformerError(f"{self.recipe_path}: expected a recipe, found something else")
+        return content
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds.
+
+        Raises:
+            LeapformerError: the run is not finished, or the file is damaged.
+        """
+        if not self.finished:
+            self.recipe()
+            raise LeapformerError(f"{self.path}: this run is not finished, so it has no results.json")
+        try:
+            content = json.loads(self.results_path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise LeapformerError(f"{self.results_path}: not valid JSON: {error}") from error
+        if not isinstance(content, dict) or "splits" not in content:
+            raise LeapformerError(f"{self.results_path}: expected the results of a run, found something else")
+        return content
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json, whole or not at all."""
+        write_json(self.results_path, results)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one event to metrics.jsonl."""
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise LeapformerError(f"{self.metrics_path}: could not be written ({error.strerror})") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged events; a last line that a crash cut off is left out."""
+        if not self.metrics_path.is_file():
+            return []
+        events = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return events
+
+    def rewind(self, step: int) -> None:
+        """Forget the events after `step`, which a resumed run logs again."""
+        kept = [event for event in self.metrics() if event.get("step", 0) <= step]
+        write_text(self.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints by step, the last one last."""
+        found = self.checkpoints_path.glob(f"{CHECKPOINT_PREFIX}*")
+        return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, checked to be whole.
+
+        Raises:
+            LeapformerError: it is cut off; says which to remove to go on from an earlier one.
+        """
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return None
+        last = checkpoints[-1]
+        try:
+            check_weights(last / "model.safetensors")
+            for name in CHECKPOINT_ARCHIVES:
+                check_archive(last / name)
+        except LeapformerError as error:
+            raise LeapformerError(f"{error}; remove {last} to resume from the checkpoint before it") from error
+        return last
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LeapformerError(f"{self.path}: can't make this folder ({error.strerror})") from error
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step a checkpoint folder was written at; -1 where the name has none."""
+    number = path.name.removeprefix(CHECKPOINT_PREFIX)
+    return int(number) if number.isdigit() else -1
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Any:
+    """ "key: old, now new" for every key in which two recipes differ."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {before!r}, now {after!r}"

@@ -1,0 +1,51 @@
+"""What a task brings to the training: its recipe's sections, its data, its model and its metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from leapformer.training.recipes import Recipe
+
+
+class TaskData(ABC):
+    """The prepared data of one recipe."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    collator: Callable[[list[Any]], dict[str, Any]]
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """A model with fresh weights, drawn from torch's global generator."""
+
+    @abstractmethod
+    def quick_metrics(self, model: PreTrainedModel) -> dict[str, float]:
+        """Metrics on a fixed part of the validation set, "loss" among them (lower is better)."""
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel, *, split: str) -> dict[str, Any]:
+        """All metrics on a whole split.
+
+        Returns:
+            A mapping with "metrics" for the split and further keys that go into results.json as they are.
+
+        Raises:
+            LeapformerError: there is no such split.
+        """
+
+
+class Task(ABC):
+    """A kind of problem that recipes can name."""
+
+    name: str
+    recipe_type: type[Recipe]
+
+    @abstractmethod
+    def prepare(self, recipe: Any, *, cache: Path) -> TaskData:
+        """Load and encode the data of a validated recipe; what takes long is kept under `cache`."""
