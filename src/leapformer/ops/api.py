@@ -17,10 +17,10 @@ from torch import Tensor
 
 from leapformer.ops import reference, torch_impl
 from leapformer.ops.autocast import without_autocast
+from leapformer.ops.checks import check_arguments, check_leap, expect
 from leapformer.ops.state import LinearState
-from leapformer.ops.visibility import Staircase
+from leapformer.ops.visibility import Staircase, Visible
 
-Visible = Literal["all", "causal"] | Staircase | Tensor
 Impl = Literal["auto", "reference", "torch"]
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ def linear_attention(
 
     Source: arXiv 2405.13046, eq. 5-8; arXiv 2202.08791, eq. 10; arXiv 2006.16236, eq. 4-9.
     """
-    _check(q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps)
+    check_arguments(
+        q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps
+    )
     causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
     if log_decay is not None and q.shape[2] != k.shape[2]:
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
@@ -135,6 +137,8 @@ def leap_attention(
 
     Source: arXiv 2405.13046, eq. 7-9.
     """
+    check_leap("q_leap", q, q_leap)
+    check_leap("k_leap", k, k_leap)
     if key_mask is not None and key_mask.shape == k.shape[:2]:
         k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
     q, k = torch.relu(q), torch.relu(k)
@@ -167,9 +171,8 @@ def linear_state(
         state = linear_attention(q, k, v, q_factors, k_factors, **kwargs).state
         assert state is not None
         return state
-    if every < 1:
-        raise ValueError(f"linear_state: every must be at least 1, got {every}")
-    _check(q, k, v, q_factors, k_factors, "all", key_mask, None, None, None, initial_state, 1.0)
+    expect(every >= 1, "every", "at least 1", every)
+    check_arguments(q, k, v, q_factors, k_factors, "all", key_mask, None, None, None, initial_state, 1.0)
     return _block_states(k, v, k_factors, key_mask, every, initial_state)
 
 
@@ -242,18 +245,17 @@ def _run_reference(
             counts = counts - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     whole = [(slice(None), slice(None), slice(None))]
     parts = whole if cu_seqlens is None or cu_seqlens_k is None else _packed_parts(cu_seqlens, cu_seqlens_k)
-    with torch.autocast(q.device.type, enabled=False):
-        results = [
-            reference.attend(
-                q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
-                counts=None if counts is None else counts[:, t],
-                key_mask=None if key_mask is None else key_mask[:, s],
-                log_decay=None if log_decay is None else log_decay[:, t],
-                initial_state=None if initial_state is None else initial_state.select(row),
-                normalize=normalize, eps=eps,
-            )
-            for row, t, s in parts
-        ]  # fmt: skip
+    results = [
+        reference.attend(
+            q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
+            counts=None if counts is None else counts[:, t],
+            key_mask=None if key_mask is None else key_mask[:, s],
+            log_decay=None if log_decay is None else log_decay[:, t],
+            initial_state=None if initial_state is None else initial_state.select(row),
+            normalize=normalize, eps=eps,
+        )
+        for row, t, s in parts
+    ]  # fmt: skip
     output = torch.cat([out for out, _ in results], dim=1).to(q.dtype)
     return output, torch.cat([state.kv for _, state in results]), torch.cat([state.z for _, state in results])
 
@@ -321,96 +323,3 @@ def _block_states(
     if initial is not None:
         kv, z = kv + initial.kv[:, None], z + initial.z[:, None]
     return LinearState(kv, z, None if initial is None else initial.log_decay)
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _expect(ok: bool, what: str, expected: object, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{what}: expected {expected}, got {got}")
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, eps: float,
-) -> None:  # fmt: skip
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _expect(x.dim() == 4, name, "4 axes [batch, tokens, heads, width]", f"shape {tuple(x.shape)}")
-        _expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
-        _expect(x.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", x.dtype)
-        _expect(x.device == q.device, f"device of {name}", f"that of q, {q.device}", x.device)
-    B, T, H, K = q.shape
-    S, G = k.shape[1], k.shape[2]
-    _expect(k.shape[0] == B and k.shape[3] == K, "k", f"[{B}, S, G, {K}] to go with q", tuple(k.shape))
-    _expect(v.shape[:3] == k.shape[:3], "v", f"[{B}, {S}, {G}, V] to go with k", tuple(v.shape))
-    _expect(G > 0 and H % G == 0, "heads of q", f"a multiple of the {G} heads of k", H)
-    _expect(eps > 0, "eps", "a number above 0", eps)
-    _check_factors(q, k, q_factors, k_factors)
-    _check_visible(visible, B, T, S)
-    if key_mask is not None:
-        _expect(key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", key_mask.dtype)
-        _expect(tuple(key_mask.shape) == (B, S), "key_mask", f"shape {(B, S)}", tuple(key_mask.shape))
-    N = _check_packing(B, T, S, visible, cu_seqlens, cu_seqlens_k)
-    if log_decay is not None:
-        _expect(isinstance(visible, str) and visible == "causal", "visible with log_decay", "'causal'", visible)
-        _expect(tuple(log_decay.shape) == (B, T, H), "log_decay", f"shape {(B, T, H)}", tuple(log_decay.shape))
-    if initial_state is not None:
-        R, V, heads = 1 if q_factors is None else q_factors.shape[-1], v.shape[3], G if log_decay is None else H
-        kv, z = tuple(initial_state.kv.shape), tuple(initial_state.z.shape)
-        _expect(kv == (N, heads, R, K, V), "initial_state.kv", f"shape {(N, heads, R, K, V)}", kv)
-        _expect(z == (N, heads, R, K), "initial_state.z", f"shape {(N, heads, R, K)}", z)
-
-
-def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Tensor | None) -> None:
-    if q_factors is None and k_factors is None:
-        return
-    if q_factors is None or k_factors is None:
-        raise ValueError("q_factors and k_factors: expected both or neither, got only one")
-    for name, x, of in (("q_factors", q_factors, q), ("k_factors", k_factors, k)):
-        B, T, H, _ = of.shape
-        fits = x.dim() == 4 and tuple(x.shape[:2]) == (B, T) and x.shape[2] in (1, H)
-        _expect(fits, name, f"shape [{B}, {T}, {H} or 1, R]", tuple(x.shape))
-        _expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
-    _expect(q_factors.shape[3] == k_factors.shape[3], "rank of k_factors", q_factors.shape[3], k_factors.shape[3])
-
-
-def _check_visible(visible: Visible, B: int, T: int, S: int) -> None:
-    if isinstance(visible, str):
-        _expect(
-            visible in ("all", "causal"), "visible", "'all', 'causal', a Staircase or integers [B, T]", repr(visible)
-        )
-        _expect(visible == "all" or T == S, "visible='causal'", f"as many keys as queries ({T})", S)
-    elif isinstance(visible, Staircase):
-        return
-    elif isinstance(visible, Tensor):
-        fits = visible.dim() == 2 and visible.shape[0] in (1, B) and visible.shape[1] == T
-        _expect(fits, "visible", f"shape [{B}, {T}]", tuple(visible.shape))
-        integer = not visible.is_floating_point() and visible.dtype != torch.bool
-        _expect(integer, "visible", "an integer dtype", visible.dtype)
-    else:
-        raise ValueError(
-            f"visible: expected 'all', 'causal', a Staircase or integers [B, T], got {type(visible).__name__}"
-        )
-
-
-def _check_packing(
-    B: int, T: int, S: int, visible: Visible, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
-) -> int:
-    """The number of states: N packed sequences, else the batch."""
-    if cu_seqlens is None:
-        _expect(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a tensor")
-        return B
-    _expect(B == 1, "batch with cu_seqlens", 1, B)
-    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if bounds is not None:
-            _expect(bounds.dim() == 1 and bounds.numel() >= 2, name, "shape [N + 1], N >= 1", tuple(bounds.shape))
-            integer = bounds.dtype in (torch.int32, torch.int64)
-            _expect(integer, name, "dtype torch.int32 or torch.int64", bounds.dtype)
-    if cu_seqlens_k is None:
-        _expect(T == S, "keys with cu_seqlens but no cu_seqlens_k", f"as many as queries ({T})", S)
-    else:
-        same = cu_seqlens_k.shape == cu_seqlens.shape
-        _expect(same, "cu_seqlens_k", f"shape {tuple(cu_seqlens.shape)}", tuple(cu_seqlens_k.shape))
-    return cu_seqlens.shape[0] - 1

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-BLOCK_TOKENS = 2048  # tokens times heads of a block: about what keeps its temporaries in a core's cache
+BLOCK_TOKENS = 1024  # tokens times heads of a block: about what keeps its temporaries in a core's cache
 
 
 class Inputs(NamedTuple):
@@ -273,15 +273,10 @@ def _apply_causal(P: Tensor, decay: Decay | None, C: int) -> Tensor:
 
 def _chunk_states(phi_k: Tensor, w: Tensor, state: Tensor, decay: Decay | None) -> Tensor:
     """States before each chunk of the block and after the last: [n + 1, B, G, F, V + 1]."""
-    added = phi_k.transpose(-1, -2) @ (w if decay is None else w * decay.until_end)
-    n = added.shape[0]
-    states = torch.empty(n + 1, *added.shape[1:], dtype=added.dtype, device=added.device)
+    states = _beside(phi_k.transpose(-1, -2), w if decay is None else w * decay.until_end, first=True)
     states[0] = state
-    for c in range(n):
-        if decay is None:
-            torch.add(states[c], added[c], out=states[c + 1])
-        else:
-            torch.addcmul(added[c], states[c], decay.whole[c], out=states[c + 1])
+    for c in range(states.shape[0] - 1):
+        states[c + 1].add_(states[c]) if decay is None else states[c + 1].addcmul_(states[c], decay.whole[c])
     return states
 
 
@@ -296,6 +291,15 @@ def _causal_block(x: Inputs, block: Block, state: Tensor) -> tuple[Tensor, Tenso
     else:
         numerator.addcmul_(phi_q @ states[:-1], decay.since_start)
     return numerator, states[-1]
+
+
+def _beside(a: Tensor, b: Tensor, *, first: bool) -> Tensor:
+    """a @ b [n, B, G, F, W] with one free place before it (``first``) or behind: [n + 1, B, G, F, W]."""
+    n, B, G, F, _ = a.shape
+    room = torch.empty(n + 1, B, G, F, b.shape[-1], dtype=a.dtype, device=a.device)
+    products = (room[1:] if first else room[:-1]).flatten(0, 2)
+    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=products)
+    return room
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -354,15 +358,11 @@ def _causal_block_backward(
 
 def _grad_chunk_states(phi_q: Tensor, read: Tensor, grad_after: Tensor, decay: Decay | None) -> Tensor:
     """Gradients of the states before each chunk and after the last: [n + 1, B, G, F, V + 1]."""
-    added = phi_q.transpose(-1, -2) @ read
-    n = added.shape[0]
-    grads = torch.empty(n + 1, *added.shape[1:], dtype=added.dtype, device=added.device)
+    grads = _beside(phi_q.transpose(-1, -2), read, first=False)
+    n = grads.shape[0] - 1
     grads[n] = grad_after
     for c in reversed(range(n)):
-        if decay is None:
-            torch.add(grads[c + 1], added[c], out=grads[c])
-        else:
-            torch.addcmul(added[c], grads[c + 1], decay.whole[c], out=grads[c])
+        grads[c].add_(grads[c + 1]) if decay is None else grads[c].addcmul_(grads[c + 1], decay.whole[c])
     return grads
 
 
@@ -414,10 +414,12 @@ def _write_feature_gradient(
     R, K = factors.shape[-1], x.shape[-1]
     grad_phi = grad_phi.unflatten(-1, (R, K))
     tokens, f = _view(x, block, G), _view(factors, block, G)
-    total = grad_phi[..., 0, :] * f[..., :1]
+    same = target.dtype == grad_phi.dtype
+    total = torch.mul(grad_phi[..., 0, :], f[..., :1], out=target if same else None)
     for r in range(1, R):
         total.addcmul_(grad_phi[..., r, :], f[..., r : r + 1].to(total.dtype))
-    target.copy_(total)
+    if not same:
+        target.copy_(total)
     by_factor = (grad_phi * tokens[..., None, :]).sum(-1)
     if factors.shape[2] == 1:
         by_factor = by_factor.sum((2, 3), keepdim=True)

@@ -5,7 +5,7 @@ Letters: B batch, T queries, S keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,4 +47,7 @@ class Staircase(NamedTuple):
 
         offset, step, every, phase = (column(field) for field in self)
         g = offset + step * torch.div(i + phase, every, rounding_mode="floor")
-        return torch.minimum(g.clamp(min=0), torch.as_tensor(S, dtype=torch.int64, device=i.device))
+        return torch.minimum(g.clamp(min=0), S) if isinstance(S, Tensor) else g.clamp(0, S)
+
+
+Visible: TypeAlias = Literal["all", "causal"] | Staircase | Tensor
