@@ -1,0 +1,1 @@
+"""Reading runs and models: learned proportions, plots, tables and the report page."""

@@ -1,0 +1,245 @@
+"""Plots of runs and of learned proportions, as matplotlib figures and as SVG that follows a page's colours.
+
+The figures are made without pyplot, so no global state is touched. They are drawn narrow (a phone's width) with text at
+reading size, and grow with the page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from leapformer.errors import MissingExtra
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+except ImportError as error:
+    raise MissingExtra("plots", package="matplotlib", purpose="drawing plots") from error
+
+from leapformer.analysis.runs import RunRecord, distinct_labels
+
+if TYPE_CHECKING:
+    from leapformer.analysis.proportions import LayerProportions
+
+# Told apart by eye with any common colour blindness, and by line style and marker without colour.
+SERIES_COLORS = ("#2a78d6", "#eb6834", "#1baa78", "#9a5bd2", "#c7931a", "#d6478f")
+INK = "#23272d"
+GRID = "#d5d8dc"
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+WIDTH = 4.9
+
+
+def learning_curves(runs: Sequence[RunRecord]) -> Figure:
+    """Validation loss over training steps, one line per run, the training loss thin behind it."""
+    figure, axes = _figure(height=3.3)
+    validation_losses: list[float] = []
+    for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
+        color = _color(place)
+        axes.plot(*_smooth(*run.curve("loss")), color=color, linewidth=0.8, alpha=0.45)
+        steps, losses = run.curve("eval_loss")
+        validation_losses += losses
+        axes.plot(
+            steps, losses, color=color, linestyle=_cycle(LINE_STYLES, place), marker=_cycle(MARKERS, place), label=label
+        )
+    if validation_losses:
+        # The first steps of training would flatten all the rest.
+        axes.set_ylim(top=max(validation_losses) + 0.25 * (max(validation_losses) - min(validation_losses)) + 0.02)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _legend(axes)
+    return figure
+
+
+def perplexity_by_position(runs: Sequence[RunRecord]) -> Figure:
+    """Perplexity per token over the position inside a block: how much a model gains from a longer past."""
+    figure, axes = _figure(height=3.3)
+    for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
+        positions, values = _doubling_ranges(run.results.get("perplexity_by_position") or [])
+        axes.plot(
+            positions,
+            values,
+            color=_color(place),
+            linestyle=_cycle(LINE_STYLES, place),
+            marker=_cycle(MARKERS, place),
+            label=label,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    axes.set_xlabel("tokens of context, up to (log scale)")
+    axes.set_ylabel("perplexity per token (log scale)")
+    _legend(axes)
+    return figure
+
+
+def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
+    """Word perplexity against training speed, one point per run: lower and further right is better."""
+    figure, axes = _figure(height=3.0)
+    for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
+        speed, quality = run.results.get("tokens_per_second"), run.split().get("word_perplexity")
+        if speed is None or quality is None:
+            continue
+        axes.plot(
+            [speed / 1000], [quality], color=_color(place), marker=_cycle(MARKERS, place), markersize=8, linestyle="none",
+            label=label,
+        )
+    axes.margins(0.25)
+    axes.set_xlabel("training speed (thousand tokens per second)")
+    axes.set_ylabel("word perplexity")
+    _legend(axes)
+    return figure
+
+
+def proportions(layers: Sequence[LayerProportions]) -> list[Figure]:
+    """Learned proportions along the tokens of a text: one figure per layer, one panel per head, queries and keys."""
+    return [_layer_proportions(layer) for layer in layers]
+
+
+def figure_svg(figure: Figure, *, prefix: str = "") -> str:
+    """The figure as an inline `<svg>` element.
+
+    Text stays text, the ink follows `currentColor`, and the series and the grid follow the CSS variables `--series-1`,
+    `--series-2`, ... and `--grid`, with the figure's own colours where a page sets none.
+
+    Arguments:
+        figure: a figure of this module.
+        prefix: put before every id, so that several figures can share a page.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "leapformer"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor").replace(GRID, f"var(--grid, {GRID})")
+    for place, color in enumerate(SERIES_COLORS, start=1):
+        svg = svg.replace(color, f"var(--series-{place}, {color})")
+    # Inside HTML the namespaces are implied, and an id is unique in the page.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    opening, rest = svg.split(">", 1)
+    # Without a size of its own it takes the width it is given, in the proportions of its viewBox.
+    return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest
+
+
+def _layer_proportions(layer: LayerProportions) -> Figure:
+    heads = max(layer.queries.shape[1], layer.keys.shape[1])
+    columns = 1 if heads == 1 else 2
+    rows = math.ceil(heads / columns)
+    figure = Figure(figsize=(WIDTH, 0.75 + 1.25 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for head, axes in enumerate(grid.flat):
+        if head >= heads:
+            axes.set_visible(False)
+            continue
+        _style(axes)
+        # A module shared by grouped keys has fewer key heads than query heads.
+        for side, values, place in (("queries", layer.queries, 0), ("keys", layer.keys, 1)):
+            column = values[:, head * values.shape[1] // heads].tolist()
+            axes.plot(range(len(column)), column, color=_color(place), linewidth=1.0, label=side)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+        axes.set_title(f"head {head + 1}", fontsize=9, color=INK, loc="left", pad=2)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    figure.supxlabel("token", fontsize=9, color=INK)
+    figure.supylabel("proportion", fontsize=9, color=INK)
+    return figure
+
+
+def _doubling_ranges(rows: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    """Last position (from 1) and perplexity of ranges that double in length, out of finer ranges by position.
+
+    Arguments:
+        rows: "start", "end" (excluded), "tokens" and "perplexity" each, in order.
+    """
+    ends: list[float] = []
+    perplexities: list[float] = []
+    nats = tokens = 0.0
+    limit = rows[0]["end"] if rows else 0
+    for place, row in enumerate(rows):
+        nats += row["tokens"] * math.log(row["perplexity"])
+        tokens += row["tokens"]
+        if row["end"] >= limit or place + 1 == len(rows):
+            ends.append(row["end"])
+            perplexities.append(math.exp(nats / tokens))
+            nats = tokens = 0.0
+            limit = 2 * row["end"]
+    return ends, perplexities
+
+
+def _smooth(steps: list[float], values: list[float], *, window: int = 5) -> tuple[list[float], list[float]]:
+    """Centred moving average, shorter at both ends."""
+    half = window // 2
+    slices = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
+    return steps, [sum(part) / len(part) for part in slices]
+
+
+def _figure(*, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=9, length=3)
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_linewidth(0.6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
+        axis.label.set_size(9.5)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Numbers as people write them on log axes, not powers."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    axes.set_yticks(_round_numbers(low, high))
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """The 1-2-5 series (1-1.5-2-3-5-7 over less than one decade) between two positive numbers."""
+    steps = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(3, len(handles)),
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+            borderaxespad=0.2,
+            columnspacing=1.2,
+        )
+
+
+def _color(place: int) -> str:
+    return SERIES_COLORS[place % len(SERIES_COLORS)]
+
+
+def _cycle(choices: Sequence[Any], place: int) -> Any:
+    return choices[place % len(choices)]

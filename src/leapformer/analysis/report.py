@@ -1,0 +1,238 @@
+"""One self-contained HTML page about runs: curves, table, perplexity by position, proportions, samples, machine.
+
+Everything is inside the page: styles, plots (SVG) and text. It loads nothing, and reads on a phone and in the dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leapformer.analysis.plots import figure_svg, learning_curves, perplexity_by_position, proportions, quality_and_speed
+from leapformer.analysis.proportions import LayerProportions
+from leapformer.analysis.runs import RunRecord, distinct_labels
+from leapformer.errors import MissingExtra
+
+try:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+except ImportError as error:
+    raise MissingExtra("plots", package="jinja2", purpose="writing a report page") from error
+
+# Shades of the strips that show proportions on the text itself.
+SHADES = 10
+
+
+@dataclass(frozen=True)
+class GeneratedSample:
+    """Text that a model wrote.
+
+    Attributes:
+        model: what the page calls the model.
+        prompt: what it was given.
+        continuation: what it wrote.
+        settings: how, such as "sampled, temperature 0.8".
+    """
+
+    model: str
+    prompt: str
+    continuation: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class TextProportions:
+    """Learned proportions on a sample text.
+
+    Attributes:
+        model: what the page calls the model.
+        tokens: the text's T tokens as strings.
+        layers: from `learned_proportions`, on the same tokens.
+    """
+
+    model: str
+    tokens: list[str]
+    layers: list[LayerProportions]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row of the comparison table; cells are ready to read, and None leaves a cell empty."""
+
+    label: str
+    cells: list[str | None]
+    series: int | None = None
+    best: bool = False
+
+
+def write_report(
+    path: str | Path,
+    runs: Sequence[RunRecord],
+    *,
+    title: str,
+    samples: Sequence[GeneratedSample] = (),
+    text_proportions: TextProportions | None = None,
+    command: str | None = None,
+    note: str = "",
+) -> Path:
+    """Write the page of `render_report` to `path`, whole or not at all, and return the path."""
+    path = Path(path)
+    page = render_report(
+        runs, title=title, samples=samples, text_proportions=text_proportions, command=command, note=note
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def render_report(
+    runs: Sequence[RunRecord],
+    *,
+    title: str,
+    samples: Sequence[GeneratedSample] = (),
+    text_proportions: TextProportions | None = None,
+    command: str | None = None,
+    note: str = "",
+) -> str:
+    """The page as HTML.
+
+    Arguments:
+        runs: what to compare, in the order of the table; at least one.
+        title: the heading.
+        samples: generated text to show.
+        text_proportions: learned proportions to show.
+        command: the command that makes the page again.
+        note: what a reader should know about the comparison, such as what the runs have in common.
+
+    Raises:
+        ValueError: no runs.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one, found none")
+    environment = Environment(
+        loader=PackageLoader("leapformer.analysis", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    first = runs[0].results
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        summary=_summary(runs),
+        columns=COLUMNS,
+        rows=_table_rows(runs),
+        learning_curves=_inline(figure_svg(learning_curves(runs), prefix="curves-")),
+        by_position=_inline(figure_svg(perplexity_by_position(runs), prefix="position-"))
+        if any(run.results.get("perplexity_by_position") for run in runs)
+        else None,
+        quality_and_speed=_inline(figure_svg(quality_and_speed(runs), prefix="speed-")),
+        layers=_layers(text_proportions) if text_proportions else [],
+        text_proportions=text_proportions,
+        samples=samples,
+        machine={name: value for name, value in (first.get("machine") or {}).items() if value is not None},
+        versions=first.get("versions") or {},
+        git=first.get("git"),
+        recipe=first.get("recipe"),
+        split=runs[0].split(),
+        command=command,
+        note=note,
+    )
+
+
+COLUMNS = (
+    ("word perplexity", "lower is better"),
+    ("bits per byte", "lower is better"),
+    ("tokens per second", "training"),
+    ("training time", "min:s"),
+    ("parameters", "all"),
+    ("LeaP modules", "share of them"),
+)
+
+
+def _table_rows(runs: Sequence[RunRecord]) -> list[TableRow]:
+    """One row per run, then the counted baselines."""
+    perplexities = [run.split().get("word_perplexity", math.inf) for run in runs]
+    rows = []
+    for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
+        parameters, leap = run.results.get("parameters"), run.results.get("parameters_leap") or 0
+        cells = [
+            _number(run.split().get("word_perplexity")),
+            _number(run.split().get("bits_per_byte"), digits=3),
+            _number(run.results.get("tokens_per_second"), digits=0),
+            _minutes(run.results.get("seconds")),
+            _number(parameters, digits=0),
+            f"{leap / parameters:.2%}" if parameters and leap else None,
+        ]
+        best = perplexities[place] == min(perplexities) and len(runs) > 1
+        rows.append(TableRow(label=label, cells=cells, series=place % 6 + 1, best=best))
+    baselines = runs[0].results.get("baselines") or {}
+    for name in ("bigram", "unigram"):
+        value = baselines.get(f"{name}_word_perplexity")
+        if value is not None:
+            rows.append(TableRow(label=f"{name}, counted", cells=[_number(value)] + [None] * (len(COLUMNS) - 1)))
+    return rows
+
+
+def _summary(runs: Sequence[RunRecord]) -> str:
+    """The outcome in one sentence."""
+    known = [run for run in runs if run.split().get("word_perplexity") is not None]
+    if not known:
+        return f"{len(runs)} runs, none of them evaluated."
+    best = min(known, key=lambda run: run.split()["word_perplexity"])
+    label = distinct_labels(list(runs))[list(runs).index(best)]
+    text = f"Lowest word perplexity: {label} with {_number(best.split()['word_perplexity'])}"
+    bigram = (best.results.get("baselines") or {}).get("bigram_word_perplexity")
+    if bigram is not None:
+        text += f" (a bigram counted from the training text: {_number(bigram)})"
+    return text + "."
+
+
+def _layers(shown: TextProportions) -> list[dict[str, Any]]:
+    """Plot and strips of every layer."""
+    return [
+        {
+            "number": number,
+            "plot": _inline(figure_svg(figure, prefix=f"layer{number}-")),
+            "strips": _strips(layer, shown.tokens),
+            "range": f"{_extreme(layer, min):.2f} to {_extreme(layer, max):.2f}",
+        }
+        for number, (layer, figure) in enumerate(zip(shown.layers, proportions(shown.layers), strict=True), start=1)
+    ]
+
+
+def _strips(layer: LayerProportions, tokens: Sequence[str]) -> list[dict[str, Any]]:
+    """Each head's text, token by token with its shade from 0 to SHADES - 1, for queries and for keys."""
+    strips = []
+    for side, values in (("queries", layer.queries), ("keys", layer.keys)):
+        if values.shape[0] != len(tokens):
+            raise ValueError(f"tokens: expected {values.shape[0]}, one per proportion, found {len(tokens)}")
+        for head, column in enumerate(values.T.tolist(), start=1):
+            shades = [min(SHADES - 1, int(value * SHADES)) for value in column]
+            strips.append({"label": f"head {head}, {side}", "tokens": list(zip(tokens, shades, strict=True))})
+    return strips
+
+
+def _extreme(layer: LayerProportions, choose: Any) -> float:
+    return choose(float(choose(values.flatten().tolist())) for values in (layer.queries, layer.keys))
+
+
+def _inline(svg: str) -> Markup:
+    return Markup(svg)  # noqa: S704 - drawn by this package
+
+
+def _number(value: float | None, *, digits: int = 1) -> str | None:
+    if value is None:
+        return None
+    return f"{value:,.{0 if value >= 1000 else digits}f}" if math.isfinite(value) else "infinite"
+
+
+def _minutes(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,88 @@
+"""A finished or running training run, read back from its folder: results.json and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leapformer.errors import LeapformerError
+
+# What a reader recognises; the configuration's own words stay in results.json.
+_ATTENTION_NAMES = {"leap": "LeaPformer", "cosformer": "cosFormer", "linear": "linear", "softmax": "softmax"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run folder says about its run.
+
+    Attributes:
+        folder: where it was read from.
+        results: the object in results.json.
+        events: the rows of metrics.jsonl in order, one per log or evaluation.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that in results.json, else that of the folder."""
+        return str(self.results.get("name") or self.folder.name)
+
+    @property
+    def label(self) -> str:
+        """What plots and tables call it: the attention, with the variant where it isn't the published one."""
+        attention = self.results.get("attention", "")
+        parts = attention if isinstance(attention, list) else [attention]
+        label = "+".join(dict.fromkeys(_ATTENTION_NAMES.get(str(part), str(part)) for part in parts))
+        variant = self.results.get("variant")
+        return f"{label} ({variant})" if variant not in (None, "", "paper") else label or self.name
+
+    def split(self, name: str = "validation") -> dict[str, Any]:
+        """Results on one split of the data (empty when it wasn't evaluated)."""
+        return self.results.get("splits", {}).get(name) or {}
+
+    def curve(self, quantity: str) -> tuple[list[float], list[float]]:
+        """Steps and values of every event that holds `quantity`, such as "loss" or "eval_loss"."""
+        rows = [row for row in self.events if row.get(quantity) is not None]
+        return [float(row["step"]) for row in rows], [float(row[quantity]) for row in rows]
+
+
+def load_run(folder: str | Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        LeapformerError: no results.json (the run has not finished), or a file that isn't JSON, with its line.
+    """
+    folder = Path(folder)
+    path = folder / "results.json"
+    if not path.is_file():
+        raise LeapformerError(f"{folder}: expected a finished run with results.json, found none")
+    results = _parse(path.read_text(encoding="utf-8"), where=str(path))
+    if not isinstance(results, dict):
+        raise LeapformerError(f"{path}: expected a JSON object, found {type(results).__name__}")
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    events = [_parse(line, where=f"{metrics}:{row}") for row, line in enumerate(lines, start=1) if line.strip()]
+    return RunRecord(folder=folder, results=results, events=events)
+
+
+def distinct_labels(runs: list[RunRecord]) -> list[str]:
+    """Labels of the runs, with the seed, and if need be the name, added where two would read the same."""
+    labels = [run.label for run in runs]
+    for extra in (lambda run: f" seed {run.results.get('seed')}", lambda run: f" [{run.name}]"):
+        repeated = {label for label in labels if labels.count(label) > 1}
+        labels = [
+            label + extra(run) if label in repeated else label for label, run in zip(labels, runs, strict=True)
+        ]
+    return labels
+
+
+def _parse(text: str, *, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LeapformerError(f"{where}: expected JSON, found {error.msg} at column {error.colno}") from error
