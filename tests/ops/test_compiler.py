@@ -1,0 +1,179 @@
+"""The custom operators under torch's own checks, torch.compile and torch.export."""
+
+import pytest
+import torch
+
+from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention, linear_state
+from leapformer.ops.torch_impl import CUSTOM_OPS
+from tests.ops.oracle import assert_near, make_case
+
+FORWARD, BACKWARD = CUSTOM_OPS
+
+
+def forward_arguments(visible="causal", **form):
+    case = make_case(visible, R=2, state=True, **form)
+    x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
+    counts = case.visible if isinstance(case.visible, torch.Tensor) else None
+    packing = case.cu.get("cu_seqlens")
+    return (
+        x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], x["log_decay"], x["kv"], x["z"], case.key_mask, counts,
+        packing, case.cu.get("cu_seqlens_k", packing), visible == "causal", True, 1e-6,
+    )  # fmt: skip
+
+
+OPERATOR_FORMS = {
+    "causal": {"T": 5, "mask": True},
+    "decay": {"T": 5, "decay": True},
+    "packed": {"lengths": [2, 0, 3]},
+    "all": {"visible": "all", "S": 6, "H": 4, "G": 2},
+    "tensor": {"visible": "tensor", "S": 6},
+    "absorb": {"visible": "all", "T": 0, "S": 3},
+    "read": {"visible": "all", "T": 3, "S": 0},
+}
+
+
+@pytest.mark.parametrize("form", OPERATOR_FORMS)
+def test_opcheck(form):
+    arguments = forward_arguments(**OPERATOR_FORMS[form])
+    dynamic = "absorb" not in form and "read" not in form
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if dynamic:
+        tests = (*tests, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(FORWARD, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("form", ("causal", "decay", "packed", "all"))
+def test_opcheck_backward(form):
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in forward_arguments(**OPERATOR_FORMS[form])]
+    results = FORWARD(*arguments)
+    gradients = [torch.rand_like(t) for t in results[:3]]
+    torch.library.opcheck(
+        BACKWARD,
+        (*arguments[:12], *results, *gradients, *arguments[12:]),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def linear(case):
+    x = case.leaves
+
+    def run(*tensors):
+        y = dict(zip((n for n, t in x.items() if t is not None), tensors, strict=True))
+        state = LinearState(y["kv"], y["z"], y.get("state_decay")) if "kv" in y else None
+        result = linear_attention(
+            y["q"], y["k"], y["v"], y.get("q_factors"), y.get("k_factors"), visible=case.visible,
+            key_mask=case.key_mask, log_decay=y.get("log_decay"), initial_state=state, return_state=True, **case.cu,
+        )  # fmt: skip
+        return (result.output, *(t for t in result.state if t is not None))
+
+    return run, [t for t in x.values() if t is not None]
+
+
+def assert_compiled_equals_eager(run, tensors, **options):
+    def results(function):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        outputs = function(*leaves)
+        loss = sum(o.square().sum() for o in outputs)
+        return [o.detach() for o in outputs], torch.autograd.grad(loss, leaves)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, **options)
+    for got, expected in zip(results(compiled), results(run), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert_near(a, b, 1e-12 if a.dtype == torch.float64 else 1e-5)
+    with torch.no_grad():
+        for a, b in zip(compiled(*tensors), run(*tensors), strict=True):
+            assert_near(a, b, 1e-12 if a.dtype == torch.float64 else 1e-5)
+
+
+COMPILED_FORMS = {
+    "causal": ("causal", {"R": 2, "state": True, "mask": True}),
+    "decay": ("causal", {"R": 2, "decay": True, "state": True, "H": 4, "G": 2}),
+    "all": ("all", {"S": 9}),
+    "staircase": ("wait-k", {"S": 9, "R": 2}),
+    "staircase per sample": ("per sample", {"S": 9}),
+    "tensor": ("tensor", {"S": 9}),
+    "packed": ("blocks", {"lengths": [3, 0, 4]}),
+}
+
+
+@pytest.mark.parametrize("form", COMPILED_FORMS)
+def test_compile_traces_whole(form):
+    visible, options = COMPILED_FORMS[form]
+    assert_compiled_equals_eager(*linear(make_case(visible, **options)), backend="aot_eager")
+
+
+def leap_call():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def run(q, k, v, w1, b1, w2, b2, k2, c2):
+        leaps = LeapWeights(w1, b1, w2, b2), LeapWeights(None, None, k2, c2)
+        result = leap_attention(q, k, v, *leaps, visible="causal", return_state=True)
+        return result.output, result.state.kv, result.state.z
+
+    shapes = ((2, 9, 2, 4),) * 3 + ((1, 3, 4), (1, 3), (1, 3), (1,), (2, 4), (2,))
+    return run, [random(*shape) for shape in shapes]
+
+
+def test_compile_traces_leap_attention_whole():
+    assert_compiled_equals_eager(*leap_call(), backend="aot_eager")
+
+
+@pytest.mark.requires_tool("c++ compiler")
+def test_compile_with_the_default_backend():
+    assert_compiled_equals_eager(*leap_call())
+
+
+def test_compile_with_dynamic_length():
+    """One graph for every length from then on."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(lambda q: linear_attention(q, q, q, visible="causal").output, fullgraph=True, backend=backend,
+                        dynamic=True)  # fmt: skip
+    for length in (5, 70, 129):
+        q = torch.rand(2, length, 2, 3)
+        assert_near(run(q), linear_attention(q, q, q, visible="causal").output, 1e-6)
+    assert len(graphs) == 1
+
+
+def test_compile_traces_linear_state_whole():
+    def run(k, v):
+        end, blocks = linear_state(k, v), linear_state(k, v, every=4)
+        return end.kv, end.z, blocks.kv, blocks.z
+
+    assert_compiled_equals_eager(run, [torch.rand(2, 9, 2, 3), torch.rand(2, 9, 2, 4)], backend="aot_eager")
+
+
+class Attend(torch.nn.Module):
+    """What somebody exports: causal attention with factors that resumes from a state and returns the next."""
+
+    def __init__(self, visible):
+        super().__init__()
+        self.visible = visible
+
+    def forward(self, q, k, v, kv, z):
+        result = linear_attention(
+            q, k, v, q[..., :2], k[..., :2], visible=self.visible, initial_state=LinearState(kv, z), return_state=True
+        )
+        return result.output, result.state.kv, result.state.z
+
+
+@pytest.mark.parametrize("visible", ("causal", "all", Staircase.blocks(4)))
+def test_export_with_dynamic_length(visible):
+    def inputs(length):
+        return (*torch.rand(3, 2, length, 2, 3), torch.rand(2, 2, 2, 3, 3), torch.rand(2, 2, 2, 3))
+
+    length = {1: torch.export.Dim("length", min=2, max=4096)}
+    program = torch.export.export(Attend(visible), inputs(10), dynamic_shapes=(length, length, length, None, None))
+    for steps in (2, 10, 65):
+        arguments = inputs(steps)
+        for a, b in zip(program.module()(*arguments), Attend(visible)(*arguments), strict=True):
+            assert_near(a, b, 1e-6)
