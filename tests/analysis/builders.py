@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def results(attention: str, *, perplexity: float, **changes: Any) -> dict[str, Any]:
+def results(attention: str, /, *, perplexity: float, **changes: Any) -> dict[str, Any]:
     """The content of a results.json."""
     return {
         "name": attention,
@@ -40,7 +40,7 @@ def results(attention: str, *, perplexity: float, **changes: Any) -> dict[str, A
     }  # fmt: skip
 
 
-def write_run(folder: Path, attention: str, *, perplexity: float = 310.0, **changes: Any) -> Path:
+def write_run(folder: Path, attention: str, /, *, perplexity: float = 310.0, **changes: Any) -> Path:
     """A finished run folder."""
     run = folder / attention
     run.mkdir(parents=True)

@@ -33,7 +33,7 @@ INK = "#23272d"
 GRID = "#d5d8dc"
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
-WIDTH = 4.9
+WIDTH = 4.3
 
 
 def learning_curves(runs: Sequence[RunRecord]) -> Figure:
@@ -46,7 +46,13 @@ def learning_curves(runs: Sequence[RunRecord]) -> Figure:
         steps, losses = run.curve("eval_loss")
         validation_losses += losses
         axes.plot(
-            steps, losses, color=color, linestyle=_cycle(LINE_STYLES, place), marker=_cycle(MARKERS, place), label=label
+            steps,
+            losses,
+            color=color,
+            linestyle=_cycle(LINE_STYLES, place),
+            marker=_cycle(MARKERS, place),
+            markersize=5,
+            label=label,
         )
     if validation_losses:
         # The first steps of training would flatten all the rest.
@@ -69,6 +75,7 @@ def perplexity_by_position(runs: Sequence[RunRecord]) -> Figure:
             color=_color(place),
             linestyle=_cycle(LINE_STYLES, place),
             marker=_cycle(MARKERS, place),
+            markersize=5,
             label=label,
         )
     axes.set_xscale("log", base=2)
@@ -88,7 +95,12 @@ def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
         if speed is None or quality is None:
             continue
         axes.plot(
-            [speed / 1000], [quality], color=_color(place), marker=_cycle(MARKERS, place), markersize=8, linestyle="none",
+            [speed / 1000],
+            [quality],
+            color=_color(place),
+            marker=_cycle(MARKERS, place),
+            markersize=8,
+            linestyle="none",
             label=label,
         )
     axes.margins(0.25)
@@ -200,7 +212,7 @@ def _style(axes: Axes) -> None:
         spine.set_linewidth(0.6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(INK)
-        axis.label.set_size(9.5)
+        axis.label.set_fontsize(9.5)
 
 
 def _plain_ticks(axes: Axes) -> None:

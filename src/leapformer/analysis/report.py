@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leapformer.analysis.plots import figure_svg, learning_curves, perplexity_by_position, proportions, quality_and_speed
+from leapformer.analysis.plots import (
+    figure_svg,
+    learning_curves,
+    perplexity_by_position,
+    proportions,
+    quality_and_speed,
+)
 from leapformer.analysis.proportions import LayerProportions
 from leapformer.analysis.runs import RunRecord, distinct_labels
 from leapformer.errors import MissingExtra

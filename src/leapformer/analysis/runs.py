@@ -75,9 +75,7 @@ def distinct_labels(runs: list[RunRecord]) -> list[str]:
     labels = [run.label for run in runs]
     for extra in (lambda run: f" seed {run.results.get('seed')}", lambda run: f" [{run.name}]"):
         repeated = {label for label in labels if labels.count(label) > 1}
-        labels = [
-            label + extra(run) if label in repeated else label for label, run in zip(labels, runs, strict=True)
-        ]
+        labels = [label + extra(run) if label in repeated else label for label, run in zip(labels, runs, strict=True)]
     return labels
 
 

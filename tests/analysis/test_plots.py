@@ -1,0 +1,87 @@
+"""Plots show what is in the runs, and their SVG can stand in a page."""
+
+import math
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib
+import pytest
+import torch
+
+from leapformer.analysis.plots import (
+    figure_svg,
+    learning_curves,
+    perplexity_by_position,
+    proportions,
+    quality_and_speed,
+)
+from leapformer.analysis.proportions import LayerProportions
+from leapformer.analysis.runs import load_run
+from tests.analysis.builders import write_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [load_run(write_run(tmp_path, name, perplexity=value)) for name, value in (("leap", 310), ("softmax", 305))]
+
+
+def labelled_lines(figure):
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_learning_curves_hold_every_evaluation(runs):
+    lines = labelled_lines(learning_curves(runs))
+    assert list(lines) == ["LeaPformer", "softmax"]
+    steps, losses = runs[0].curve("eval_loss")
+    assert lines["LeaPformer"].get_xdata().tolist() == steps
+    assert lines["LeaPformer"].get_ydata().tolist() == losses
+
+
+def test_perplexity_by_position_averages_over_doubling_ranges(runs):
+    line = labelled_lines(perplexity_by_position(runs))["LeaPformer"]
+    assert line.get_xdata().tolist() == [1, 2, 4, 8, 16, 32, 64, 128, 255]
+    rows = runs[0].results["perplexity_by_position"]
+    expected = math.exp(sum(math.log(row["perplexity"]) for row in rows[4:8]) / 4)
+    assert line.get_ydata()[3] == pytest.approx(expected)
+
+
+def test_quality_and_speed_has_a_point_per_run(runs):
+    points = labelled_lines(quality_and_speed(runs))
+    assert {label: (line.get_xdata()[0], line.get_ydata()[0]) for label, line in points.items()} == {
+        "LeaPformer": (pytest.approx(10.3102), 310),
+        "softmax": (pytest.approx(8.7709), 305),
+    }
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (3, 3), (4, 2)])
+def test_proportions_have_a_panel_per_head(heads, key_heads):
+    layer = LayerProportions("layer", torch.rand(6, heads), torch.rand(6, key_heads))
+    (figure,) = proportions([layer])
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == heads
+    queries, keys = panels[-1].get_lines()
+    assert queries.get_ydata().tolist() == layer.queries[:, -1].tolist()
+    assert keys.get_ydata().tolist() == layer.keys[:, -1].tolist()
+
+
+def test_svg_is_whole_follows_the_page_and_loads_nothing(runs):
+    before = dict(matplotlib.rcParams)
+    svg = figure_svg(learning_curves(runs), prefix="one-")
+    assert dict(matplotlib.rcParams) == before
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "svg"
+    assert "viewBox" in root.attrib and "width" not in root.attrib
+    assert "var(--series-1, " in svg and "currentColor" in svg
+    assert "http" not in svg
+    ids = {element.attrib["id"] for element in root.iter() if "id" in element.attrib}
+    assert ids and all(name.startswith("one-") for name in ids)
+    references = [element.attrib["href"] for element in root.iter() if "href" in element.attrib]
+    assert references and all(reference[1:] in ids for reference in references)
+
+
+def test_a_run_without_events_gives_an_empty_plot_and_no_error(tmp_path):
+    folder = write_run(tmp_path, "leap", splits={}, perplexity_by_position=[])
+    folder.joinpath("metrics.jsonl").unlink()
+    run = load_run(folder)
+    for plot in (learning_curves, quality_and_speed):
+        assert figure_svg(plot([run])).startswith("<svg")
