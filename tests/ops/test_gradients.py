@@ -169,3 +169,16 @@ def test_state_alone_and_output_alone_can_be_differentiated(impl):
     k_gradient, v_gradient = torch.autograd.grad(result.state.kv.sum(), (k, v), retain_graph=True)
     assert k_gradient.isfinite().all() and v_gradient.isfinite().all()
     assert all(g.ne(0).any() for g in torch.autograd.grad(result.output.square().sum(), (q, k, v)))
+
+
+def test_second_derivatives_are_refused_where_there_are_none():
+    """Silence would be a wrong gradient."""
+    q = torch.rand(1, 5, 1, 2, dtype=torch.float64, requires_grad=True)
+    for impl in ("reference", "torch"):
+        output = linear_attention(q, q, q, visible="causal", impl=impl).output
+        (gradient,) = torch.autograd.grad(output.square().sum(), q, create_graph=True)
+        if impl == "reference":
+            assert torch.autograd.grad(gradient.square().sum(), q)[0].ne(0).any()
+        else:
+            with pytest.raises(RuntimeError, match="no autograd formula"):
+                torch.autograd.grad(gradient.square().sum(), q)
