@@ -16,7 +16,7 @@ def as_written(function) -> str:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
-    return function.__name__ + text.replace("'", '"')
+    return function.__name__ + text.replace("'", '"').replace("1e-06", "1e-6")
 
 
 @pytest.mark.parametrize("function", (ops.linear_attention, ops.linear_state))
