@@ -30,7 +30,6 @@ def training_arguments(section: TrainingSection, *, checkpoints: Path) -> Traini
         "seed": section.seed,
         "bf16": use_bf16(section),
         "use_cpu": on_cpu,
-        "gradient_checkpointing": section.gradient_checkpointing,
         "torch_compile": section.compile,
         "logging_strategy": "steps",
         "logging_steps": section.log_every,
@@ -79,9 +78,7 @@ def build_optimizer(model: nn.Module, section: TrainingSection) -> Optimizer:
     ]
     if section.optimizer == "nesterov":
         return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum, nesterov=True)
-    return torch.optim.AdamW(
-        groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, section: TrainingSection) -> LambdaLR:

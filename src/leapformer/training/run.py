@@ -1,11 +1,11 @@
 """A run: one folder that holds the recipe, the metrics, the checkpoints, the best model and the results.
 
-    recipe.yaml      the resolved recipe
-    metrics.jsonl    one JSON object per logged event, in order of steps
-    checkpoints/     checkpoint-N, each enough to resume from
-    model/           the best model so far, for `from_pretrained`, with its tokenizer
-    tensorboard/
-    results.json     written last: a run that has it is finished
+recipe.yaml      the resolved recipe
+metrics.jsonl    one JSON object per logged event, in order of steps
+checkpoints/     checkpoint-N, each enough to resume from
+model/           the best model so far, for `from_pretrained`, with its tokenizer
+tensorboard/
+results.json     written last: a run that has it is finished
 """
 
 from __future__ import annotations
@@ -51,11 +51,8 @@ class Run:
     def finished(self) -> bool:
         return self.results_path.is_file()
 
-    def start(self, recipe: Recipe) -> Path | None:
-        """Make the folder, or take up an interrupted run of the same recipe.
-
-        Returns:
-            The checkpoint to resume from, or None to start at step 0.
+    def check(self, recipe: Recipe) -> None:
+        """Check that this recipe can be trained here, before anything is written.
 
         Raises:
             LeapformerError: the folder holds something else, a finished run, or a run of another recipe.
@@ -68,9 +65,7 @@ class Run:
                     f"{self.path}: expected an empty folder or an unfinished run, found other files; "
                     "choose another --output"
                 )
-            self._make_folder()
-            write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-            return None
+            return
         if self.finished:
             raise LeapformerError(f"{self.path}: this run is finished; choose another --output")
         differences = list(_differences(self.recipe(), recipe.to_dict()))
@@ -79,9 +74,24 @@ class Run:
                 f"{self.path}: holds an unfinished run of another recipe ({'; '.join(differences[:3])}); "
                 "choose another --output"
             )
-        for folder in (self.path, self.checkpoints_path):
-            recover(folder)
-        return self.last_checkpoint()
+
+    def start(self, recipe: Recipe) -> Path | None:
+        """Make the folder, or take up the interrupted run that is there.
+
+        Returns:
+            The checkpoint to resume from, or None to start at step 0.
+
+        Raises:
+            LeapformerError: see `check` and `last_checkpoint`.
+        """
+        self.check(recipe)
+        if self.recipe_path.is_file():
+            for folder in (self.path, self.checkpoints_path):
+                recover(folder)
+            return self.last_checkpoint()
+        self._make_folder()
+        write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        return None
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as it was trained.

@@ -45,7 +45,12 @@ class Task(ABC):
 
     name: str
     recipe_type: type[Recipe]
+    model_fields: frozenset[str]
 
     @abstractmethod
-    def prepare(self, recipe: Any, *, cache: Path) -> TaskData:
-        """Load and encode the data of a validated recipe; what takes long is kept under `cache`."""
+    def prepare(self, recipe: Any, *, cache: Path, tokenizer: Any = None) -> TaskData:
+        """Load and encode the data of a validated recipe; what takes long is kept under `cache`.
+
+        Arguments:
+            tokenizer: that of a trained model; None trains or builds the recipe's.
+        """

@@ -47,8 +47,9 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
         LeapformerError: wrong data, a folder that holds something else, a damaged checkpoint, a full disk.
     """
     run = Run(output)
-    checkpoint = run.start(recipe)
+    run.check(recipe)
     data = task.prepare(recipe, cache=run.cache_path)
+    checkpoint = run.start(recipe)
     section = recipe.training
     set_seed(section.seed)
     model = data.build_model()

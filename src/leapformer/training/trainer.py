@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leapformer.training.arguments import build_optimizer, build_schedule
 from leapformer.training.recipes import TrainingSection
@@ -81,6 +81,9 @@ class LeapformerTrainer(Trainer):
             eval_dataset=data.train_dataset,  # never read: evaluate() below asks the task
             callbacks=[self.clock, LastStep(), *callbacks],
         )
+        self.remove_callback(PrinterCallback)
+        if section.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         args = self.args

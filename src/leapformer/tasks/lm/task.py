@@ -1,0 +1,236 @@
+"""Language modelling as a task of the training: corpora, tokenizers, packed blocks and metrics behind one recipe.
+
+Letters: B blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from leapformer.models import LeapformerConfig, LeapformerForCausalLM
+from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
+from leapformer.tasks.lm.corpora import Corpus, load_corpus
+from leapformer.tasks.lm.metrics import LossByPosition
+from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, encode_split
+from leapformer.tasks.lm.tokenizers import build_tokenizer
+from leapformer.training.recipes import Recipe, Section, expand_path
+from leapformer.training.saving import staged_folder
+from leapformer.training.task import Task, TaskData
+
+# Fields of the configuration that the tokenizer decides, or that say nothing about training.
+SET_BY_TASK = {"model_type", "vocab_size", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+MODEL_FIELDS = frozenset(
+    name
+    for name in LeapformerConfig.__annotations__
+    if name not in SET_BY_TASK and not name.startswith("_") and name != "keys_to_ignore_at_inference"
+)
+POSITION_BINS = 16
+
+
+class DataSection(Section):
+    """Where the text comes from and how it is cut."""
+
+    source: Literal["pydocs", "wikitext", "text", "hf"]
+    path: str | None = Field(None, description="file or folder, $VARIABLES allowed; for hf the name of the data set")
+    subset: str | None = Field(None, description="configuration of a Hugging Face data set")
+    text_field: str = Field("text", description="key of a .jsonl row, or column of a Hugging Face data set")
+    validation_share: float = Field(0.05, gt=0, lt=1, description="held out where the source has no validation split")
+    block_size: int = Field(256, ge=2, description="tokens of a training sequence")
+    across_documents: bool = Field(True, description="whether attention crosses the ends of documents")
+
+
+class TokenizerSection(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bytes", "bpe", "word"] = "bpe"
+    vocab_size: int | None = Field(None, ge=2, description="none: the kind's own default")
+
+
+class LanguageModelRecipe(Recipe):
+    """A recipe with `task: lm`."""
+
+    data: DataSection
+    tokenizer: TokenizerSection = Field(default_factory=lambda: TokenizerSection())
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        known = {key: value for key, value in model.items() if key in MODEL_FIELDS}
+        # The true size is known once the tokenizer is trained.
+        build_config(known, vocab_size=2**31 if known.get("adaptive_cutoffs") else 256)
+        return model
+
+    @model_validator(mode="after")
+    def _check_length(self) -> LanguageModelRecipe:
+        known = {key: value for key, value in self.model.items() if key in MODEL_FIELDS}
+        config = build_config(known, vocab_size=2**31 if known.get("adaptive_cutoffs") else 256)
+        limit = config.length_limit()
+        if limit is not None and self.data.block_size > limit[0]:
+            longest, why = limit
+            raise ValueError(f"data.block_size of at most model.max_position_embeddings={longest} ({why})")
+        return self
+
+
+def build_config(fields: dict[str, Any], *, vocab_size: int) -> LeapformerConfig:
+    """The configuration of a model section; every fault is a one-line ValueError."""
+    try:
+        return LeapformerConfig(**fields, vocab_size=vocab_size)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+
+
+class LanguageModelData(TaskData):
+    """The encoded corpus of one recipe."""
+
+    def __init__(
+        self, recipe: LanguageModelRecipe, *, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache: Path
+    ) -> None:
+        self.recipe = recipe
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.collator = PackedCollator()
+        self._encoded: dict[str, EncodedSplit] = {}
+        self.train_dataset = self.packed("train")
+
+    def encoded(self, split: str) -> EncodedSplit:
+        """The tokens of a split; kept on disk and in memory.
+
+        Raises:
+            LeapformerError: the corpus has no such split.
+        """
+        if split not in self._encoded:
+            self._encoded[split] = encode_split(
+                self.corpus.split(split),
+                self.tokenizer,
+                separate_documents=self.corpus.separate_documents,
+                cache_dir=self.cache,
+            )
+        return self._encoded[split]
+
+    def packed(self, split: str) -> PackedDataset:
+        """The blocks of a split."""
+        encoded = self.encoded(split)
+        return PackedDataset(
+            encoded.tokens,
+            block_size=self.recipe.data.block_size,
+            document_starts=encoded.document_starts,
+            across_documents=self.recipe.data.across_documents,
+            pad_id=self.tokenizer.pad_token_id,
+        )
+
+    def build_model(self) -> LeapformerForCausalLM:
+        return LeapformerForCausalLM(build_config(self.recipe.model, vocab_size=len(self.tokenizer)))
+
+    def quick_metrics(self, model: Any) -> dict[str, float]:
+        """Loss in nats per token on blocks spread evenly over the validation set."""
+        dataset = self.packed("validation")
+        wanted = max(1, self.recipe.training.eval_tokens // (self.recipe.data.block_size - 1))
+        blocks = range(0, len(dataset), -(-len(dataset) // wanted))
+        losses = self.losses(model, dataset, blocks)
+        return {"loss": losses.total_nats / losses.tokens}
+
+    def evaluate(self, model: Any, *, split: str) -> dict[str, Any]:
+        """Metrics, perplexity by position and the counted baselines of a whole split."""
+        encoded = self.encoded(split)
+        dataset = self.packed(split)
+        losses = self.losses(model, dataset, range(len(dataset)))
+        return {
+            "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
+            "perplexity_by_position": losses.perplexity(bins=POSITION_BINS),
+            "baselines": self.baselines(split),
+        }
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Perplexities per word counted on the training text: over the model's own tokens, and over words.
+
+        Those over words are left out where the vocabulary is open, because unknown words make them too low.
+        """
+        train, evaluated = self.encoded("train"), self.encoded(split)
+        tokens = count_baselines(train.tokens, evaluated.tokens, vocab_size=len(self.tokenizer), words=evaluated.words)
+        found = {
+            "unigram_word_perplexity": tokens.unigram_word_perplexity,
+            "bigram_word_perplexity": tokens.bigram_word_perplexity,
+        }
+        if self.recipe.data.source == "wikitext":
+            words = count_word_baselines(self.corpus.split("train"), self.corpus.split(split))
+            found["unigram_over_words_word_perplexity"] = words.unigram_word_perplexity
+            found["bigram_over_words_word_perplexity"] = words.bigram_word_perplexity
+        return found
+
+    @torch.no_grad()
+    def losses(self, model: Any, dataset: PackedDataset, blocks: Iterable[int]) -> LossByPosition:
+        """Summed nats of some blocks by position, with the model in evaluation mode."""
+        was_training = model.training
+        model.eval()
+        summed = LossByPosition(dataset.block_size - 1)
+        for batch in self._batches(dataset, blocks):
+            inputs = {
+                name: batch[name].to(model.device)
+                for name in ("input_ids", "labels", "attention_mask", "cu_seqlens")
+                if name in batch
+            }
+            nats = model.token_losses(**inputs)  # [B, T]
+            summed.add(nats[:, :-1].cpu(), batch["labels"], position_ids=batch.get("position_ids"))
+        model.train(was_training)
+        return summed
+
+    def _batches(self, dataset: PackedDataset, blocks: Iterable[int]) -> Iterator[dict[str, torch.Tensor]]:
+        size = max(1, self.recipe.training.eval_batch_tokens // dataset.block_size)
+        indices = list(blocks)
+        for start in range(0, len(indices), size):
+            yield self.collator([dataset[index] for index in indices[start : start + size]])
+
+
+class LanguageModelTask(Task):
+    """`task: lm`."""
+
+    name = "lm"
+    recipe_type = LanguageModelRecipe
+    model_fields = MODEL_FIELDS
+
+    def prepare(
+        self, recipe: LanguageModelRecipe, *, cache: Path, tokenizer: PreTrainedTokenizerFast | None = None
+    ) -> LanguageModelData:
+        """Read the corpus, and train the tokenizer or take the given one."""
+        section = recipe.data
+        path = section.path
+        if path is not None and section.source != "hf":
+            path = str(expand_path(path, key="data.path"))
+        corpus = load_corpus(
+            section.source,
+            path=path,
+            subset=section.subset,
+            text_field=section.text_field,
+            validation_share=section.validation_share,
+        )
+        if tokenizer is None:
+            tokenizer = cached_tokenizer(recipe.tokenizer, corpus.split("train"), cache=cache)
+        return LanguageModelData(recipe, corpus=corpus, tokenizer=tokenizer, cache=cache)
+
+
+def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a recipe, trained once for the same text and settings."""
+    if section.kind == "bytes":
+        return build_tokenizer("bytes", vocab_size=section.vocab_size)
+    digest = hashlib.sha256(json.dumps(section.model_dump(), sort_keys=True).encode())
+    for document in documents:
+        digest.update(document.encode("utf-8"))
+    folder = cache / f"tokenizer-{digest.hexdigest()[:16]}"
+    if not folder.is_dir():
+        tokenizer = build_tokenizer(section.kind, vocab_size=section.vocab_size, documents=documents)
+        with staged_folder(folder) as staging:
+            tokenizer.save_pretrained(staging)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+TASK = LanguageModelTask()
