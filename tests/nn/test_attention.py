@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leapformer.nn import DecoderBlock, build_attention
+from leapformer.nn import DecoderBlock, SoftmaxAttention, build_attention
 from leapformer.ops import Staircase
 
 LAYERS = {
@@ -71,6 +71,62 @@ def test_left_and_right_padding_change_nothing(layer, x):
         x[:1, n : n + 1], visible="causal", state=state, position_ids=torch.tensor([[n]]), return_state=True
     )
     close(follow, layer(x[:1, : n + 1], visible="causal")[0][:, -1:])
+
+
+@torch.no_grad()
+def test_goes_on_after_right_padding(layer, x):
+    n = 13
+    _, state = layer(x[:1], visible="causal", key_mask=(torch.arange(T) < n)[None], return_state=True)
+    assert state.length.tolist() == [n]
+    # A row of nothing but padding leaves the state as it was.
+    _, state = layer(x[1:2, :5], visible="causal", key_mask=torch.zeros(1, 5, dtype=torch.bool), state=state,
+                     position_ids=torch.full((1, 5), n), return_state=True)  # fmt: skip
+    here = torch.tensor([[n]])
+    y, _ = layer(x[:1, n : n + 1], visible="causal", state=state, position_ids=here, return_state=True)
+    close(y, layer(x[:1, : n + 1], visible="causal")[0][:, -1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_sequences_go_on_from_their_states(layer, x, masked):
+    bounds, more = torch.tensor([0, 2, 14], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
+    if isinstance(layer, SoftmaxAttention):
+        with pytest.raises(ValueError, match="no state with cu_seqlens"):
+            layer(x[:1, :14], visible="causal", cu_seqlens=bounds, return_state=True)
+        return
+    mask = torch.arange(14)[None] < (11 if masked else 14)  # the second sequence ends in padding
+    _, state = layer(x[:1, :14], visible="causal", cu_seqlens=bounds, key_mask=mask, return_state=True)
+    n = int(mask.sum())
+    assert state.length.tolist() == [2, n - 2]
+    y, state = layer(x[1:2, :3], visible="causal", cu_seqlens=more, state=state, return_state=True)
+    first, second = torch.cat([x[:1, :2], x[1:2, :1]], 1), torch.cat([x[:1, 2:n], x[1:2, 1:3]], 1)
+    close(y[:, :1], layer(first, visible="causal")[0][:, -1:])
+    close(y[:, 1:], layer(second, visible="causal")[0][:, -2:])
+    assert state.length.tolist() == [3, n]
+
+
+@torch.no_grad()
+def test_restore_over_a_mask_that_came_later(layer, x):
+    _, state = layer(x[:, :5], visible="causal", return_state=True)
+    kept = state.snapshot()
+    wanted, _ = layer(x[:, 5:6], visible="causal", state=state.snapshot(), return_state=True)
+    mask = torch.tensor([[False], [True], [True]])
+    _, state = layer(x[:, 6:7], visible="causal", key_mask=mask, state=state, return_state=True)
+    state.restore(kept)
+    close(layer(x[:, 5:6], visible="causal", state=state, return_state=True)[0], wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["leap", "softmax"])
+def test_packed_cross_attention_with_a_staircase_each(kind, x):
+    torch.manual_seed(0)
+    layer = build_attention(kind, hidden_size=D, num_heads=4).double()
+    context = torch.randn(1, 40, D, dtype=torch.float64)
+    q_bounds, k_bounds = (torch.tensor(b, dtype=torch.int32) for b in ([0, 9, T], [0, 15, 40]))
+    stairs = Staircase(torch.tensor([2, 5]), 1)
+    y, _ = layer(x[:1], context, visible=stairs, cu_seqlens=q_bounds, cu_seqlens_k=k_bounds)
+    close(y[:, :9], layer(x[:1, :9], context[:, :15], visible=Staircase(2, 1))[0])
+    close(y[:, 9:], layer(x[:1, 9:], context[:, 15:], visible=Staircase(5, 1))[0])
 
 
 def test_no_gradient_reaches_the_future(layer, x):
@@ -190,3 +246,31 @@ def test_block_with_cross_attention_needs_a_context(x):
     assert block(x, torch.randn(B, 9, D, dtype=torch.float64))[0].shape == x.shape
     with pytest.raises(ValueError, match="expected a context"):
         block(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["leap", "softmax"])
+def test_autocast_gives_its_dtype_and_the_same_step_by_step(kind, x):
+    torch.manual_seed(0)
+    layer, x = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = layer(x, visible="causal")
+        state, parts = None, []
+        for t in range(T):
+            y, state = layer(x[:, t : t + 1], visible="causal", state=state, return_state=True)
+            parts.append(y)
+    assert whole.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(whole.float(), layer(x, visible="causal")[0], atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("kind", ["leap", "softmax"])
+def test_packed_sequences_compile_whole(kind, x):
+    torch.manual_seed(0)
+    layer = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4).double()
+    cu_seqlens = torch.tensor([0, 5, T], dtype=torch.int32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    close(
+        compiled(x[:1], visible="causal", cu_seqlens=cu_seqlens)[0],
+        layer(x[:1], visible="causal", cu_seqlens=cu_seqlens)[0],
+    )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS
+from leapformer.nn.packing import sequence_of
 from leapformer.nn.proportions import LeapModule, PositionProportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS
 from leapformer.nn.state import LayerState, real_tokens
@@ -129,7 +130,8 @@ class AttentionLayer(nn.Module):
         y = self.o_proj(y.flatten(-2))
         if kept is None:
             return y, None
-        kept.conv, kept.length = tail, real_tokens(x, own_mask, state)
+        kept.conv = None if tail is None else tail.clone()  # a view would keep all inputs alive
+        kept.length = real_tokens(x, own_mask, state, cu_seqlens=cu_seqlens)
         return y, kept if state is None else state.update(kept)
 
     def attend(
@@ -216,7 +218,9 @@ class LinearAttention(AttentionLayer):
             return_state=return_state, normalize=self.output_norm is None, eps=self.eps, impl=self.impl,
         )  # fmt: skip
         if self.output_norm is not None:
-            output = self.output_norm(output)
+            output = self.output_norm(output.to(self.output_norm.weight.dtype)).to(
+                output.dtype
+            )  # autocast: bf16, float32
         output = F.dropout(output, self.dropout, self.training)
         return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
 
@@ -295,11 +299,11 @@ def _named(table: dict, name: str, what: str):
 
 
 def _positions(T: int, cu_seqlens: Tensor | None, first: Tensor | None, device: torch.device) -> Tensor:
-    """Positions [1 or B, T] of T slots: from ``first`` [B] on, or from the start of each packed sequence."""
+    """Positions [1 or B, T] of T slots, within packed sequences or rows, from ``first`` [N or B] on."""
     slots = torch.arange(T, device=device)[None]
     if cu_seqlens is not None:
-        row = torch.searchsorted(cu_seqlens[1:].to(torch.int64).contiguous(), slots[0], right=True)
-        return slots - cu_seqlens.to(torch.int64)[row]
+        row, since_start = sequence_of(cu_seqlens, slots[0])
+        return (since_start if first is None else since_start + first[row])[None]
     return slots if first is None else slots + first[:, None]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.attention import AttentionLayer, Capabilities
+from leapformer.nn.packing import sequence_of
 from leapformer.nn.state import LayerState
 from leapformer.ops import Staircase
 from leapformer.ops.api import Visible
@@ -29,6 +30,8 @@ class SoftmaxAttention(AttentionLayer):
         cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
         state: LayerState | None, return_state: bool,
     ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
+        if cu_seqlens is not None and (state is not None or return_state):
+            raise ValueError("softmax attention: expected no state with cu_seqlens (its cache has one row a sequence)")
         past, new_keys, B = 0, k.shape[1], k.shape[0]
         if state is not None and state.keys is not None and state.values is not None:
             past = state.keys.shape[1]
@@ -36,10 +39,11 @@ class SoftmaxAttention(AttentionLayer):
             if key_mask is not None or state.key_mask is not None:
                 new = _all_real(B, new_keys, k) if key_mask is None else key_mask
                 key_mask = torch.cat([_all_real(B, past, k) if state.key_mask is None else state.key_mask, new], dim=1)
-        plain_causal = isinstance(visible, str) and visible == "causal" and past == 0
-        simple = key_mask is None and cu_seqlens is None
+        named = visible if isinstance(visible, str) else None
+        plain_causal = named == "causal" and past == 0
+        sees_all = named == "all" or (named == "causal" and q.shape[1] == new_keys == 1)
         mask = None
-        if not (simple and (plain_causal or (isinstance(visible, str) and visible == "all"))):
+        if key_mask is not None or cu_seqlens is not None or not (plain_causal or sees_all):
             mask = _visible_mask(q, k, visible, past, key_mask, cu_seqlens, cu_seqlens_k)
         output = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -69,25 +73,21 @@ def _visible_mask(
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     queries, keys = torch.arange(T, device=q.device), torch.arange(S - past, device=q.device)
     mask = torch.ones(1, T, S - past, dtype=torch.bool, device=q.device)
+    rows = torch.zeros_like(queries)
     if cu_seqlens is not None:
-        rows, queries = _rows(cu_seqlens, queries)
-        key_rows, keys = _rows(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, keys)
+        rows, queries = sequence_of(cu_seqlens, queries)
+        key_rows, keys = sequence_of(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, keys)
         mask = (rows[:, None] == key_rows[None])[None]
     if isinstance(visible, str):
         counts = queries[None] + 1 if visible == "causal" else None
     else:
         counts = visible.at(queries[None], S) if isinstance(visible, Staircase) else visible
     if counts is not None:
+        if cu_seqlens is not None and counts.shape[0] > 1:  # a staircase for each packed sequence
+            counts = counts[rows, torch.arange(T, device=q.device)][None]
         mask = mask & (keys < counts[..., None])
     if past:
         mask = torch.cat([torch.ones(*mask.shape[:2], past, dtype=torch.bool, device=q.device), mask], dim=-1)
     if key_mask is not None:
         mask = mask & key_mask[:, None]
     return mask[:, None].expand(-1, 1, T, S) if mask.shape[0] in (1, B) else mask[:, None]
-
-
-def _rows(cu_seqlens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Which packed sequence each slot belongs to, and its index in it."""
-    bounds = cu_seqlens.to(torch.int64)
-    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
-    return row, slots - bounds[row]

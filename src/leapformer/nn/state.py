@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from leapformer.nn.packing import sequence_of
 from leapformer.ops import LinearState
+
+TENSORS = ("length", "keys", "values", "key_mask", "conv")
 
 
 @dataclass
@@ -44,12 +47,14 @@ class LayerState:
         """Go back to ``snapshot``, in place where the shapes are the same (then addresses stay)."""
         if self.linear is not None and snapshot.linear is not None:
             self.linear.copy_(snapshot.linear)
-        kept = snapshot._tensors()
-        for name, own in self._tensors().items():
-            if own.shape == kept[name].shape:
-                own.copy_(kept[name])
+        else:
+            self.linear = None if snapshot.linear is None else snapshot.linear.clone()
+        for name in TENSORS:
+            own, kept = getattr(self, name), getattr(snapshot, name)
+            if own is not None and kept is not None and own.shape == kept.shape:
+                own.copy_(kept)
             else:
-                setattr(self, name, kept[name].clone())
+                setattr(self, name, None if kept is None else kept.clone())
 
     def reorder(self, index: Tensor) -> LayerState:
         """Row b of the result is row index[b] of this state; ``index`` int64 of any length."""
@@ -64,12 +69,20 @@ class LayerState:
         return self
 
     def _tensors(self) -> dict[str, Tensor]:
-        fields = {name: getattr(self, name) for name in ("length", "keys", "values", "key_mask", "conv")}
+        fields = {name: getattr(self, name) for name in TENSORS}
         return {name: t for name, t in fields.items() if t is not None}
 
 
-def real_tokens(x: Tensor, key_mask: Tensor | None, state: LayerState | None) -> Tensor:
-    """int64 [B]: real tokens after x [B, T, D], those of the state included."""
+def real_tokens(
+    x: Tensor, key_mask: Tensor | None, state: LayerState | None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """int64 [B], or [N] for N packed sequences: real tokens after x [B, T, D], those of the state included."""
     B, T = x.shape[:2]
-    new = torch.full((B,), T, dtype=torch.int64, device=x.device) if key_mask is None else key_mask.sum(1)
+    if cu_seqlens is None:
+        new = torch.full((B,), T, dtype=torch.int64, device=x.device) if key_mask is None else key_mask.sum(1)
+    elif key_mask is None:
+        new = cu_seqlens.diff().to(torch.int64)
+    else:
+        row, _ = sequence_of(cu_seqlens, torch.arange(T, device=x.device))
+        new = torch.zeros_like(cu_seqlens[1:], dtype=torch.int64).scatter_add(0, row, key_mask[0].to(torch.int64))
     return new if state is None else state.length + new
