@@ -48,7 +48,7 @@ def copying_loss(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[:, HALF + 1 :].flatten())
 
 
-def train(steps: int = 300, *, seed: int = 0) -> list[float]:
+def train(steps: int = 100, *, seed: int = 0) -> list[float]:
     """Train for `steps` steps; return the loss of each."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -66,6 +66,6 @@ def train(steps: int = 300, *, seed: int = 0) -> list[float]:
 
 if __name__ == "__main__":
     history = train()
-    for step in range(0, len(history), 50):
+    for step in range(0, len(history), 20):
         print(f"step {step:3d}  loss {history[step]:.3f}")
     print(f"step {len(history) - 1:3d}  loss {history[-1]:.3f} (guessing is 2.079)")

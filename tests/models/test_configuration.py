@@ -12,8 +12,7 @@ def test_defaults_follow_from_the_sizes():
     config = LeapformerConfig(hidden_size=64, num_attention_heads=4)
     assert (config.head_dim, config.intermediate_size, config.num_key_value_heads) == (16, 256, 4)
     assert config.eos_token_id is None
-    assert config.embedding_scale == 8.0
-    assert config.embedding_initializer_range == 0.125
+    assert (config.embedding_initializer_range, config.embedding_scale) == (0.02, 50.0)
 
 
 def test_a_variant_sets_the_switches_and_a_switch_wins_over_it():

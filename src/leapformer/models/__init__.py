@@ -4,8 +4,8 @@ from leapformer.errors import MissingExtra
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-except ImportError as error:
-    raise MissingExtra("lm", package="transformers", purpose="leapformer.models") from error
+except ModuleNotFoundError as error:
+    raise MissingExtra("lm", package=error.name, purpose="leapformer.models") from error
 
 from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from leapformer.models.cache import LeapformerCache

@@ -26,10 +26,11 @@ def start_with(std: float, *modules: nn.Module) -> None:
 class AdaptiveEmbedding(nn.Module):
     """Word embeddings in bands: ids [...] int64 -> [..., D].
 
-    vocab_size V, hidden_size D, cutoffs: rising band limits below V, factor: how much smaller each further band is.
+    vocab_size V, hidden_size D, cutoffs: rising band limits below V, factor: how much smaller each further band is,
+    std: standard deviation of every word's vector at the start.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, cutoffs: list[int], factor: int = 4):
+    def __init__(self, vocab_size: int, hidden_size: int, *, cutoffs: list[int], factor: int = 4, std: float = 0.02):
         super().__init__()
         self.limits, self.hidden_size = [0, *cutoffs, vocab_size], hidden_size
         if hidden_size // factor ** len(cutoffs) < 1:
@@ -42,9 +43,9 @@ class AdaptiveEmbedding(nn.Module):
         for band, (first, end) in enumerate(zip(self.limits[:-1], self.limits[1:], strict=True)):
             size = hidden_size // factor**band
             embedding, projection = nn.Embedding(end - first, size), nn.Linear(size, hidden_size, bias=False)
-            # Projected, every band then has the variance 1 / D of a plain embedding.
-            start_with(size**-0.5, embedding)
-            start_with(hidden_size**-0.5, projection)
+            # The first band is also the output layer. Projected, all bands have the same variance.
+            start_with(std, embedding)
+            start_with(size**-0.5, projection)
             self.embeddings.append(embedding)
             self.projections.append(projection)
 

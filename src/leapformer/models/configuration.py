@@ -1,7 +1,5 @@
 """The configuration of every LeaPformer model, with Hugging Face's standard names where they exist."""
 
-import math
-
 from transformers import PreTrainedConfig
 
 ATTENTION_KINDS = ("leap", "cosformer", "linear", "softmax")
@@ -46,8 +44,8 @@ class LeapformerConfig(PreTrainedConfig):
         adaptive_factor (4), adaptive_dropout (0.0). They need tied embeddings.
         initializer_range (0.02): standard deviation of every projection; the two that write into the residual stream
             are divided by sqrt(2 x num_hidden_layers).
-        embedding_initializer_range (None: hidden_size ** -0.5) and embedding_scale (None: hidden_size ** 0.5), so
-            that a token enters the first block with unit variance while tied logits start with unit variance too.
+        embedding_initializer_range (None: initializer_range), embedding_scale (None: 1 / embedding_initializer_range):
+            a token enters the first block with unit variance, while tied logits start small.
 
     Raises ValueError with the field's name, what was expected and what was found.
 
@@ -118,9 +116,9 @@ class LeapformerConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.embedding_initializer_range is None:
-            self.embedding_initializer_range = self.hidden_size**-0.5
+            self.embedding_initializer_range = self.initializer_range
         if self.embedding_scale is None:
-            self.embedding_scale = math.sqrt(self.hidden_size)
+            self.embedding_scale = 1 / self.embedding_initializer_range
         if isinstance(self.attention, tuple):
             self.attention = list(self.attention)
         self._check_choices()

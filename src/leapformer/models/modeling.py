@@ -350,7 +350,11 @@ def _build_embedding(config: LeapformerConfig) -> nn.Module:
     if config.adaptive_cutoffs is None:
         return nn.Embedding(config.vocab_size, config.hidden_size)
     return AdaptiveEmbedding(
-        config.vocab_size, config.hidden_size, cutoffs=list(config.adaptive_cutoffs), factor=config.adaptive_factor
+        config.vocab_size,
+        config.hidden_size,
+        cutoffs=list(config.adaptive_cutoffs),
+        factor=config.adaptive_factor,
+        std=config.embedding_initializer_range,  # type: ignore[arg-type]
     )
 
 
