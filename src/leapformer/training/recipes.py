@@ -259,6 +259,8 @@ def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
             yield f"{key}: unknown key{nearest(key, known)}"
         elif fault["type"] == "missing":
             yield f"{key}: missing"
+        elif fault["type"] == "value_error":
+            yield fault["msg"].removeprefix("Value error, ")  # our own checks name the key themselves
         else:
-            message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Input should be ")
             yield f"{key}: expected {message}, found {fault['input']!r}"

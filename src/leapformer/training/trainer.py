@@ -83,7 +83,9 @@ class LeapformerTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         if section.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            # transformers renamed it on the way from 5.17 to 5.23.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(self.model, new if hasattr(self.model, new) else old)()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         args = self.args

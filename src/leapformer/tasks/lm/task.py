@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
@@ -63,29 +63,36 @@ class LanguageModelRecipe(Recipe):
 
     @field_validator("model", mode="after")
     @classmethod
-    def _check_model(cls, model: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        known = {key: value for key, value in model.items() if key in MODEL_FIELDS}
-        # The true size is known once the tokenizer is trained.
-        build_config(known, vocab_size=2**31 if known.get("adaptive_cutoffs") else 256)
+    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        provisional_config(model)
         return model
 
     @model_validator(mode="after")
     def _check_length(self) -> LanguageModelRecipe:
-        known = {key: value for key, value in self.model.items() if key in MODEL_FIELDS}
-        config = build_config(known, vocab_size=2**31 if known.get("adaptive_cutoffs") else 256)
-        limit = config.length_limit()
+        limit = provisional_config(self.model).length_limit()
         if limit is not None and self.data.block_size > limit[0]:
             longest, why = limit
-            raise ValueError(f"data.block_size of at most model.max_position_embeddings={longest} ({why})")
+            raise ValueError(
+                f"data.block_size: expected at most model.max_position_embeddings={longest}, "
+                f"found {self.data.block_size}; {why}"
+            )
         return self
 
 
+def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
+    """The configuration before the tokenizer says how large the vocabulary is; unknown fields are told elsewhere."""
+    known = {key: value for key, value in fields.items() if key in MODEL_FIELDS}
+    return build_config(known, vocab_size=2**31)
+
+
 def build_config(fields: dict[str, Any], *, vocab_size: int) -> LeapformerConfig:
-    """The configuration of a model section; every fault is a one-line ValueError."""
+    """The configuration of a model section; a fault is a one-line ValueError that begins with the key."""
     try:
         return LeapformerConfig(**fields, vocab_size=vocab_size)
     except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+        raise ValueError("model." + " ".join(str(error.__cause__ or error).split())) from error
+    except ValueError as error:
+        raise ValueError(str(error).replace("config ", "model.", 1)) from error
 
 
 class LanguageModelData(TaskData):

@@ -1,0 +1,126 @@
+"""One table over several runs: quality, speed, memory, parameters, and what the seeds allow to say."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from leapformer.analysis.runs import RunRecord
+from leapformer.errors import LeapformerError
+
+# Losses in nats per token; memory in MiB.
+COLUMNS = ["model", "seeds", "loss", "bits/byte", "word ppl", "tokens/s", "MiB", "parameters", "of LeaP"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """columns and rows of text, best loss first, the counted baselines last; notes: one line per paired difference."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Comparison:
+    """Group runs that differ in nothing but the seed, and compare the groups.
+
+    Raises:
+        LeapformerError: no runs, or one that was not evaluated on the split.
+    """
+    if not runs:
+        raise LeapformerError("compare: expected at least one run, found none")
+    for run in runs:
+        if not run.split(split):
+            raise LeapformerError(
+                f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
+            )
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(_group_name(run), []).append(run)
+    ordered = sorted(groups.items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
+    rows = [_row(name, members, split) for name, members in ordered]
+    return Comparison(COLUMNS, rows + _baseline_rows(runs), _paired_notes(ordered, split))
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of a - b over paired values and its standard error (nan for one pair)."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return _mean(differences), error
+
+
+def _group_name(run: RunRecord) -> str:
+    conv = run.results.get("conv_width")
+    return run.label + (f" + convolution {conv}" if conv and run.results.get("variant") == "paper" else "")
+
+
+def _row(name: str, members: Sequence[RunRecord], split: str) -> list[str]:
+    def column(values: Sequence[float | None], digits: int) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return "-"
+        deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+        return f"{_mean(known):.{digits}f}{deviation}"
+
+    def of_split(key: str) -> list[float | None]:
+        return [run.split(split).get(key) for run in members]
+
+    def of_run(key: str) -> list[float | None]:
+        return [run.results.get(key) for run in members]
+
+    first = members[0].results
+    seeds = ", ".join(str(seed) for seed in sorted({run.results.get("seed") for run in members}, key=str))
+    return [
+        name,
+        seeds,
+        column(of_split("loss"), 4),
+        column(of_split("bits_per_byte"), 4),
+        column(of_split("word_perplexity"), 1),
+        column(of_run("tokens_per_second"), 0),
+        column(of_run("peak_memory_mib"), 0),
+        f"{first.get('parameters', 0):,}",
+        f"{first.get('parameters_leap', 0):,}",
+    ]
+
+
+def _baseline_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """The counted baselines, where all runs have the same."""
+    found = {tuple(sorted((run.results.get("baselines") or {}).items())) for run in runs}
+    if len(found) != 1:
+        return []
+    names = {key: key.removesuffix("_word_perplexity").replace("_", " ") for key, _ in next(iter(found))}
+    return [
+        [f"counted {names[key]}", "", "", "", f"{value:.1f}", "", "", "", ""]
+        for key, value in sorted(next(iter(found)), key=lambda item: item[1])
+        if key.endswith("word_perplexity")
+    ]
+
+
+def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str) -> list[str]:
+    """Each pair of groups with at least two seeds in common; under two standard errors there is no difference."""
+    notes = []
+    for (name, members), (other, others) in combinations(groups, 2):
+        losses = {run.results.get("seed"): run.split(split)["loss"] for run in members}
+        other_losses = {run.results.get("seed"): run.split(split)["loss"] for run in others}
+        seeds = sorted(losses.keys() & other_losses.keys(), key=str)
+        if len(seeds) < 2:
+            continue
+        mean, error = paired_difference([losses[s] for s in seeds], [other_losses[s] for s in seeds])
+        verdict = "no difference" if abs(mean) < 2 * error else f"{name if mean < 0 else other} is better"
+        notes.append(
+            f"{name} - {other}: {mean:+.4f} nats/token, standard error {error:.4f} over {len(seeds)} paired seeds: {verdict}"
+        )
+    return notes
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,132 @@
+"""The commands and their options. Each does its work in a function of its own that is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leapformer import __version__
+from leapformer.errors import MissingExtra
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+plot = typer.Typer(no_args_is_help=True, help="Pictures of a trained run.")
+app.add_typer(plot, name="plot")
+
+# The base of click's errors, reached in public: some versions of typer carry a copy of click of their own.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; default: PyTorch's own choice.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/NAME.")]
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse and run; wrong usage gives one line and code 2."""
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = command.main(args=arguments or ["--help"], prog_name="leapformer", standalone_mode=False)
+    except ClickException as error:
+        typer.echo(f"leapformer: {error.format_message()} (see leapformer --help)", err=True)
+        return 2
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return code if isinstance(code, int) else 0
+
+
+def _work(module: str, function: str, extra: str = "lm") -> Callable[..., Any]:
+    """The function that does a command's work; a missing package is told by the extra that brings it."""
+    try:
+        return getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("leapformer"):
+            raise
+        raise MissingExtra(extra, package=error.name, purpose="this command") from error
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Transformers with linear attention whose re-weighting is learned."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def recipes() -> None:
+    """List what can be trained."""
+    _work("leapformer.cli.recipes", "list_recipes")()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from 'leapformer recipes', or a .yaml file.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME after the recipe.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Train a recipe, or go on with an interrupted run of it."""
+    _work("leapformer.cli.train", "train_recipe")(recipe, overrides or [], output=output, threads=threads)
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
+    threads: Threads = None,
+) -> None:
+    """Evaluate a trained run on a whole split; results.json keeps the figures."""
+    _work("leapformer.cli.evaluate", "evaluate_run")(folder, split=split, threads=threads)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    split: Annotated[str, typer.Option(help="The split whose figures are compared.")] = "validation",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page to this file.")] = None,
+) -> None:
+    """One table of quality, speed, memory and parameters; several seeds give a mean and a paired difference."""
+    _work("leapformer.cli.compare", "compare_runs", "plots")(folders, split=split, markdown=markdown, output=output)
+
+
+@app.command()
+def generate(
+    folder: RunFolder,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Go on from a prompt; words appear as they are written."""
+    _work("leapformer.cli.generate", "generate_text")(
+        folder, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, threads=threads
+    )
+
+
+@plot.command("proportions")
+def plot_proportions(
+    folder: RunFolder,
+    text: Annotated[
+        str | None, typer.Option(help="The text to look at; default: the start of the validation set.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: RUN/plots.")] = None,
+) -> None:
+    """Draw the learned proportions of each layer and head along a text."""
+    _work("leapformer.cli.plot", "plot_proportions", "plots")(folder, text=text, output=output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the demo's runs and page.")] = Path("runs/demo"),
+    threads: Threads = None,
+) -> None:
+    """Train LeaPformer, cosFormer and softmax on built-in text, compare them, write a page. Nothing to download."""
+    _work("leapformer.cli.demo", "run_demo", "plots")(output=output, threads=threads)

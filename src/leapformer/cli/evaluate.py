@@ -1,0 +1,30 @@
+"""``leapformer evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from leapformer.cli.train import use_threads
+from leapformer.tasks.registry import load_recipe
+from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.run import Run
+
+
+def evaluate_run(folder: Path, *, split: str, threads: int | None) -> None:
+    """Print the metrics of a split as lines of "name value" and keep them in results.json where the run is finished."""
+    use_threads(threads)
+    run = Run(folder)
+    run.recipe()
+    model = load_model(run.model_path)
+    recipe, task = load_recipe(run.recipe_path)
+    data = task.prepare(recipe, cache=run.cache_path, tokenizer=load_tokenizer(run.model_path))
+    found = data.evaluate(model, split=split)
+    for name, value in {**found["metrics"], **found.get("baselines", {})}.items():
+        typer.echo(f"{name:28} {value:.5g}" if isinstance(value, float) else f"{name:28} {value}")
+    if run.finished:
+        results = run.results()
+        results["splits"][split] = found["metrics"]
+        run.write_results(results)
+        typer.echo(f"Written to {run.results_path}")

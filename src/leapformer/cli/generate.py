@@ -1,0 +1,48 @@
+"""``leapformer generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from leapformer.cli.train import use_threads
+from leapformer.errors import LeapformerError
+from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.run import Run
+
+
+def generate_text(
+    folder: Path, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int, threads: int | None
+) -> None:
+    """Stream the prompt and its continuation to the terminal."""
+    use_threads(threads)
+    run = Run(folder)
+    run.recipe()
+    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
+    text = continue_text(
+        model, tokenizer, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
+    )  # fmt: skip
+    if not text:
+        typer.echo("(the model ended the text at once)")
+
+
+def continue_text(
+    model, tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int, streamer=None
+) -> str:
+    """What the model writes after the prompt; the global random state is left as it was."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise LeapformerError("prompt: expected at least one token, found an empty text")
+    drawing = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(
+            **inputs, max_new_tokens=tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **drawing
+        )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,43 @@
+"""``leapformer train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import typer
+from transformers.utils import logging as transformers_logging
+
+from leapformer.tasks.registry import load_recipe
+from leapformer.training.train import train
+
+
+def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, threads: int | None) -> None:
+    """Train to the end, or up to an interrupt, and say where everything lies."""
+    use_threads(threads)
+    transformers_logging.disable_progress_bar()  # our own bar is the one to look at
+    resolved, task = load_recipe(recipe, overrides)
+    folder = Path("runs") / default_name(resolved.name, overrides) if output is None else output
+    outcome = train(resolved, task, folder, progress_bar=True)
+    if outcome.results is None:
+        typer.echo(f"Interrupted after step {outcome.step}; the same command goes on from there: {folder}")
+        return
+    metrics = outcome.results["splits"]["validation"]
+    typer.echo(
+        f"validation: loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
+        f"word perplexity {metrics['word_perplexity']:.1f}; {outcome.results['tokens_per_second']:.0f} tokens/s"
+    )
+    typer.echo(f"Written to {folder}: model/, metrics.jsonl, results.json, checkpoints/, tensorboard/")
+
+
+def default_name(recipe: str, overrides: Sequence[str]) -> str:
+    """The run's folder after its recipe and overrides, such as lm-pydocs-tiny-attention=leap."""
+    parts = [recipe.replace("/", "-"), *(override.replace("/", "_") for override in overrides)]
+    return "-".join(parts)
+
+
+def use_threads(threads: int | None) -> None:
+    """Set PyTorch's CPU threads where the user asked for it."""
+    if threads is not None:
+        torch.set_num_threads(threads)
