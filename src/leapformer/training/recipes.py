@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from leapformer.errors import LeapformerError
 
@@ -139,21 +139,20 @@ def read_recipe(reference: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def resolve_recipe(
-    content: Mapping[str, Any], *, schema: type[Recipe], model_fields: Iterable[str], overrides: Sequence[str] = ()
+    content: Mapping[str, Any], *, schema: type[Recipe], model_fields: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> Recipe:
     """Apply overrides to the content of a recipe and validate the whole.
 
     Arguments:
         content: what `read_recipe` returned.
         schema: the recipe type of the task.
-        model_fields: names that the section `model` may use.
+        model_fields: the fields that the section `model` may use, with their types.
         overrides: "key=value" each; a key is dotted ("training.seed") or a name that only one section has ("seed").
 
     Raises:
         RecipeError: lists every fault.
     """
     name = str(content.get("name", "without a name"))
-    model_fields = sorted(model_fields)
     known = known_keys(schema, model_fields)
     merged: dict[str, Any] = {
         key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()
@@ -161,7 +160,8 @@ def resolve_recipe(
     faults = list(_apply_overrides(merged, overrides, known))
     model = merged.get("model")
     if isinstance(model, Mapping):
-        faults += [f"model.{key}: unknown key{nearest(key, model_fields)}" for key in model if key not in model_fields]
+        merged["model"], model_faults = _check_model_fields(model, model_fields)
+        faults += model_faults
     try:
         recipe = schema.model_validate(merged)
     except ValidationError as error:
@@ -246,6 +246,25 @@ def _apply_overrides(merged: dict[str, Any], overrides: Sequence[str], known: Se
                 yield f"{key}: {text!r} is not a valid value"
 
 
+def _check_model_fields(model: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a model section that are right, and a line for each of the others."""
+    right, faults = {}, []
+    for key, value in model.items():
+        if key not in fields:
+            faults.append(f"model.{key}: unknown key{nearest(key, sorted(fields))}")
+            continue
+        try:
+            right[key] = TypeAdapter(fields[key]).validate_python(value)
+        except ValidationError as error:
+            expected = " or ".join(dict.fromkeys(_expected(fault) for fault in error.errors()))
+            faults.append(f"model.{key}: expected {expected}, found {value!r}")
+    return right, faults
+
+
+def _expected(fault: Mapping[str, Any]) -> str:
+    return fault["msg"].removeprefix("Input should be ")
+
+
 def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
     """One line for each fault that pydantic found; the branches of a union are told as one."""
     seen = set()
@@ -262,5 +281,4 @@ def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
         elif fault["type"] == "value_error":
             yield fault["msg"].removeprefix("Value error, ")  # our own checks name the key themselves
         else:
-            message = fault["msg"].removeprefix("Input should be ")
-            yield f"{key}: expected {message}, found {fault['input']!r}"
+            yield f"{key}: expected {_expected(fault)}, found {fault['input']!r}"

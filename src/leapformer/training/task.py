@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Task(ABC):
 
     name: str
     recipe_type: type[Recipe]
-    model_fields: frozenset[str]
+    model_fields: Mapping[str, Any]  # what a recipe may say of the model, with the types
 
     @abstractmethod
     def prepare(self, recipe: Any, *, cache: Path, tokenizer: Any = None) -> TaskData:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,11 +28,11 @@ from leapformer.training.task import Task, TaskData
 
 # Fields of the configuration that the tokenizer decides, or that say nothing about training.
 SET_BY_TASK = {"model_type", "vocab_size", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
-MODEL_FIELDS = frozenset(
-    name
-    for name in LeapformerConfig.__annotations__
-    if name not in SET_BY_TASK and not name.startswith("_") and name != "keys_to_ignore_at_inference"
-)
+MODEL_FIELDS = {
+    name: hint
+    for name, hint in get_type_hints(LeapformerConfig).items()
+    if name in LeapformerConfig.__annotations__ and name not in SET_BY_TASK
+}
 POSITION_BINS = 16
 
 
@@ -80,9 +80,8 @@ class LanguageModelRecipe(Recipe):
 
 
 def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is; unknown fields are told elsewhere."""
-    known = {key: value for key, value in fields.items() if key in MODEL_FIELDS}
-    return build_config(known, vocab_size=2**31)
+    """The configuration before the tokenizer says how large the vocabulary is."""
+    return build_config(fields, vocab_size=2**31)
 
 
 def build_config(fields: dict[str, Any], *, vocab_size: int) -> LeapformerConfig:
