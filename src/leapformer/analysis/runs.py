@@ -34,12 +34,14 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """What plots and tables call it: the attention, with the variant where it isn't the published one."""
+        """What plots and tables call it: the attention, with the variant and an added convolution where there is one."""
         attention = self.results.get("attention", "")
         parts = attention if isinstance(attention, list) else [attention]
-        label = "+".join(dict.fromkeys(_ATTENTION_NAMES.get(str(part), str(part)) for part in parts))
-        variant = self.results.get("variant")
-        return f"{label} ({variant})" if variant not in (None, "", "paper") else label or self.name
+        label = "+".join(dict.fromkeys(_ATTENTION_NAMES.get(str(part), str(part)) for part in parts)) or self.name
+        variant, convolution = self.results.get("variant") or "paper", self.results.get("conv_width")
+        if variant != "paper":
+            return f"{label} ({variant})"
+        return f"{label} + convolution {convolution}" if convolution else label
 
     def split(self, name: str = "validation") -> dict[str, Any]:
         """Results on one split of the data (empty when it wasn't evaluated)."""

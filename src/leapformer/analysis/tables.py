@@ -39,7 +39,7 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
             )
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(_group_name(run), []).append(run)
+        groups.setdefault(run.label, []).append(run)
     ordered = sorted(groups.items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
     rows = [_row(name, members, split) for name, members in ordered]
     return Comparison(COLUMNS, rows + _baseline_rows(runs), _paired_notes(ordered, split))
@@ -56,11 +56,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     differences = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return _mean(differences), error
-
-
-def _group_name(run: RunRecord) -> str:
-    conv = run.results.get("conv_width")
-    return run.label + (f" + convolution {conv}" if conv and run.results.get("variant") == "paper" else "")
 
 
 def _row(name: str, members: Sequence[RunRecord], split: str) -> list[str]:
