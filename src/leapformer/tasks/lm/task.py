@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,9 +29,9 @@ from leapformer.training.task import Task, TaskData
 # Fields of the configuration that the tokenizer decides, or that say nothing about training.
 SET_BY_TASK = {"model_type", "vocab_size", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 MODEL_FIELDS = {
-    name: hint
-    for name, hint in get_type_hints(LeapformerConfig).items()
-    if name in LeapformerConfig.__annotations__ and name not in SET_BY_TASK
+    name: kind
+    for name, kind in LeapformerConfig.__annotations__.items()
+    if name not in SET_BY_TASK and not isinstance(kind, str)
 }
 POSITION_BINS = 16
 
