@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 from leapformer.analysis.runs import RunRecord
 from leapformer.errors import LeapformerError
@@ -37,10 +38,7 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
             raise LeapformerError(
                 f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
             )
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    ordered = sorted(groups.items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
+    ordered = sorted(_groups(runs).items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
     rows = [_row(name, members, split) for name, members in ordered]
     return Comparison(COLUMNS, rows + _baseline_rows(runs), _paired_notes(ordered, split))
 
@@ -56,6 +54,30 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     differences = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return _mean(differences), error
+
+
+def _groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs by label; where one label stands for several recipes, each recipe is a group of its own."""
+    groups: dict[tuple[str, str], dict[Any, RunRecord]] = {}
+    for run in runs:
+        members = groups.setdefault((run.label, str(run.results.get("recipe_fingerprint", ""))), {})
+        seed = run.results.get("seed")
+        if seed in members:
+            raise LeapformerError(
+                f"{run.folder}: expected each seed of a recipe once, found seed {seed} of {run.label} also in "
+                f"{members[seed].folder}"
+            )
+        members[seed] = run
+    labels = [label for label, _ in groups]
+    names = {
+        key: key[0] if labels.count(key[0]) == 1 else f"{key[0]}, {_recipe_of(members)} {key[1][:6]}"
+        for key, members in groups.items()
+    }
+    return {names[key]: list(members.values()) for key, members in groups.items()}
+
+
+def _recipe_of(members: Mapping[Any, RunRecord]) -> str:
+    return str(next(iter(members.values())).results.get("recipe", ""))
 
 
 def _row(name: str, members: Sequence[RunRecord], split: str) -> list[str]:

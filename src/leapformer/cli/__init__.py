@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
 from leapformer.errors import LeapformerError, MissingExtra
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except LeapformerError as error:
         sys.stderr.write(f"leapformer: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        sys.stderr.write(f"leapformer: {error.filename or 'the disk'}: {error.strerror}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("leapformer: interrupted\n")

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from leapformer.analysis.report import write_report
 from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import comparison, markdown_table
 
@@ -29,4 +28,6 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
     for line in result.notes:
         typer.echo(line)
     if output is not None:
+        from leapformer.analysis.report import write_report
+
         typer.echo(f"Written to {write_report(output, runs, title='Comparison')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, 
     folder = Path("runs") / default_name(resolved.name, overrides) if output is None else output
     outcome = train(resolved, task, folder, progress_bar=True)
     if outcome.results is None:
-        typer.echo(f"Interrupted after step {outcome.step}; the same command goes on from there: {folder}")
-        return
+        command = shlex.join(["leapformer", "train", recipe, *overrides, "--output", str(folder)])
+        typer.echo(f"Interrupted after step {outcome.step} of {resolved.training.max_steps}. To go on: {command}")
+        raise typer.Exit(130)
     metrics = outcome.results["splits"]["validation"]
     typer.echo(
         f"validation: loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "

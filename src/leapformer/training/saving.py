@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from leapformer.errors import LeapformerError
 
 STAGING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -76,11 +78,11 @@ def recover(folder: Path) -> None:
 
 
 def is_disk_fault(error: BaseException) -> bool:
-    """Whether an error says that the disk is full or refuses writes, whoever raised it (safetensors has its own)."""
+    """Whether an error says that the disk is full or refuses writes, whoever raised it (torch and safetensors wrap it)."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES)
-    text = str(error)
-    return "No space left" in text or "os error 28" in text or "file write failed" in text
+        return error.errno in DISK_FAULTS
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return "file write failed" in str(error) or (code is not None and int(code.group(1)) in DISK_FAULTS)
 
 
 def check_weights(path: Path) -> None:

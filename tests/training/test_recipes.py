@@ -1,0 +1,139 @@
+"""Recipes: overrides, faults told all at once, names, fingerprints."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from leapformer.errors import LeapformerError
+from leapformer.tasks.registry import get_task, load_recipe
+from leapformer.training.recipes import RecipeError, expand_path, parse_value, read_recipe, recipe_names
+
+from .builders import tiny_content, tiny_recipe, write_recipe
+
+
+def test_every_recipe_of_the_package_is_valid():
+    assert recipe_names() == ["lm/pydocs-tiny", "lm/wikitext103", "lm/wikitext2-base", "lm/wikitext2-small"]
+    for name in recipe_names():
+        recipe, task = load_recipe(name)
+        assert (recipe.name, recipe.task, task.name) == (name, "lm", "lm")
+        assert recipe.description
+
+
+@pytest.mark.parametrize("attention", ["leap", "cosformer", "linear", "softmax"])
+@pytest.mark.parametrize("variant", ["paper", "gated"])
+def test_attention_and_variant_are_overrides_of_every_recipe(attention, variant):
+    for name in recipe_names():
+        recipe, _ = load_recipe(name, [f"attention={attention}", f"variant={variant}"])
+        assert recipe.model["attention"] == attention and recipe.model["variant"] == variant
+
+
+def test_the_paper_recipe_has_the_paper_size_and_schedule():
+    recipe, _ = load_recipe("lm/wikitext103")
+    training = recipe.training
+    assert (training.max_steps, training.warmup_steps, training.learning_rate, training.clip) == (250_000, 8000, 1, 0.1)
+    assert training.batch_size * training.accumulation * recipe.data.block_size == 2 * 4096
+    assert recipe.model["hidden_size"] == 1024 and recipe.model["num_hidden_layers"] == 16
+
+
+def test_overrides_are_short_or_dotted_and_typed(tmp_path):
+    recipe, _ = tiny_recipe(
+        tmp_path,
+        "seed=3",
+        "training.learning_rate=3e-3",
+        "attention=[softmax]",
+        "decay=true",
+        "betas=[0.8, 0.9]",
+        "vocab_size=null",
+    )
+    assert recipe.training.seed == 3
+    assert recipe.training.learning_rate == 0.003
+    assert recipe.model["attention"] == ["softmax"] and recipe.model["decay"] is True
+    assert recipe.training.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("-2", -2), ("3e-3", 0.003), (".5", 0.5), ("true", True), ("null", None), ("a/b", "a/b")],
+)
+def test_values(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tiny_recipe(
+            tmp_path, "atention=leap", "max_step=3", "hidden_size=abc", "learning_rate=-1", "variant=pape", "seed"
+        )
+    assert caught.value.faults == [
+        "atention: unknown key; did you mean model.attention or model.attention_eps or model.attention_impl?",
+        "max_step: unknown key; did you mean training.max_steps or training.warmup_steps?",
+        "override 'seed': expected key=value",
+        "model.hidden_size: expected a valid integer, unable to parse string as an integer, found 'abc'",
+        "model.variant: expected one of paper, gated, found 'pape'",
+        "training.learning_rate: expected greater than 0, found -1",
+    ]
+    assert str(caught.value).startswith("recipe tiny: 6 faults\n  atention: unknown key")
+
+
+def test_unknown_keys_inside_a_file_have_the_nearest_names(tmp_path):
+    content = tiny_content(tmp_path)
+    content["model"]["hiden_size"] = 3
+    content["trainning"] = {}
+    content["data"]["blocksize"] = 3
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    faults = "\n".join(caught.value.faults)
+    assert "model.hiden_size: unknown key; did you mean hidden_size" in faults
+    assert "trainning: unknown key; did you mean" in faults
+    assert "data.blocksize: unknown key; did you mean data.block_size" in faults
+
+
+def test_cosformer_refuses_blocks_longer_than_its_maximum(tmp_path):
+    with pytest.raises(
+        RecipeError, match="data.block_size: expected at most model.max_position_embeddings=16, found 32"
+    ):
+        tiny_recipe(tmp_path, "attention=cosformer", "block_size=32")
+    tiny_recipe(tmp_path, "attention=leap", "block_size=32")
+
+
+def test_unknown_recipe_file_and_task(tmp_path):
+    with pytest.raises(LeapformerError, match="unknown recipe 'lm/pydoc-tiny'; did you mean lm/pydocs-tiny"):
+        read_recipe("lm/pydoc-tiny")
+    with pytest.raises(LeapformerError, match="unknown recipe 'zzz'; known: lm/pydocs-tiny, "):
+        read_recipe("zzz")
+    with pytest.raises(LeapformerError, match="nope.yaml: no such file"):
+        read_recipe(tmp_path / "nope.yaml")
+    with pytest.raises(LeapformerError, match="task 'speech': expected one of lm"):
+        get_task("speech")
+
+
+@pytest.mark.parametrize(("text", "found"), [("- a\n", "found list"), ("a: [1\n", "not valid YAML"), ("", "NoneType")])
+def test_files_that_are_no_recipes(tmp_path, text, found):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(LeapformerError, match=found):
+        read_recipe(path)
+
+
+def test_paths_may_hold_variables(monkeypatch):
+    monkeypatch.setenv("LEAPFORMER_DATA", "/somewhere")
+    assert str(expand_path("$LEAPFORMER_DATA/wikitext2", key="data.path")) == "/somewhere/wikitext2"
+    monkeypatch.delenv("LEAPFORMER_DATA")
+    with pytest.raises(LeapformerError, match="data.path: the environment variable LEAPFORMER_DATA is not set"):
+        expand_path("$LEAPFORMER_DATA/wikitext2", key="data.path")
+
+
+def test_the_fingerprint_ignores_the_seed_alone(tmp_path):
+    plain, seeded, longer = (tiny_recipe(tmp_path, o)[0].fingerprint for o in ("seed=0", "seed=1", "max_steps=9"))
+    assert plain == seeded != longer
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe, task = tiny_recipe(tmp_path, "betas=[0.8, 0.9]")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    again, _ = load_recipe(path)
+    assert again == recipe and write_recipe(tmp_path).is_file() and task.name == "lm"
