@@ -229,3 +229,13 @@ def test_drift_over_many_steps(impl):
     output = linear_attention(q, nothing, nothing, initial_state=state, impl=impl).output
     weights = (k.double() * q.double()).sum(-1, keepdim=True)
     assert_near(output[0, 0, 0], (weights * v.double()).sum((0, 1, 2)) / weights.sum(), 1e-4)
+
+
+def test_a_decay_of_the_past_is_carried_on_without_aliasing():
+    k, v = torch.rand(2, 6, 3, 4), torch.randn(2, 6, 3, 4)
+    past = LinearState(torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3, 1, 4), torch.full((2, 3), -1.5))
+    whole = linear_state(k, v, initial_state=past)
+    blocks = linear_state(k, v, every=4, initial_state=past)
+    assert whole.log_decay is not None and blocks.log_decay is not None and past.log_decay is not None
+    assert torch.equal(whole.log_decay, past.log_decay) and whole.log_decay.data_ptr() != past.log_decay.data_ptr()
+    assert torch.equal(blocks.log_decay, past.log_decay[:, None].expand(2, 2, 3))

@@ -108,8 +108,7 @@ def linear_attention(
         )  # fmt: skip
     if not return_state:
         return AttentionOutput(output, None)
-    total = None if log_decay is None else _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
-    return AttentionOutput(output, LinearState(kv, z, total))
+    return AttentionOutput(output, LinearState(kv, z, _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)))
 
 
 def leap_attention(
@@ -292,17 +291,21 @@ def _lower_visibility(
 
 
 def _total_decay(
-    log_decay: Tensor, cu_seqlens: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
-) -> Tensor:
-    """The summed log decay [B or N, H] of the stretch, on top of that of the initial state."""
+    log_decay: Tensor | None, cu_seqlens: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The summed log decay [B or N, H] of the stretch, on top of that of the initial state; None without any."""
+    before = None if initial_state is None else initial_state.log_decay
+    if log_decay is None:
+        return None if before is None else before.clone()
     if cu_seqlens is None:
         total = log_decay.sum(1, dtype=dtype)
     else:
-        sums = F.pad(log_decay[0].to(dtype).cumsum(0), (0, 0, 1, 0))
-        total = sums[cu_seqlens.long()].diff(dim=0)
-    if initial_state is not None and initial_state.log_decay is not None:
-        total = total + initial_state.log_decay
-    return total
+        bounds = cu_seqlens.to(torch.int64)
+        slots = torch.arange(log_decay.shape[1], device=log_decay.device)
+        row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+        total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
+        total = total.index_add(0, row, log_decay[0].to(dtype))
+    return total if before is None else total + before
 
 
 def _block_states(
@@ -322,4 +325,6 @@ def _block_states(
     kv, z = (field.unflatten(0, (B, n)).cumsum(1) for field in (blocks.kv, blocks.z))
     if initial is not None:
         kv, z = kv + initial.kv[:, None], z + initial.z[:, None]
-    return LinearState(kv, z, None if initial is None else initial.log_decay)
+    if initial is None or initial.log_decay is None:
+        return LinearState(kv, z)
+    return LinearState(kv, z, initial.log_decay[:, None].expand(B, n, -1).clone())
