@@ -42,11 +42,16 @@ def run(argv: Sequence[str] | None) -> int:
 def _work(module: str, function: str, extra: str = "lm") -> Callable[..., Any]:
     """The function that does a command's work; a missing package is told by the extra that brings it."""
     try:
-        return getattr(import_module(module), function)
+        work = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("leapformer"):
             raise
         raise MissingExtra(extra, package=error.name, purpose="this command") from error
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # our own bar is the one to look at
+    return work
 
 
 @app.callback(invoke_without_command=True)

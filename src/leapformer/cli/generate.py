@@ -37,6 +37,13 @@ def continue_text(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise LeapformerError("prompt: expected at least one token, found an empty text")
+    limit = model.config.length_limit()
+    length = inputs["input_ids"].shape[1]
+    if limit is not None and length + tokens - 1 > limit[0]:  # the last token is written, but never read
+        raise LeapformerError(
+            f"prompt: expected at most max_position_embeddings={limit[0]} tokens with those to write, "
+            f"found {length} and {tokens} to write; {limit[1]}"
+        )
     drawing = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )

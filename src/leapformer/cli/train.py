@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import typer
-from transformers.utils import logging as transformers_logging
 
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.train import train
@@ -17,7 +16,6 @@ from leapformer.training.train import train
 def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, threads: int | None) -> None:
     """Train to the end, or up to an interrupt, and say where everything lies."""
     use_threads(threads)
-    transformers_logging.disable_progress_bar()  # our own bar is the one to look at
     resolved, task = load_recipe(recipe, overrides)
     folder = Path("runs") / default_name(resolved.name, overrides) if output is None else output
     outcome = train(resolved, task, folder, progress_bar=True)

@@ -18,6 +18,8 @@ from leapformer.errors import LeapformerError
 STAGING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+# What torch.save says, in place of the system's reason, of a file that could not be written whole.
+TORCH_WRITE_FAULTS = ("file write failed", "iostream error", "unexpected pos")
 
 
 @contextmanager
@@ -82,7 +84,9 @@ def is_disk_fault(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FAULTS
     code = re.search(r"\(os error (\d+)\)", str(error))
-    return "file write failed" in str(error) or (code is not None and int(code.group(1)) in DISK_FAULTS)
+    if code is not None:
+        return int(code.group(1)) in DISK_FAULTS
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_WRITE_FAULTS)
 
 
 def check_weights(path: Path) -> None:
@@ -121,6 +125,8 @@ def check_archive(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if any(sign in text for sign in TORCH_WRITE_FAULTS):
+        return "a file could not be written whole; is the disk full?"
     return " ".join(str(text).split())
 
 
