@@ -46,31 +46,31 @@ class Section(BaseModel):
 class TrainingSection(Section):
     """How the weights are found. Steps count optimizer updates; tokens are those the loss is taken over."""
 
-    seed: int = Field(0, ge=0, description="start of the weights, dropout and order of the data")
-    max_steps: int = Field(1000, ge=1)
-    batch_size: int = Field(8, ge=1, description="blocks per device and forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per step")
+    seed: int = Field(default=0, ge=0, description="start of the weights, dropout and order of the data")
+    max_steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=8, ge=1, description="blocks per device and forward pass")
+    accumulation: int = Field(default=1, ge=1, description="forward passes per step")
     optimizer: Literal["adamw", "nesterov"] = "adamw"
-    learning_rate: float = Field(3e-3, gt=0, description="the highest of the schedule")
-    min_learning_rate: float = Field(0.0, ge=0, description="where the schedule ends")
+    learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule")
+    min_learning_rate: float = Field(default=0.0, ge=0, description="where the schedule ends")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0)
-    warmup_learning_rate: float = Field(0.0, ge=0, description="where the warm-up starts")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
-    epsilon: float = Field(1e-8, gt=0, description="of AdamW")
-    momentum: float = Field(0.99, ge=0, lt=1, description="of Nesterov's SGD")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on biases and norms")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 for none")
-    log_every: int = Field(50, ge=1, description="steps")
-    eval_every: int = Field(500, ge=1, description="steps between evaluations on a part of the validation set")
-    eval_tokens: int = Field(32_768, ge=1, description="size of that part, in tokens of the model")
-    eval_batch_tokens: int = Field(8_192, ge=1, description="tokens per forward pass of an evaluation")
-    save_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
-    bf16: bool | Literal["auto"] = Field("auto", description="auto: on a GPU that has it")
+    warmup_steps: int = Field(default=100, ge=0)
+    warmup_learning_rate: float = Field(default=0.0, ge=0, description="where the warm-up starts")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
+    epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
+    momentum: float = Field(default=0.99, ge=0, lt=1, description="of Nesterov's SGD")
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on biases and norms")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
+    log_every: int = Field(default=50, ge=1, description="steps")
+    eval_every: int = Field(default=500, ge=1, description="steps between evaluations on a part of the validation set")
+    eval_tokens: int = Field(default=32_768, ge=1, description="size of that part, in tokens of the model")
+    eval_batch_tokens: int = Field(default=8_192, ge=1, description="tokens per forward pass of an evaluation")
+    save_every: int = Field(default=500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    bf16: bool | Literal["auto"] = Field(default="auto", description="auto: on a GPU that has it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(default=False, description="torch.compile the model")
 
 
 class Recipe(Section):

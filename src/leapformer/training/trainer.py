@@ -94,7 +94,8 @@ class LeapformerTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.section)
+            target: Any = self.model if model is None else model
+            self.optimizer = build_optimizer(target, self.section)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -154,7 +155,6 @@ class LeapformerTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(folder / "trainer_state.json"))
             write_json(folder / PROGRESS_NAME, {"tokens": self.tokens_seen, "seconds": self.clock.seconds})
         self.remove_old_checkpoints()

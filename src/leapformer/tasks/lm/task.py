@@ -40,19 +40,23 @@ class DataSection(Section):
     """Where the text comes from and how it is cut."""
 
     source: Literal["pydocs", "wikitext", "text", "hf"]
-    path: str | None = Field(None, description="file or folder, $VARIABLES allowed; for hf the name of the data set")
-    subset: str | None = Field(None, description="configuration of a Hugging Face data set")
-    text_field: str = Field("text", description="key of a .jsonl row, or column of a Hugging Face data set")
-    validation_share: float = Field(0.05, gt=0, lt=1, description="held out where the source has no validation split")
-    block_size: int = Field(256, ge=2, description="tokens of a training sequence")
-    across_documents: bool = Field(True, description="whether attention crosses the ends of documents")
+    path: str | None = Field(
+        default=None, description="file or folder, $VARIABLES allowed; for hf the name of the data set"
+    )
+    subset: str | None = Field(default=None, description="configuration of a Hugging Face data set")
+    text_field: str = Field(default="text", description="key of a .jsonl row, or column of a Hugging Face data set")
+    validation_share: float = Field(
+        default=0.05, gt=0, lt=1, description="held out where the source has no validation split"
+    )
+    block_size: int = Field(default=256, ge=2, description="tokens of a training sequence")
+    across_documents: bool = Field(default=True, description="whether attention crosses the ends of documents")
 
 
 class TokenizerSection(Section):
     """How text becomes tokens."""
 
     kind: Literal["bytes", "bpe", "word"] = "bpe"
-    vocab_size: int | None = Field(None, ge=2, description="none: the kind's own default")
+    vocab_size: int | None = Field(default=None, ge=2, description="none: the kind's own default")
 
 
 class LanguageModelRecipe(Recipe):
@@ -97,6 +101,8 @@ def build_config(fields: dict[str, Any], *, vocab_size: int) -> LeapformerConfig
 class LanguageModelData(TaskData):
     """The encoded corpus of one recipe."""
 
+    tokenizer: PreTrainedTokenizerFast
+
     def __init__(
         self, recipe: LanguageModelRecipe, *, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, cache: Path
     ) -> None:
@@ -131,7 +137,7 @@ class LanguageModelData(TaskData):
             block_size=self.recipe.data.block_size,
             document_starts=encoded.document_starts,
             across_documents=self.recipe.data.across_documents,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.pad_token)),  # type: ignore[arg-type]
         )
 
     def build_model(self) -> LeapformerForCausalLM:
