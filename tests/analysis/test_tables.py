@@ -1,0 +1,65 @@
+"""The comparison table: groups of seeds, paired differences, baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leapformer.analysis.runs import RunRecord
+from leapformer.analysis.tables import comparison, markdown_table, paired_difference
+from leapformer.errors import LeapformerError
+
+from .builders import results
+
+
+def run(attention: str, loss: float, /, *, seed: int = 0, fingerprint: str = "aaaaaaaa") -> RunRecord:
+    content = results(attention, perplexity=300.0, seed=seed, recipe_fingerprint=fingerprint)
+    content["splits"]["validation"]["loss"] = loss
+    return RunRecord(folder=Path(f"{attention}-{seed}-{fingerprint}"), results=content)
+
+
+def test_seeds_of_a_recipe_are_one_row_with_mean_and_deviation():
+    table = comparison([run("leap", 3.0), run("leap", 3.2, seed=1), run("softmax", 2.5)])
+    assert [row[:3] for row in table.rows] == [
+        ["softmax", "0", "2.5000"],
+        ["LeaPformer", "0, 1", "3.1000 ± 0.1414"],
+        ["counted bigram", "", ""],
+        ["counted unigram", "", ""],
+    ]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert table.notes == []  # one seed in common says nothing of a difference
+
+
+def test_a_difference_under_two_standard_errors_is_none():
+    mean, error = paired_difference([3.0, 3.2, 3.1], [3.1, 3.15, 3.2])
+    assert mean == pytest.approx(-0.05) and error == pytest.approx(0.05)
+    assert str(paired_difference([1.0], [2.0])) == "(-1.0, nan)"
+    close = [run("leap", loss, seed=seed) for seed, loss in enumerate([3.0, 3.2, 3.1])]
+    close += [run("softmax", loss, seed=seed) for seed, loss in enumerate([3.1, 3.15, 3.2])]
+    (note,) = comparison(close).notes
+    assert note.endswith("-0.0500 nats/token, standard error 0.0500 over 3 paired seeds: no difference")
+    far = [run("leap", loss, seed=seed) for seed, loss in enumerate([2.0, 2.2, 2.1])] + close[3:]
+    (note,) = comparison(far).notes
+    assert note.endswith("over 3 paired seeds: LeaPformer is better")
+
+
+def test_one_label_of_two_recipes_is_two_rows():
+    table = comparison([run("leap", 3.0), run("leap", 2.0, fingerprint="bbbbbbbb")])
+    assert [row[0] for row in table.rows[:2]] == [
+        "LeaPformer, lm/pydocs-tiny bbbbbb",
+        "LeaPformer, lm/pydocs-tiny aaaaaa",
+    ]
+
+
+def test_faults():
+    with pytest.raises(LeapformerError, match="expected at least one run"):
+        comparison([])
+    with pytest.raises(LeapformerError, match="not evaluated on test; run: leapformer evaluate leap-0"):
+        comparison([run("leap", 3.0)], split="test")
+    with pytest.raises(LeapformerError, match="found seed 0 of LeaPformer also in"):
+        comparison([run("leap", 3.0), run("leap", 3.0)])
+
+
+def test_markdown():
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
