@@ -66,8 +66,8 @@ def page(runs):
 def test_the_table_has_every_run_and_the_counted_baselines(page):
     rows = {row[0]: row[1:] for row in Page(page).rows}
     assert list(rows) == ["model", "LeaPformer", "cosFormer", "softmax", "bigram, counted", "unigram, counted"]
-    assert rows["LeaPformer"] == ["310.0", "2.310", "10,310", "1:33", "412,345", "0.27%"]
-    assert rows["bigram, counted"][0] == "640.2"
+    assert rows["LeaPformer"] == ["310.0", "1.241", "10,310", "1:33", "412,345", "0.27%"]
+    assert rows["bigram, counted"][:2] == ["640.2", "1.398"]
     assert rows["unigram, counted"][0] == "3,211"
     assert '<tr class="best"><td><span class="key" style="background: var(--series-3)"></span>softmax</td>' in page
 
@@ -88,7 +88,7 @@ def test_text_is_escaped_and_shown(page):
     assert "<with>" not in page
     text = Page(page).text
     for expected in ("Demo & more", "The <with> statement & so on", "<b>\n", "A processor <x86>", "One recipe for all.",
-                     "Lowest word perplexity: softmax with 305.0", "Layer 2", "0123456789ab"):  # fmt: skip
+                     "Best on the validation text: softmax with 1.238 bits per byte (a bigram counted from the training text: 1.398).", "Layer 2", "0123456789ab"):  # fmt: skip
         assert expected in text
 
 
@@ -97,6 +97,11 @@ def test_parts_without_data_are_left_out(tmp_path):
     text = Page(render_report([run], title="One run")).text
     for absent in ("Learned proportions", "Generated text", "number of tokens before", "bigram, counted", "revision"):
         assert absent not in text
+
+
+def test_perplexities_of_a_poor_model_stay_readable(tmp_path):
+    run = load_run(write_run(tmp_path, "leap", perplexity=2.26e6))
+    assert Page(render_report([run], title="One run")).rows[1][1] == "2.3 × 10⁶"
 
 
 def test_written_whole(tmp_path, runs):

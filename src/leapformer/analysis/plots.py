@@ -88,10 +88,10 @@ def perplexity_by_position(runs: Sequence[RunRecord]) -> Figure:
 
 
 def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
-    """Word perplexity against training speed, one point per run: lower and further right is better."""
+    """Bits per byte against training speed, one point per run: lower and further right is better."""
     figure, axes = _figure(height=3.0)
     for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
-        speed, quality = run.results.get("tokens_per_second"), run.split().get("word_perplexity")
+        speed, quality = run.results.get("tokens_per_second"), run.split().get("bits_per_byte")
         if speed is None or quality is None:
             continue
         axes.plot(
@@ -105,7 +105,7 @@ def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
         )
     axes.margins(0.25)
     axes.set_xlabel("training speed (thousand tokens per second)")
-    axes.set_ylabel("word perplexity")
+    axes.set_ylabel("bits per byte")
     _legend(axes)
     return figure
 

@@ -30,6 +30,7 @@ except ImportError as error:
 
 # Shades of the strips that show proportions on the text itself.
 SHADES = 10
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ COLUMNS = (
 
 def _table_rows(runs: Sequence[RunRecord]) -> list[TableRow]:
     """One row per run, then the counted baselines."""
-    perplexities = [run.split().get("word_perplexity", math.inf) for run in runs]
+    qualities = [run.split().get("bits_per_byte", math.inf) for run in runs]
     rows = []
     for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
         parameters, leap = run.results.get("parameters"), run.results.get("parameters_leap") or 0
@@ -175,28 +176,36 @@ def _table_rows(runs: Sequence[RunRecord]) -> list[TableRow]:
             _number(parameters, digits=0),
             f"{leap / parameters:.2%}" if parameters and leap else None,
         ]
-        best = perplexities[place] == min(perplexities) and len(runs) > 1
+        best = qualities[place] == min(qualities) and len(runs) > 1
         rows.append(TableRow(label=label, cells=cells, series=place % 6 + 1, best=best))
-    baselines = runs[0].results.get("baselines") or {}
-    for name in ("bigram", "unigram"):
-        value = baselines.get(f"{name}_word_perplexity")
-        if value is not None:
-            rows.append(TableRow(label=f"{name}, counted", cells=[_number(value)] + [None] * (len(COLUMNS) - 1)))
-    return rows
+    return rows + [
+        TableRow(label=f"{name}, counted", cells=[_number(perplexity), _number(bits, digits=3)] + [None] * 4)
+        for name, perplexity, bits in _baselines(runs[0])
+    ]
+
+
+def _baselines(run: RunRecord) -> list[tuple[str, float, float | None]]:
+    """Name, word perplexity and bits per byte of the counted baselines, the best first."""
+    suffix = "_word_perplexity"
+    found = {key.removesuffix(suffix): value for key, value in (run.results.get("baselines") or {}).items()}
+    words, size = run.split().get("words"), run.split().get("bytes")
+    bits_per_nat = words / size / math.log(2) if words and size else None
+    return [
+        (name.replace("_", " "), value, bits_per_nat and math.log(value) * bits_per_nat)
+        for name, value in sorted(found.items(), key=lambda item: item[1])
+    ]
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
     """The outcome in one sentence."""
-    known = [run for run in runs if run.split().get("word_perplexity") is not None]
+    known = [run for run in runs if run.split().get("bits_per_byte") is not None]
     if not known:
         return f"{len(runs)} runs, none of them evaluated."
-    best = min(known, key=lambda run: run.split()["word_perplexity"])
+    best = min(known, key=lambda run: run.split()["bits_per_byte"])
     label = distinct_labels(list(runs))[list(runs).index(best)]
-    text = f"Lowest word perplexity: {label} with {_number(best.split()['word_perplexity'])}"
-    bigram = (best.results.get("baselines") or {}).get("bigram_word_perplexity")
-    if bigram is not None:
-        text += f" (a bigram counted from the training text: {_number(bigram)})"
-    return text + "."
+    text = f"Best on the validation text: {label} with {_number(best.split()['bits_per_byte'], digits=3)} bits per byte"
+    bits = [bits for name, _, bits in _baselines(best) if name == "bigram"]
+    return f"{text} (a bigram counted from the training text: {_number(bits[0], digits=3)})." if bits else f"{text}."
 
 
 def _layers(shown: TextProportions) -> list[dict[str, Any]]:
@@ -235,7 +244,12 @@ def _inline(svg: str) -> Markup:
 def _number(value: float | None, *, digits: int = 1) -> str | None:
     if value is None:
         return None
-    return f"{value:,.{0 if value >= 1000 else digits}f}" if math.isfinite(value) else "infinite"
+    if not math.isfinite(value):
+        return "infinite"
+    if value < 1e6 or digits == 0:
+        return f"{value:,.{0 if value >= 1000 else digits}f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
 def _minutes(seconds: float | None) -> str | None:

@@ -85,8 +85,8 @@ def _row(name: str, members: Sequence[RunRecord], split: str) -> list[str]:
         known = [value for value in values if value is not None]
         if not known:
             return "-"
-        deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-        return f"{_mean(known):.{digits}f}{deviation}"
+        deviation = f" ± {_plain(statistics.stdev(known), digits)}" if len(known) > 1 else ""
+        return f"{_plain(_mean(known), digits)}{deviation}"
 
     def of_split(key: str) -> list[float | None]:
         return [run.split(split).get(key) for run in members]
@@ -116,7 +116,7 @@ def _baseline_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
         return []
     names = {key: key.removesuffix("_word_perplexity").replace("_", " ") for key, _ in next(iter(found))}
     return [
-        [f"counted {names[key]}", "", "", "", f"{value:.1f}", "", "", "", ""]
+        [f"counted {names[key]}", "", "", "", _plain(value, 1), "", "", "", ""]
         for key, value in sorted(next(iter(found)), key=lambda item: item[1])
         if key.endswith("word_perplexity")
     ]
@@ -141,3 +141,8 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _plain(value: float, digits: int) -> str:
+    """A number with `digits` decimals; word perplexities of a poor byte model are beyond reading that way."""
+    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.2e}"

@@ -7,13 +7,12 @@ from time import perf_counter
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from leapformer.analysis.proportions import learned_proportions
 from leapformer.analysis.report import GeneratedSample, TextProportions, write_report
 from leapformer.analysis.runs import RunRecord, load_run
 from leapformer.analysis.tables import comparison
+from leapformer.cli.compare import UNITS, print_table
 from leapformer.cli.generate import continue_text
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
@@ -50,7 +49,8 @@ def run_demo(*, output: Path, threads: int | None) -> None:
         if not _train(output / name, overrides):
             return
     runs = [load_run(output / name) for name in OVERRIDES]
-    _print_table(runs)
+    print_table(comparison(runs))
+    typer.echo(UNITS)
     samples = [_sample(run) for run in runs]
     typer.echo(f"\n{samples[0].model} goes on from a prompt ({samples[0].settings}):\n")
     typer.echo(samples[0].prompt + samples[0].continuation)
@@ -86,14 +86,6 @@ def _train(folder: Path, overrides: list[str]) -> bool:
     if outcome.results is None:
         typer.echo(f"Interrupted after step {outcome.step} of {folder}; the same command goes on from there.")
     return outcome.results is not None
-
-
-def _print_table(runs: list[RunRecord]) -> None:
-    result = comparison(runs)
-    table = Table(*result.columns)
-    for row in result.rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _sample(run: RunRecord) -> GeneratedSample:
