@@ -79,6 +79,18 @@ def test_svg_is_whole_follows_the_page_and_loads_nothing(runs):
     assert references and all(reference[1:] in ids for reference in references)
 
 
+def test_long_labels_and_nearly_equal_values_leave_room_for_the_plot(tmp_path):
+    rows = [{"start": start, "end": start + 16, "tokens": 9, "perplexity": 220.0 + start / 99} for start in (0, 16, 32)]
+    changes = {"perplexity_by_position": rows, "variant": "a long name of a variant"}
+    runs = [load_run(write_run(tmp_path, name, **changes)) for name in ("leap", "cosformer", "softmax")]
+    figure = perplexity_by_position(runs)
+    figure_svg(figure)
+    (axes,) = figure.axes
+    assert axes.get_position().width > 0.7
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+
+
 def test_a_run_without_events_gives_an_empty_plot_and_no_error(tmp_path):
     folder = write_run(tmp_path, "leap", splits={}, perplexity_by_position=[])
     folder.joinpath("metrics.jsonl").unlink()

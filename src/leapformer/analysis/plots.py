@@ -219,7 +219,8 @@ def _plain_ticks(axes: Axes) -> None:
     """Numbers as people write them on log axes, not powers."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_ylim()
-    axes.set_yticks(_round_numbers(low, high))
+    ticks = _round_numbers(low, high)
+    axes.set_yticks(ticks if len(ticks) > 1 else MaxNLocator(nbins=4).tick_values(low, high))
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -240,13 +241,19 @@ def _legend(axes: Axes) -> None:
             labels,
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=min(3, len(handles)),
+            ncols=_columns_that_fit(labels),
             frameon=False,
             fontsize=9,
             labelcolor=INK,
             borderaxespad=0.2,
             columnspacing=1.2,
         )
+
+
+def _columns_that_fit(labels: Sequence[str], *, characters: int = 48) -> int:
+    """Columns of a legend as wide as a figure; a handle and its spaces take about six characters."""
+    longest = max(len(label) for label in labels) + 6
+    return max(1, min(len(labels), characters // longest))
 
 
 def _color(place: int) -> str:
