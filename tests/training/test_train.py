@@ -18,7 +18,7 @@ from leapformer.errors import LeapformerError
 from leapformer.training import train as train_module
 from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
-from leapformer.training.train import train
+from leapformer.training.train import peak_memory_mib, reset_peak_memory, train
 from leapformer.training.trainer import LeapformerTrainer, PassSampler
 
 from .builders import tiny_recipe
@@ -225,3 +225,14 @@ def test_a_model_of_another_kind_or_shape_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(LeapformerError, match="model.safetensors: expected whole safetensors weights"):
         load_model(folder)
+
+
+def test_peak_memory_counts_from_the_reset():
+    """Several runs in one process, as in the demo, must not see the memory of those before."""
+    if not Path("/proc/self/clear_refs").is_file():
+        pytest.skip("the system has no peak that can be reset")
+    block = torch.ones(50_000_000)
+    with_block = peak_memory_mib()
+    del block
+    reset_peak_memory()
+    assert peak_memory_mib() < with_block - 100

@@ -53,6 +53,7 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
     section = recipe.training
     set_seed(section.seed)
     model = data.build_model()
+    reset_peak_memory()
     stop = Stop()
     trainer: LeapformerTrainer
 
@@ -112,10 +113,25 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
     }
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mib` count from here on, where the system can do that (GPUs, Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
 def peak_memory_mib() -> float:
-    """The highest memory so far in MiB: of the GPU's tensors, or else of the whole process."""
+    """The highest memory since `reset_peak_memory` in MiB: of the GPU's tensors, or else of the whole process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
