@@ -100,6 +100,13 @@ def test_evaluate_adds_a_split(runs, capsys):
     assert "word_perplexity" in capsys.readouterr().out
     after = json.loads((folder / "results.json").read_text())["splits"]["validation"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    assert main(["evaluate", str(folder), "--context-window", "5"]) == 0
+    capsys.readouterr()
+    splits = json.loads((folder / "results.json").read_text())["splits"]
+    assert splits["validation"] == after
+    assert splits["validation, context window 5"]["tokens"] == after["tokens"]
+    assert splits["validation, context window 5"]["loss"] != after["loss"]
+    assert "data.context_window: expected 0 to" in one_line(capsys, "evaluate", str(folder), "--context-window", "900")
     assert "no test split" in one_line(capsys, "evaluate", str(folder), "--split", "test")
     assert "unknown split 'tset'" in one_line(capsys, "evaluate", str(folder), "--split", "tset")
 

@@ -32,7 +32,8 @@ def test_the_paper_recipe_has_the_paper_size_and_schedule():
     recipe, _ = load_recipe("lm/wikitext103")
     training = recipe.training
     assert (training.max_steps, training.warmup_steps, training.learning_rate, training.clip) == (250_000, 8000, 1, 0.1)
-    assert training.batch_size * training.accumulation * recipe.data.block_size == 2 * 4096
+    predictions = training.batch_size * training.accumulation * (recipe.data.block_size - 1)
+    assert predictions == 2 * 4096 and recipe.data.context_window == 511
     assert recipe.model["hidden_size"] == 1024 and recipe.model["num_hidden_layers"] == 16
 
 

@@ -83,10 +83,16 @@ def train(
 def evaluate(
     folder: RunFolder,
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
+    context_window: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens each block repeats of the one before it; default: what the recipe says."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Evaluate a trained run on a whole split; results.json keeps the figures."""
-    _work("leapformer.cli.evaluate", "evaluate_run")(folder, split=split, threads=threads)
+    _work("leapformer.cli.evaluate", "evaluate_run")(
+        folder, split=split, context_window=context_window, threads=threads
+    )
 
 
 @app.command()

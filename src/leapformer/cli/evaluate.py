@@ -12,19 +12,25 @@ from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
 
 
-def evaluate_run(folder: Path, *, split: str, threads: int | None) -> None:
-    """Print the metrics of a split as lines of "name value" and keep them in results.json where the run is finished."""
+def evaluate_run(folder: Path, *, split: str, context_window: int | None, threads: int | None) -> None:
+    """Print the metrics of a split as lines of "name value" and keep them in results.json where the run is finished.
+
+    Figures with a context window that is not the recipe's are kept beside the others, under a name that says so.
+    """
     use_threads(threads)
     run = Run(folder)
     run.recipe()
     model = load_model(run.model_path)
-    recipe, task = load_recipe(run.recipe_path)
+    overrides = [] if context_window is None else [f"data.context_window={context_window}"]
+    own, _ = load_recipe(run.recipe_path)
+    recipe, task = load_recipe(run.recipe_path, overrides)
     data = task.prepare(recipe, cache=run.cache_path, tokenizer=load_tokenizer(run.model_path))
     found = data.evaluate(model, split=split)
     for name, value in {**found["metrics"], **found.get("baselines", {})}.items():
         typer.echo(f"{name:28} {value:.5g}" if isinstance(value, float) else f"{name:28} {value}")
     if run.finished:
         results = run.results()
-        results["splits"][split] = found["metrics"]
+        name = split if recipe == own else f"{split}, context window {context_window}"
+        results["splits"][name] = found["metrics"]
         run.write_results(results)
         typer.echo(f"Written to {run.results_path}")

@@ -112,6 +112,19 @@ def test_every_token_but_the_first_is_predicted_once(length, block_size, across)
     assert np.array_equal(predicted(dataset, 3), tokens[1:])
 
 
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 30])
+@pytest.mark.parametrize("context", [0, 1, 4, 6])
+def test_context_is_repeated_and_never_predicted_again(length, context):
+    tokens = np.arange(length, dtype=np.int32) + 1
+    dataset = PackedDataset(tokens, block_size=8, context=context)
+    assert np.array_equal(predicted(dataset, 3), tokens[1:])
+    for item in dataset:
+        for place in np.flatnonzero(item["labels"][1:] != -100) + 1:
+            token = int(item["input_ids"][place])
+            assert place >= min(context + 1, token - 1)  # `place` tokens of the block stand before it
+            assert np.array_equal(item["input_ids"][:place], tokens[token - 1 - place : token - 1])
+
+
 def test_only_the_last_block_is_padded():
     dataset = PackedDataset(np.arange(10, dtype=np.int32), block_size=8, pad_id=99)
     first, last = dataset[0], dataset[-1]
@@ -149,6 +162,7 @@ def test_packed_batch_keeps_documents_apart():
     ("keywords", "message"),
     [
         ({"block_size": 1}, "data.block_size: expected 2 or more, found 1"),
+        ({"block_size": 8, "context": 7}, r"data.context_window: expected 0 to 6 \(block_size - 2\), found 7"),
         ({"block_size": 4, "across_documents": False}, "false needs document_starts"),
     ],
 )

@@ -154,6 +154,8 @@ class PackedDataset(Dataset):
         across_documents: True: a block is one sequence, whatever documents it holds. False: `document_starts` [N] int64
             is added to each block, for `PackedCollator` to make `cu_seqlens` from. The first token of a document is
             still predicted, from the last state of the document before it.
+        context: tokens that a block repeats of the one before it, 0 to L - 2, without predicting them again. Every
+            prediction then sees at least `context` + 1 tokens, where the array has so many: L - 2 slides token by token.
 
     Each item is a dictionary of int64 [L]: `input_ids`, `labels` (equal to `input_ids`, as the models shift inside;
     -100 where padded) and `attention_mask` (0 where padded). Only the last block is padded, with `pad_id` (default 0).
@@ -167,9 +169,11 @@ class PackedDataset(Dataset):
         document_starts: np.ndarray | None = None,
         across_documents: bool = True,
         pad_id: int = 0,
+        context: int = 0,
     ) -> None:
         if block_size < 2:
             raise LeapformerError(f"data.block_size: expected 2 or more, found {block_size}")
+        check_context(context, block_size)
         if len(tokens) < 2:
             raise LeapformerError(f"data: expected at least 2 tokens, found {len(tokens)}")
         if not across_documents and document_starts is None:
@@ -178,14 +182,16 @@ class PackedDataset(Dataset):
         self.block_size = block_size
         self.document_starts = None if across_documents else np.asarray(document_starts, dtype=np.int64)
         self.pad_id = pad_id
+        self.context = context
+        self.step = block_size - 1 - context
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // (self.block_size - 1))
+        return max(1, -(-(len(self.tokens) - 1 - self.context) // self.step))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        start = (index % len(self)) * (self.block_size - 1)
+        start = (index % len(self)) * self.step
         ids = torch.from_numpy(self.tokens[start : start + self.block_size].astype(np.int64))
         padding = (0, self.block_size - len(ids))
         item = {
@@ -193,10 +199,18 @@ class PackedDataset(Dataset):
             "labels": torch.nn.functional.pad(ids, padding, value=IGNORED_LABEL),
             "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), padding),
         }
+        if start and self.context:
+            item["labels"][: self.context + 1] = IGNORED_LABEL
         if self.document_starts is not None:
             first, last = np.searchsorted(self.document_starts, [start + 1, start + len(ids)])
             item["document_starts"] = torch.from_numpy(np.append(0, self.document_starts[first:last] - start))
         return item
+
+
+def check_context(context: int, block_size: int) -> None:
+    """Raises LeapformerError unless blocks of this size can repeat so many tokens and still predict one."""
+    if not 0 <= context <= block_size - 2:
+        raise LeapformerError(f"data.context_window: expected 0 to {block_size - 2} (block_size - 2), found {context}")
 
 
 class PackedCollator:

@@ -16,11 +16,12 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
 from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
-from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, encode_split
+from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.training.recipes import Recipe, Section, expand_path
 from leapformer.training.saving import staged_folder
@@ -49,7 +50,20 @@ class DataSection(Section):
         default=0.05, gt=0, lt=1, description="held out where the source has no validation split"
     )
     block_size: int = Field(default=256, ge=2, description="tokens of a training sequence")
+    context_window: int = Field(
+        default=0,
+        ge=0,
+        description="evaluation: tokens each block repeats of the one before, so that predictions see more context",
+    )
     across_documents: bool = Field(default=True, description="whether attention crosses the ends of documents")
+
+    @model_validator(mode="after")
+    def _check_context(self) -> DataSection:
+        try:
+            check_context(self.context_window, self.block_size)
+        except LeapformerError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class TokenizerSection(Section):
@@ -129,8 +143,8 @@ class LanguageModelData(TaskData):
             )
         return self._encoded[split]
 
-    def packed(self, split: str) -> PackedDataset:
-        """The blocks of a split."""
+    def packed(self, split: str, *, context: int = 0) -> PackedDataset:
+        """The blocks of a split, each repeating `context` tokens of the one before it."""
         encoded = self.encoded(split)
         return PackedDataset(
             encoded.tokens,
@@ -138,6 +152,7 @@ class LanguageModelData(TaskData):
             document_starts=encoded.document_starts,
             across_documents=self.recipe.data.across_documents,
             pad_id=self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.pad_token)),  # type: ignore[arg-type]
+            context=context,
         )
 
     def build_model(self) -> LeapformerForCausalLM:
@@ -154,7 +169,7 @@ class LanguageModelData(TaskData):
     def evaluate(self, model: Any, *, split: str) -> dict[str, Any]:
         """Metrics, perplexity by position and the counted baselines of a whole split."""
         encoded = self.encoded(split)
-        dataset = self.packed(split)
+        dataset = self.packed(split, context=self.recipe.data.context_window)
         losses = self.losses(model, dataset, range(len(dataset)))
         return {
             "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
