@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from leapformer.errors import LeapformerError
+from leapformer.training.muon import Muon, hidden_matrices
 from leapformer.training.recipes import TrainingSection
 
 
@@ -70,15 +71,20 @@ def use_bf16(section: TrainingSection) -> bool:
 
 
 def build_optimizer(model: nn.Module, section: TrainingSection) -> Optimizer:
-    """AdamW, or SGD with Nesterov's momentum; only matrices and tables are decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW, SGD with Nesterov's momentum, or Muon with AdamW; only matrices and tables are decayed."""
+    matrices = hidden_matrices(model) if section.optimizer == "muon" else []
+    taken = {id(matrix) for matrix in matrices}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if section.optimizer == "nesterov":
         return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum, nesterov=True)
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
+    adaptive: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
+    if section.optimizer == "muon":
+        return Muon(matrices, groups, weight_decay=section.weight_decay, momentum=section.momentum, **adaptive)
+    return torch.optim.AdamW(groups, **adaptive, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, section: TrainingSection) -> LambdaLR:

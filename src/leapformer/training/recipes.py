@@ -50,7 +50,7 @@ class TrainingSection(Section):
     max_steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=8, ge=1, description="blocks per device and forward pass")
     accumulation: int = Field(default=1, ge=1, description="forward passes per step")
-    optimizer: Literal["adamw", "nesterov"] = "adamw"
+    optimizer: Literal["adamw", "nesterov", "muon"] = "adamw"
     learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule")
     min_learning_rate: float = Field(default=0.0, ge=0, description="where the schedule ends")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -58,7 +58,7 @@ class TrainingSection(Section):
     warmup_learning_rate: float = Field(default=0.0, ge=0, description="where the warm-up starts")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
     epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
-    momentum: float = Field(default=0.99, ge=0, lt=1, description="of Nesterov's SGD")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="of Nesterov's SGD and of Muon")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on biases and norms")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
     log_every: int = Field(default=50, ge=1, description="steps")
