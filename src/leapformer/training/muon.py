@@ -33,7 +33,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[Tensor],
         others: list[dict[str, Any]],
         *,
         lr: float,
@@ -65,7 +65,7 @@ class Muon(Optimizer):
         self.adamw.step()
         return loss
 
-    def _step_of(self, matrix: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step_of(self, matrix: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[matrix]
         if not state:
             state["momentum"] = torch.zeros_like(matrix)
@@ -88,7 +88,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x if wide else x.T).to(matrix.dtype)
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """Weights of the linear layers, without the output layer, which is a table of tokens."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
