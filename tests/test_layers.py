@@ -16,7 +16,8 @@ PACKAGE = Path(leapformer.__file__).parent
 LAYERS = ["ops", "nn", "models", "training", "tasks", "cli"]
 MAY_IMPORT = {layer: set(LAYERS[: place + 1]) for place, layer in enumerate(LAYERS)}
 MAY_IMPORT["analysis"] = {"ops", "nn", "models", "analysis"}
-MAY_IMPORT["cli"] |= {"analysis"}
+MAY_IMPORT["bench"] = {*LAYERS[:-1], "analysis", "bench"}
+MAY_IMPORT["cli"] |= {"analysis", "bench"}
 MAY_IMPORT["errors"] = set()
 # `leapformer` itself hands out the public names of these, and only these.
 MAY_IMPORT["__init__"] = {"ops", "nn", "models"}

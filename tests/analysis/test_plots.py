@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from leapformer.analysis.plots import (
+    Line,
     figure_svg,
     learning_curves,
+    lines_over_length,
     perplexity_by_position,
     proportions,
     quality_and_speed,
@@ -35,6 +37,19 @@ def test_learning_curves_hold_every_evaluation(runs):
     steps, losses = runs[0].curve("eval_loss")
     assert lines["LeaPformer"].get_xdata().tolist() == steps
     assert lines["LeaPformer"].get_ydata().tolist() == losses
+
+
+def test_lines_over_length_are_logarithmic_with_lengths_as_people_say_them():
+    points = [(512, 1.0, 0.9, 1.1), (4096, 8.0, 7.0, 9.0), (1048576, 2048.0, 2000.0, 2100.0)]
+    figure = lines_over_length([Line(f"line {n}", points) for n in range(8)], ylabel="ms")
+    (axes,) = figure.axes
+    lines = labelled_lines(figure)
+    assert len(lines) == 8 and lines["line 0"].get_xdata().tolist() == [512, 4096, 1048576]
+    assert axes.get_xscale() == axes.get_yscale() == "log" and axes.get_ylabel() == "ms (log scale)"
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines.values()}
+    assert len(looks) == 8  # more lines than colours are still told apart
+    ticks = [axes.xaxis.get_major_formatter()(length, 0) for length in (512, 4096, 1048576)]
+    assert ticks == ["512", "4k", "1M"]
 
 
 def test_perplexity_by_position_averages_over_doubling_ranges(runs):

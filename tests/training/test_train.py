@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from leapformer.errors import LeapformerError
 from leapformer.training import train as train_module
 from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.machine import peak_memory_mib, reset_peak_memory
 from leapformer.training.run import Run
-from leapformer.training.train import peak_memory_mib, reset_peak_memory, train
+from leapformer.training.train import train
 from leapformer.training.trainer import LeapformerTrainer, PassSampler
 
 from .builders import tiny_recipe

@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from leapformer.errors import MissingExtra
@@ -108,6 +109,44 @@ def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
     axes.set_ylabel("bits per byte")
     _legend(axes)
     return figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line over lengths; each point is (length, value, low, high), low and high drawn as a band."""
+
+    label: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def lines_over_length(lines: Sequence[Line], *, xlabel: str = "tokens", ylabel: str) -> Figure:
+    """Values against length with both axes logarithmic, so that cost a x length^b is a straight line of slope b."""
+    figure, axes = _figure(height=3.6)
+    for place, line in enumerate(lines):
+        lengths, values, low, high = zip(*line.points, strict=True)
+        # Where colours come round again, the line style does not.
+        style = _cycle(LINE_STYLES, place + place // len(SERIES_COLORS))
+        axes.fill_between(lengths, low, high, color=_color(place), alpha=0.18, linewidth=0)
+        axes.plot(
+            lengths, values, color=_color(place), linestyle=style, marker=_cycle(MARKERS, place), markersize=5,
+            label=line.label,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _length_text(value)))
+    axes.set_xlabel(f"{xlabel} (log scale)")
+    axes.set_ylabel(f"{ylabel} (log scale)")
+    _legend(axes)
+    return figure
+
+
+def _length_text(length: float) -> str:
+    """512, 4k, 1M: powers of two in the way people say them."""
+    for size, letter in ((2**20, "M"), (2**10, "k")):
+        if length >= size:
+            return f"{length / size:g}{letter}"
+    return f"{length:g}"
 
 
 def proportions(layers: Sequence[LayerProportions]) -> list[Figure]:

@@ -135,6 +135,24 @@ def plot_proportions(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="[WHAT]", help="attention, decoding or all.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: under two minutes for all.")] = False,
+    lengths: Annotated[str | None, typer.Option(help="Tokens, such as 512,4096; default: each one's own.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of the contenders; default: 7, quick: 3.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
+    limit: Annotated[
+        float | None, typer.Option(help="Seconds that one call may take; slower ones are listed as not run.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of JSON, tables and pictures.")] = Path("runs/bench"),
+) -> None:
+    """Measure speed and memory on this machine's processor, by ratios within one run."""
+    _work("leapformer.cli.bench", "run_bench", "plots")(
+        what, quick=quick, lengths=lengths, repeats=repeats, threads=threads, limit=limit, output=output
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs and page.")] = Path("runs/demo"),
     threads: Threads = None,

@@ -1,0 +1,168 @@
+"""`leapformer bench decoding`: one token of one layer's attention, by the length of what came before it.
+
+Letters: B batch, H heads, K key and value width, S tokens of context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from leapformer.analysis.plots import Line, lines_over_length
+from leapformer.bench.contenders import SDPA, cpu_impls
+from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
+from leapformer.bench.timing import fitted_exponent, race, spread, timer
+from leapformer.ops import LeapWeights, LinearState, cosine_factors, leap_attention, linear_state, proportion
+
+B, H, K, HIDDEN = 1, 8, 64, 16
+CONTEXTS = (1024, 4096, 16384, 65536, 262144, 1048576)
+QUICK_CONTEXTS = (1024, 8192, 65536)
+PIECE = 16384  # tokens that a state takes up at once
+CACHED = f"{SDPA} with a cache"
+
+
+def measure_decoding(settings: Settings, result: Result, say: Say) -> None:
+    """One race for each context. Ours start from a state that has taken up as many tokens as SDPA's cache holds."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [_leap_weights(generator) for _ in range(2)]
+    state, taken = None, 0
+    for context in settings.lengths_or(CONTEXTS, QUICK_CONTEXTS):
+        say(f"decoding, {context:,} tokens of context: reading them")
+        while taken < context:
+            piece = min(PIECE, context - taken)
+            state, taken = _take_up(state, weights[1], piece, generator), taken + piece
+        assert state is not None
+        result.add("steps", _step_row(context, state, weights, settings, generator, say))
+
+
+def _step_row(
+    context: int,
+    state: LinearState,
+    weights: list[LeapWeights],
+    settings: Settings,
+    generator: torch.Generator,
+    say: Say,
+) -> dict[str, Any]:
+    q, k, v = (torch.randn(B, 1, H, K, generator=generator) for _ in range(3))
+    runs = {impl: _our_step(impl, q, k, v, weights, state) for impl in cpu_impls()}
+    not_run = {}
+    needed, free = 2 * B * H * K * context * 4, psutil.virtual_memory().available
+    if needed > 0.6 * free:
+        not_run[CACHED] = f"a cache of {needed / 2**30:.1f} GiB, {free / 2**30:.1f} free"
+    else:
+        runs[CACHED] = _sdpa_step(q, k, v, context)
+    outcome = race(
+        {name: timer(run) for name, run in runs.items()},
+        repeats=settings.repeats,
+        limit=settings.limit,
+        turn=lambda name: say(f"decoding, {context:,} tokens of context: {name}"),
+    )
+    against = {
+        other: {name: spread(ratios) for name in outcome.samples if (ratios := outcome.ratios(other, name, settings.clock))}
+        for other in (CACHED, "torch")
+    }  # fmt: skip
+    return {
+        "context": context,
+        "contenders": outcome.as_dict(),
+        "not_run": {**not_run, **outcome.not_run},
+        "speed_over": against,
+        "state_kib": sum(x.numel() * x.element_size() for x in (state.kv, state.z)) / 2**10,
+        "cache_kib": needed / 2**10,
+    }
+
+
+def _our_step(
+    impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: list[LeapWeights], state: LinearState
+) -> Callable[[], object]:
+    """LeaP modules, read-out and new state of one token, from the projections on."""
+
+    def step() -> object:
+        with torch.no_grad():
+            return leap_attention(
+                q, k, v, *weights, visible="causal", initial_state=state, return_state=True, impl=impl  # type: ignore[arg-type]
+            )  # fmt: skip
+
+    return step
+
+
+def _sdpa_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int) -> Callable[[], object]:
+    """The new key and value go into the last place of a cache that is there already, so nothing is copied."""
+    keys, values = torch.randn(2, B, H, context, K)
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+
+    def step() -> object:
+        with torch.no_grad():
+            keys[:, :, -1:], values[:, :, -1:] = key, value
+            return F.scaled_dot_product_attention(query, keys, values)
+
+    return step
+
+
+def _take_up(state: LinearState | None, weights: LeapWeights, tokens: int, generator: torch.Generator) -> LinearState:
+    k, v = torch.randn(2, B, tokens, H, K, generator=generator)
+    with torch.no_grad():
+        keys = k.relu()
+        return linear_state(keys, v, cosine_factors(proportion(keys, weights)), initial_state=state)
+
+
+def _leap_weights(generator: torch.Generator) -> LeapWeights:
+    sizes = ((1, HIDDEN, K), (1, HIDDEN), (1, HIDDEN), (1,))
+    return LeapWeights(*(torch.randn(*size, generator=generator) / K**0.5 for size in sizes))
+
+
+def decoding_tables(content: Mapping[str, Any]) -> list[Table]:
+    """How many times as fast as the cache, microseconds, and what is kept; the fitted exponents."""
+    rows, clock = content.get("steps", []), f"{content['settings']['clock']}_ms"
+    names = _names(rows)
+    lines = []
+    for row in rows:
+        over = row["speed_over"].get(CACHED, {})
+        cells = [f"**{ratio_text(over[name])}**" if name in over else "-" for name in names if name != CACHED]
+        times = [_microseconds(row, name, clock) for name in names]
+        lines.append([f"{row['context']:,}", *cells, *times, short(row["state_kib"]), short(row["cache_kib"])])
+    columns = [
+        "context", *(f"{name}: x {CACHED}" for name in names if name != CACHED), *(f"{name}, us" for name in names),
+        "state, KiB", "cache, KiB",
+    ]  # fmt: skip
+    notes = tuple(
+        f"Not run at {row['context']:,}: {name} ({reason})." for row in rows for name, reason in row["not_run"].items()
+    )
+    title = f"One decoding step of a layer's attention, LeaP modules included, B {B}, H {H}, K = V = {K}"
+    exponents = []
+    for name in names:
+        points = _points(rows, name, clock)
+        exponent = fitted_exponent([point[0] for point in points], [point[1] for point in points])
+        exponents.append([name, "-" if exponent is None else f"{exponent:.2f}"])
+    return [
+        Table(title, columns, lines, notes),
+        Table("Fitted exponent b of time = a x context^b", ["contender", "b"], exponents),
+    ]
+
+
+def decoding_pictures(content: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Microseconds of a step against the context, both axes logarithmic."""
+    rows, clock = content.get("steps", []), f"{content['settings']['clock']}_ms"
+    lines = [Line(name, _points(rows, name, clock)) for name in _names(rows)]
+    if any(len(line.points) > 1 for line in lines):
+        yield "decoding", lines_over_length(lines, xlabel="tokens of context", ylabel="µs of one step")
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+
+
+def _microseconds(row: Mapping[str, Any], name: str, clock: str) -> str:
+    times = row["contenders"].get(name)
+    if times is None:
+        return "not run"
+    return ratio_text({key: 1e3 * value for key, value in times[clock].items()})
+
+
+def _points(rows: list[dict[str, Any]], name: str, clock: str) -> list[tuple[float, float, float, float]]:
+    found = [(row["context"], row["contenders"][name][clock]) for row in rows if name in row["contenders"]]
+    return [(context, 1e3 * t["median"], 1e3 * t["p20"], 1e3 * t["p80"]) for context, t in found]

@@ -1,0 +1,124 @@
+"""``leapformer bench``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as TerminalTable
+
+from leapformer.bench.acceptance import acceptance_table
+from leapformer.bench.result import Result, Settings, Table, machine_line, write_tables
+from leapformer.cli.train import use_threads
+from leapformer.errors import LeapformerError
+
+BENCHMARKS = ("attention", "decoding")
+RESOLUTION = 160  # dots per inch of the pictures
+
+
+def run_bench(
+    what: str,
+    *,
+    quick: bool,
+    lengths: str | None,
+    repeats: int | None,
+    threads: int,
+    limit: float | None,
+    output: Path,
+) -> None:
+    """Measure, print the tables, and write JSON, Markdown and pictures; an interrupt keeps what was measured."""
+    chosen = BENCHMARKS if what == "all" else (what,)
+    if what not in ("all", *BENCHMARKS):
+        raise LeapformerError(f"bench: expected all, {', '.join(BENCHMARKS)}, found {what!r}")
+    if output.exists() and not output.is_dir():
+        raise LeapformerError(f"--output {output}: expected a folder, found a file")
+    if limit is not None and not (limit > 0 and math.isfinite(limit)):
+        raise LeapformerError(f"--limit: expected seconds above 0, found {limit:g}")
+    settings = Settings(
+        output=output,
+        quick=quick,
+        lengths=parse_lengths(lengths),
+        repeats=repeats or (3 if quick else 7),
+        threads=threads,
+        limit=limit or (0.7 if quick else 20.0),
+    )
+    use_threads(threads)
+    results: dict[str, Mapping[str, Any]] = {}
+    for name in chosen:
+        result = Result(name, settings)
+        results[name] = result.content
+        finished = _measure(name, settings, result)
+        _show(name, result)
+        if not finished:
+            typer.echo(f"Interrupted; what was measured is in {result.path}")
+            raise typer.Exit(130)
+    promises = acceptance_table(results)
+    if promises.rows:
+        _print(promises)
+        (output / "acceptance.md").write_text(promises.markdown(), encoding="utf-8")
+    typer.echo(machine_line(next(iter(results.values()))))
+    typer.echo(f"Written to {output}: JSON, Markdown tables and pictures (PNG)")
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...] | None:
+    """ "512,4096" as ascending numbers; None for None.
+
+    Raises:
+        LeapformerError: something else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise LeapformerError(f"--lengths: expected whole numbers above 0 such as 512,4096, found {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _measure(name: str, settings: Settings, result: Result) -> bool:
+    """Run one benchmark under a progress line; False where the user interrupted it."""
+    measure = getattr(import_module(f"leapformer.bench.{name}"), f"measure_{name}")
+    try:
+        with _progress(name) as say:
+            measure(settings, result, say)
+    except KeyboardInterrupt:
+        return False
+    result.finish()
+    return True
+
+
+def _show(name: str, result: Result) -> None:
+    """Print and write the tables of a result and draw its pictures."""
+    module = import_module(f"leapformer.bench.{name}")
+    tables = [table for table in getattr(module, f"{name}_tables")(result.content) if table.rows]
+    for table in tables:
+        _print(table)
+    write_tables(result.path.with_suffix(".md"), result.content, tables)
+    for title, figure in getattr(module, f"{name}_pictures")(result.content):
+        figure.savefig(result.path.parent / f"{title}.png", dpi=RESOLUTION, facecolor="white")
+
+
+def _print(table: Table) -> None:
+    terminal = TerminalTable(*table.columns, box=None, pad_edge=False)
+    for row in table.rows:
+        terminal.add_row(*(cell.replace("**", "") for cell in row))
+    typer.echo(f"\n{table.title}")
+    Console().print(terminal)
+    for note in table.notes:
+        typer.echo(note)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[str], None]]:
+    """A line on the error stream that says what is measured and since when; nothing where nobody watches."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda text: progress.update(task, description=text)

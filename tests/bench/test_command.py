@@ -1,0 +1,158 @@
+"""`leapformer bench` as a user calls it, in tiny sizes; never how long anything took."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from leapformer.bench import attention, decoding
+from leapformer.bench.contenders import build
+from leapformer.bench.timing import timed
+from leapformer.cli import main
+
+PNG = b"\x89PNG"
+
+
+class HereWorker:
+    """A worker without its process, which takes seconds to start; the real one has tests of its own."""
+
+    def __init__(self, name, shape, length, *, backward, threads, environment=None):
+        self.run = build(name, shape, length, backward=backward)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def time(self, calls):
+        return timed(self.run, calls)
+
+    def memory_mib(self):
+        return 2.0
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(attention, "Worker", HereWorker)
+    monkeypatch.setattr(attention, "PRODUCT_SIZE", 32)
+    monkeypatch.setattr(attention, "ALIGNED", (attention.CAUSAL, 16))
+    monkeypatch.setattr(attention, "RAGGED", {name: (shape, 15) for name, (shape, _) in attention.RAGGED.items()})
+    monkeypatch.setattr("leapformer.bench.timing.SHORTEST", 0.0)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def one_line(capsys, *arguments: str) -> str:
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("leapformer: ")
+    return captured.err
+
+
+def test_attention_leaves_json_tables_and_pictures(tmp_path, capsys):
+    arguments = ["bench", "attention", "--lengths", "32,16", "--repeats", "2", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "attention.json").read_text())
+    assert content["format"] == 1 and content["benchmark"] == "attention" and content["finished"] is True
+    assert {"machine", "versions", "git", "date", "settings"} <= set(content)
+    assert content["settings"]["lengths"] == [16, 32] and content["settings"]["clock"] == "cpu"
+    assert [(row["shape"], row["length"], row["pass"]) for row in content["time"]] == [
+        (shape, length, name)
+        for shape in ("causal", "LRA")
+        for length in (16, 32)
+        for name in ("forward", "forward + backward")
+    ]
+    row = content["time"][1]
+    assert {"torch", "torch + LeaP", "SDPA", "research code", "matrix product"} <= set(row["contenders"])
+    assert set(row["contenders"]["torch"]["cpu_ms"]) == {"median", "p20", "p80", "n"}
+    assert row["contenders"]["torch"]["wall_ms"]["n"] == 2
+    assert "torch" in row["speed_over"]["SDPA"] and "torch" in row["share_of_peak"] and row["not_run"] == {}
+    assert "research code, memory kept" in content["time"][-1]["contenders"]
+    assert content["memory"][0]["over_sdpa"]["torch"] == 1.0
+    assert set(content["odd"][0]["rate_over_aligned"]) == set(attention.RAGGED)
+    for text in ("how many times as fast as SDPA", "Fitted exponent", "Acceptance", "not among the lengths", "thread"):
+        assert text in printed
+    assert "| tokens | pass | torch |" in (tmp_path / "attention.md").read_text()
+    assert "| work | against |" in (tmp_path / "acceptance.md").read_text()
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == [f"attention-{shape}-{what}.png" for shape in ("causal", "lra") for what in ("memory", "time")]
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in pictures)
+
+
+def test_decoding_grows_a_state_and_a_cache(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decoding, "PIECE", 10)
+    assert main(["bench", "decoding", "--lengths", "16,24", "--repeats", "2", "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "decoding.json").read_text())
+    assert [row["context"] for row in content["steps"]] == [16, 24]
+    first, last = content["steps"]
+    assert set(first["contenders"]) >= {"torch", "SDPA with a cache"}
+    assert first["state_kib"] == last["state_kib"] and first["cache_kib"] < last["cache_kib"]
+    assert "context" in capsys.readouterr().out
+    assert (tmp_path / "decoding.png").read_bytes().startswith(PNG)
+
+
+def test_slow_contenders_are_listed_as_not_run(tmp_path, capsys):
+    arguments = ["bench", "decoding", "--lengths", "16", "--repeats", "1", "--limit", "1e-9"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Not run at 16: SDPA with a cache" in printed and "over the limit of 1e-09 s" in printed
+    assert json.loads((tmp_path / "decoding.json").read_text())["steps"][0]["contenders"] == {}
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    real, calls = attention.race, []
+
+    def interrupted(*arguments, **keywords):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "race", interrupted)
+    assert main(["bench", "--lengths", "16,32", "--repeats", "1", "--output", str(tmp_path)]) == 130
+    content = json.loads((tmp_path / "attention.json").read_text())
+    assert content["finished"] is False and len(content["time"]) == 3
+    assert f"Interrupted; what was measured is in {tmp_path / 'attention.json'}" in capsys.readouterr().out
+    assert "Interrupted: not everything was measured." in (tmp_path / "attention.md").read_text()
+    assert not (tmp_path / "decoding.json").exists()
+
+
+def test_more_threads_count_wall_time(tmp_path, threads):
+    arguments = ["bench", "decoding", "--lengths", "16", "--repeats", "1", "--threads", "2"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "decoding.json").read_text())
+    assert content["settings"]["clock"] == "wall" and content["machine"]["threads"] == 2
+    assert "2 threads, wall time" in (tmp_path / "decoding.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attenton"], "bench: expected all, attention, decoding"),
+        (["--lengths", "512,x"], "--lengths: expected whole numbers above 0 such as 512,4096, found '512,x'"),
+        (["--lengths", "0"], "--lengths: expected whole numbers above 0"),
+        (["--lengths", ""], "--lengths: expected whole numbers above 0"),
+        (["--limit", "0"], "--limit: expected seconds above 0, found 0"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
+        (["--repeats", "0"], "Invalid value for '--repeats'"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_the_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "expected a folder, found a file" in one_line(capsys, "--output", str(tmp_path / "file"))

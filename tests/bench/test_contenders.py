@@ -1,0 +1,105 @@
+"""Every contender computes what it says, so that what is timed against each other is the same work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from leapformer.bench import contenders
+from leapformer.bench.contenders import CAUSAL, LEAP, LRA, RESEARCH, SDPA, build, contenders_for, useful_flops
+from leapformer.bench.worker import Worker
+
+SMALL_CAUSAL, SMALL_LRA = replace(CAUSAL, heads=2, width=8), replace(LRA, batch=3, width=8, hidden=4)
+N = 20
+
+
+def same_inputs(name, shape):
+    """The output [B, N, H, K] of a contender, its inputs drawn as for our own implementation."""
+    output = build(name, shape, N, backward=False)()
+    if name == RESEARCH:  # rows are batch x heads
+        return output.unflatten(0, (shape.batch, shape.heads)).transpose(1, 2)
+    return output
+
+
+class OneLayout(contenders._Random):
+    """Draws [B, N, H, ...] whatever is asked for, so that all contenders get the same numbers."""
+
+    shape = SMALL_CAUSAL
+
+    def _moved(self, draw, size):
+        B, H = self.shape.batch, self.shape.heads
+        if size[0] == B * H and size[0] != B:
+            drawn = draw(B, size[1], H, *size[2:])
+            return drawn.transpose(1, 2).reshape(size)
+        return draw(*size)
+
+    def leaf(self, *size):
+        return self._moved(super().leaf, size)
+
+    def proportion(self, *size):
+        return self._moved(super().proportion, size)
+
+
+@pytest.mark.parametrize(("shape", "ours"), [(SMALL_CAUSAL, "torch"), (SMALL_LRA, "torch" + LEAP)])
+def test_research_code_gives_our_result(shape, ours, monkeypatch):
+    monkeypatch.setattr(contenders, "_Random", OneLayout)
+    monkeypatch.setattr(OneLayout, "shape", shape)
+    torch.testing.assert_close(same_inputs(RESEARCH, shape), same_inputs(ours, shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [SMALL_CAUSAL, SMALL_LRA], ids=lambda shape: shape.name)
+def test_every_contender_gives_an_output_and_all_gradients(shape):
+    names, _ = contenders_for(shape)
+    assert {SDPA, RESEARCH, "torch" + LEAP} <= set(names)
+    for name in names:
+        output = build(name, shape, N, backward=False)()
+        assert output.isfinite().all() and not output.requires_grad
+        gradients = build(name, shape, N, backward=True)()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert sum(bool(gradient.any()) for gradient in gradients) == len(gradients)
+
+
+@pytest.mark.parametrize(
+    "change", [{"masked": True}, {"groups": 1}, {"visible": "wait-k"}], ids=lambda change: next(iter(change))
+)
+def test_odd_shapes_run(change):
+    output = build("torch", replace(SMALL_CAUSAL, **change), N, backward=False)()
+    assert output.shape == (1, N, 2, 8) and output.isfinite().all()
+
+
+def test_useful_operations():
+    # Per token and head, forward: 2 (65/2 x 128 + 2 x 2 x 64 x 64) = 41,088.
+    assert useful_flops(CAUSAL, 10, backward=False) == 41_088 * 8 * 10
+    assert useful_flops(CAUSAL, 10, backward=True) == 3.5 * 41_088 * 8 * 10
+    assert useful_flops(LRA, 1, backward=False) == 2 * 4 * 32 * 32 * 32 * 2
+
+
+def test_only_implementations_of_the_processor(monkeypatch):
+    monkeypatch.setattr(
+        contenders.leapformer.ops, "available_impls", lambda: ("reference", "torch", "triton"), raising=False
+    )
+    assert contenders.cpu_impls() == ["torch"]
+
+
+def test_a_gpu_library_is_named_as_not_run(monkeypatch):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name == "fla" or None)
+    names, not_run = contenders_for(CAUSAL)
+    assert "flash-linear-attention" not in names and not_run == {"flash-linear-attention": "its kernels need a GPU"}
+
+
+def test_a_worker_times_and_tells_its_memory():
+    # 4 heads x 512 x 512 x 4 bytes are 4 MiB, and the quadratic form holds several of these at once.
+    shape = replace(CAUSAL, heads=4, width=8)
+    with Worker(RESEARCH, shape, 512, backward=True, threads=1) as worker:
+        memory = worker.memory_mib()
+        sample = worker.time(2)
+    assert memory is None or 8 < memory < 60
+    assert sample.wall > 0 and sample.cpu > 0
+    assert worker.process.poll() is not None
+
+
+def test_a_dead_worker_is_told():
+    with Worker("torch", replace(CAUSAL, heads=2, width=8), 64, backward=True, threads=1) as worker:
+        worker.process.kill()
+        with pytest.raises(RuntimeError, match="the measuring process ended"):
+            worker.time(1)
