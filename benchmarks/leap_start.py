@@ -76,7 +76,9 @@ def main() -> None:
     cache = Path(tempfile.gettempdir()) / "leapformer-leap-start"
     for start in STARTS:
         for seed in range(arguments.seeds):
-            recipe, task = load_recipe(arguments.recipe, [*arguments.overrides, "attention=leap", f"leap_start={start}"])
+            recipe, task = load_recipe(
+                arguments.recipe, [*arguments.overrides, "attention=leap", f"leap_start={start}"]
+            )
             data: Any = task.prepare(recipe, cache=cache)
             set_seed(seed)
             print(row(f"{start}, seed {seed}", data.build_model(), first_batch(data)), flush=True)

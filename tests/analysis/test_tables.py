@@ -27,7 +27,13 @@ def test_seeds_of_a_recipe_are_one_row_with_mean_and_deviation():
         ["counted bigram", "", ""],
         ["counted unigram", "", ""],
     ]
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert [row[:3] for row in table.runs] == [
+        ["softmax-0-aaaaaaaa", "0", "2.5000"],
+        ["leap-0-aaaaaaaa", "0", "3.0000"],
+        ["leap-1-aaaaaaaa", "1", "3.2000"],
+    ]
+    assert all(len(row) == len(table.columns) for row in table.rows + table.runs)
+    assert comparison([run("leap", 3.0), run("softmax", 2.5)]).runs == []  # the rows say it already
     assert table.notes == []  # one seed in common says nothing of a difference
 
 

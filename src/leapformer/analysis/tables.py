@@ -18,10 +18,14 @@ COLUMNS = ["model", "seeds", "loss", "bits/byte", "word ppl", "tokens/s", "MiB",
 
 @dataclass(frozen=True)
 class Comparison:
-    """columns and rows of text, best loss first, the counted baselines last; notes: one line per paired difference."""
+    """columns and rows of text, best loss first, the counted baselines last.
+
+    runs: rows of the single runs, where a row of the table stands for several. notes: one line per paired difference.
+    """
 
     columns: list[str]
     rows: list[list[str]]
+    runs: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -40,7 +44,9 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
             )
     ordered = sorted(_groups(runs).items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
     rows = [_row(name, members, split) for name, members in ordered]
-    return Comparison(COLUMNS, rows + _baseline_rows(runs), _paired_notes(ordered, split))
+    single = [_row(run.folder.name, [run], split) for _, members in ordered for run in members]
+    several = single if len(single) > len(ordered) else []
+    return Comparison(COLUMNS, rows + _baseline_rows(runs), several, _paired_notes(ordered, split))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leapformer.analysis.runs import load_run
-from leapformer.analysis.tables import Comparison, comparison, markdown_table
+from leapformer.analysis.tables import comparison, markdown_table
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
 
@@ -19,10 +19,9 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
     """Print one table over all runs, what the paired seeds say, and optionally write the page."""
     runs = [load_run(folder) for folder in folders]
     result = comparison(runs, split=split)
-    if markdown:
-        typer.echo(markdown_table(result.columns, result.rows))
-    else:
-        print_table(result)
+    for columns, rows in ((result.columns, result.rows), (["run", *result.columns[1:]], result.runs)):
+        if rows:
+            typer.echo(markdown_table(columns, rows) + "\n") if markdown else print_table(columns, rows)
     typer.echo(UNITS)
     for line in result.notes:
         typer.echo(line)
@@ -32,9 +31,9 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
         typer.echo(f"Written to {write_report(output, runs, title='Comparison')}")
 
 
-def print_table(result: Comparison) -> None:
-    """Print a comparison to the terminal."""
-    table = Table(*result.columns, box=None, pad_edge=False)
-    for row in result.rows:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text to the terminal."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -49,7 +49,8 @@ def run_demo(*, output: Path, threads: int | None) -> None:
         if not _train(output / name, overrides):
             return
     runs = [load_run(output / name) for name in OVERRIDES]
-    print_table(comparison(runs))
+    result = comparison(runs)
+    print_table(result.columns, result.rows)
     typer.echo(UNITS)
     samples = [_sample(run) for run in runs]
     typer.echo(f"\n{samples[0].model} goes on from a prompt ({samples[0].settings}):\n")
