@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
-from leapformer.bench import attention, decoding
+from leapformer.bench import attention, decoding, overhead, training
 from leapformer.bench.contenders import build
 from leapformer.bench.timing import timed
 from leapformer.cli import main
+from leapformer.models import LeapformerConfig
+from leapformer.training.recipes import TrainingSection
+from tests.training.builders import write_recipe
 
 PNG = b"\x89PNG"
 
@@ -80,10 +83,17 @@ def test_attention_leaves_json_tables_and_pictures(tmp_path, capsys):
     assert "research code, memory kept" in content["time"][-1]["contenders"]
     assert content["memory"][0]["over_sdpa"]["torch"] == 1.0
     assert set(content["odd"][0]["rate_over_aligned"]) == set(attention.RAGGED)
-    for text in ("how many times as fast as SDPA", "Fitted exponent", "Acceptance", "not among the lengths", "thread"):
+    for text in (
+        "how many times as fast as SDPA",
+        "Fitted exponent",
+        "Acceptance",
+        "more rows were not measured",
+        "thread",
+    ):
         assert text in printed
     assert "| tokens | pass | torch |" in (tmp_path / "attention.md").read_text()
-    assert "| work | against |" in (tmp_path / "acceptance.md").read_text()
+    acceptance = (tmp_path / "acceptance.md").read_text()
+    assert "| work | against |" in acceptance and "not measured: not among the lengths" in acceptance
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == [f"attention-{shape}-{what}.png" for shape in ("causal", "lra") for what in ("memory", "time")]
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in pictures)
@@ -138,7 +148,7 @@ def test_more_threads_count_wall_time(tmp_path, threads):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attenton"], "bench: expected all, attention, decoding"),
+        (["attenton"], "bench: expected all, attention, decoding, training, overhead"),
         (["--lengths", "512,x"], "--lengths: expected whole numbers above 0 such as 512,4096, found '512,x'"),
         (["--lengths", "0"], "--lengths: expected whole numbers above 0"),
         (["--lengths", ""], "--lengths: expected whole numbers above 0"),
@@ -156,3 +166,87 @@ def test_wrong_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, messa
 def test_a_file_in_place_of_the_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "expected a folder, found a file" in one_line(capsys, "--output", str(tmp_path / "file"))
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    return str(write_recipe(tmp_path))
+
+
+def test_training_and_generation_of_a_recipe_without_its_data(tmp_path, capsys, tiny_recipe):
+    output = tmp_path / "out"
+    arguments = ["bench", "training", "--recipe", tiny_recipe, "--repeats", "2", "--lengths", "16,32"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    content = json.loads((output / "training.json").read_text())
+    assert [(row["kind"], row["length"]) for row in content["steps"]] == [
+        (kind, length) for length in (16, 32) for kind in ("training", "generation")
+    ]
+    train = content["steps"][0]
+    names = {"softmax", "cosFormer", "LeaPformer", "LeaPformer (gated)"}
+    assert set(train["tokens_per_second"]) == set(train["parameters"]) == names
+    assert train["speed_over"]["softmax"]["softmax"]["median"] == 1.0
+    assert train["tokens"] == content["steps"][2]["tokens"]  # equal tokens a step at every length
+    assert len(content["profiles"]) == 8 and content["profiles"][0]["operators"][0]["ms"] > 0
+    assert "times as fast as softmax" in capsys.readouterr().out
+    assert (output / "training.png").read_bytes().startswith(PNG)
+
+
+def test_a_train_step_moves_the_weights():
+    generator = torch.random.get_rng_state()
+    model = training.fresh_model(LeapformerConfig(hidden_size=16, num_hidden_layers=1))
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step = training.train_step(model, training.random_ids(2, 8, vocab_size=256), TrainingSection(warmup_steps=0))
+    step()
+    assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True) if old.dim() > 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_generation_goes_on_past_what_cosformer_takes():
+    config = LeapformerConfig(hidden_size=16, num_hidden_layers=1, attention="cosformer", max_position_embeddings=12)
+    step = training.generation_step(training.fresh_model(config), training.random_ids(1, 8, vocab_size=256))
+    for _ in range(10):
+        step()
+
+
+def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, capsys, monkeypatch):
+    tiny = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(overhead, "SIZES", {"tiny": tiny, "huge": tiny})
+    step_or_block = overhead._step_or_block
+
+    def of_size(models, length, limit, free):
+        return step_or_block(models, length, limit, free if length < 32 else 10_000)
+
+    monkeypatch.setattr(overhead, "_step_or_block", of_size)
+    arguments = ["bench", "overhead", "--lengths", "8,16,32", "--repeats", "2", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "overhead.json").read_text())["shares"]
+    assert [(row["size"], row["length"]) for row in rows] == [
+        (s, n) for s in ("tiny", "huge") for n in (8, 16, 32, None)
+    ]
+    assert [row["what"] for row in rows[:2]] == ["train step"] * 2 and rows[3]["what"] == "decoding step"
+    assert "GiB a block" in rows[2]["not_run"]["a step or a block"]
+    assert all(row["modules_alone"]["median"] > 0 and "difference" in row for row in (*rows[:2], rows[3]))
+    printed = capsys.readouterr().out
+    assert "modules alone" in printed and "Not run: tiny parameters at 32 tokens" in printed
+    assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
+
+
+def test_a_step_over_the_limit_becomes_a_block():
+    tiny = LeapformerConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    models = {name: training.fresh_model(tiny) for name in (overhead.LEAP, overhead.COSFORMER)}
+    parameters = models[overhead.LEAP].num_parameters()
+    what, runs = overhead._step_or_block(models, 8, 0.9 * 6 * parameters * 8 / overhead.RATE, 2**33)
+    assert what == "one block"
+    for run in runs.values():
+        run()
+    assert len(overhead.leap_modules(models[overhead.LEAP])) == 4
+
+
+def test_a_recipe_that_cannot_be_measured(tmp_path, capsys, tiny_recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--recipe: only training has one" in one_line(capsys, "decoding", "--recipe", tiny_recipe)
+    assert "did you mean lm/wikitext2-small" in one_line(capsys, "training", "--recipe", "lm/wikitext2-smal")
+    error = one_line(capsys, "training", "--recipe", "lm/wikitext103")
+    assert "its vocabulary is every word of its text" in error
+    assert not (tmp_path / "runs").exists()

@@ -12,7 +12,7 @@ def clockwork(*seconds: float):
     def time_calls(calls: int) -> Sample:
         asked.append(calls)
         wall = seconds[min(len(asked), len(seconds)) - 1]
-        return Sample(wall / 2, wall)
+        return Sample(wall, 2 * wall)
 
     return time_calls, asked
 
@@ -25,8 +25,8 @@ def test_contenders_take_turns_after_a_warm_up():
     assert order == ["slow", "fast", *["slow", "fast"] * 3]
     assert asked_slow == [1, 1, 1, 1, 1]
     assert asked_fast == [1, 1, 20, 20, 20]  # what is quick is repeated until 20 ms are full
-    assert outcome.ratios("slow", "fast", "wall") == pytest.approx([100, 100, 100])
-    assert outcome.as_dict()["slow"]["cpu_ms"]["median"] == pytest.approx(50)
+    assert outcome.ratios("slow", "fast", "cpu") == pytest.approx([100, 100, 100])
+    assert outcome.as_dict()["slow"]["wall_ms"]["median"] == pytest.approx(200)
 
 
 def test_what_is_over_the_limit_is_named_and_not_run():

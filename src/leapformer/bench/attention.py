@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -97,12 +96,12 @@ def _time_row(
         outcome = race(
             timers,
             repeats=settings.repeats,
+            clock=settings.clock,
             limit=settings.limit,
             turn=lambda name: say(f"{shape.name} attention, {length:,} tokens, {PASSES[backward]}: {name}"),
         )
     for name in outcome.samples:
-        seen[name, backward] = length, spread(outcome.seconds(name, "wall"))["median"]
-    gc.collect()
+        seen[name, backward] = length, spread(outcome.seconds(name, settings.clock))["median"]
     return {
         "shape": shape.name,
         "length": length,
@@ -158,7 +157,9 @@ def _odd_row(impl: str, settings: Settings, say: Say) -> dict[str, Any]:
     """Rate per useful operation of odd shapes over that of the aligned one, forward + backward, in one race."""
     shapes = {"aligned": ALIGNED, **RAGGED}
     timers = {name: timer(build(impl, *shape, backward=True)) for name, shape in shapes.items()}
-    outcome = race(timers, repeats=settings.repeats, turn=lambda name: say(f"{impl}, odd shapes: {name}"))
+    outcome = race(
+        timers, repeats=settings.repeats, clock=settings.clock, turn=lambda name: say(f"{impl}, odd shapes: {name}")
+    )
     rates = {}
     for name, (shape, length) in RAGGED.items():
         work = useful_flops(shape, length, backward=True) / useful_flops(*ALIGNED, backward=True)

@@ -59,6 +59,7 @@ def _step_row(
     outcome = race(
         {name: timer(run) for name, run in runs.items()},
         repeats=settings.repeats,
+        clock=settings.clock,
         limit=settings.limit,
         turn=lambda name: say(f"decoding, {context:,} tokens of context: {name}"),
     )

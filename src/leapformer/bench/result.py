@@ -27,6 +27,7 @@ class Settings:
         threads: of PyTorch, already set. With one, ratios are of processor time, which holds on a machine that has
             other work; with more, of the clock on the wall.
         limit: seconds that one call may take.
+        recipe: whose model is trained.
     """
 
     output: Path
@@ -35,6 +36,7 @@ class Settings:
     repeats: int = 7
     threads: int = 1
     limit: float = 20.0
+    recipe: str = "lm/wikitext2-small"
 
     @property
     def clock(self) -> str:

@@ -136,7 +136,9 @@ def plot_proportions(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="[WHAT]", help="attention, decoding or all.")] = "all",
+    what: Annotated[
+        str, typer.Argument(metavar="[WHAT]", help="attention, decoding, training, overhead or all.")
+    ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: under two minutes for all.")] = False,
     lengths: Annotated[str | None, typer.Option(help="Tokens, such as 512,4096; default: each one's own.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Turns of the contenders; default: 7, quick: 3.")] = None,
@@ -144,12 +146,16 @@ def bench(
     limit: Annotated[
         float | None, typer.Option(help="Seconds that one call may take; slower ones are listed as not run.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose model training measures; default: lm/wikitext2-small.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of JSON, tables and pictures.")] = Path("runs/bench"),
 ) -> None:
     """Measure speed and memory on this machine's processor, by ratios within one run."""
     _work("leapformer.cli.bench", "run_bench", "plots")(
-        what, quick=quick, lengths=lengths, repeats=repeats, threads=threads, limit=limit, output=output
-    )
+        what, quick=quick, lengths=lengths, repeats=repeats, threads=threads, limit=limit, recipe=recipe,
+        output=output,
+    )  # fmt: skip
 
 
 @app.command()
