@@ -8,22 +8,25 @@ STAMP := $(VENV)/.installed
 # The extras of parts that are not written yet (lra, speech) are left out.
 EXTRAS := lm,plots,dev
 PYTEST_ARGS ?=
+# A change of these rebuilds the kernels.
+NATIVE := CMakeLists.txt $(wildcard src/leapformer/ops/native/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo clean
+.PHONY: help setup test lint format native demo clean
 
 help:
 	@echo "make demo    set up, train three small models, write runs/demo/report.html"
 	@echo "make test    set up, then ruff, pyright and pytest"
 	@echo "make lint    set up, then ruff and pyright"
 	@echo "make format  set up, then let ruff rewrite what it can"
+	@echo "make native  build the native kernels alone, into the source tree"
 	@echo "make setup   set up: $(VENV) with the versions of constraints.txt"
 	@echo "make clean   remove $(VENV), caches and build folders (runs/ stays)"
 
 setup: $(STAMP)
 
 # torch comes first and alone, so that its pinned version is what everything after it sees.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "leapformer needs Python 3.11 or newer: none found; set PYTHON=..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -44,9 +47,14 @@ format: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+# Needs CMake and a compiler, and no set-up: builds the kernels into the source tree, as an editable install does.
+native:
+	cmake -S . -B build/native -D LEAPFORMER_IN_PLACE=ON
+	cmake --build build/native
+
 demo: $(STAMP)
 	$(BIN)/leapformer demo
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info src/leapformer/ops/native/*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,19 @@ def has_cpp_compiler() -> bool:
     return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
-TOOLS: dict[str, Callable[[], bool]] = {"c++ compiler": has_cpp_compiler}
+def has_native_library() -> bool:
+    """The kernels of impl="native", which the install builds where it finds a C++ compiler."""
+    from leapformer.ops import available_impls
+
+    return not available_impls()["native"]
+
+
+TOOLS: dict[str, Callable[[], bool]] = {
+    "c++ compiler": has_cpp_compiler,
+    "native library": has_native_library,
+    "cmake": lambda: shutil.which("cmake") is not None,
+    "scikit-build-core": lambda: find_spec("scikit_build_core") is not None,
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -43,7 +43,7 @@ def test_a_missing_tool_is_listed_by_name(tmp_path):
 
 def test_a_misspelt_tool_is_an_error(tmp_path):
     output = run_suite(tmp_path, "-k", "misspelt")
-    assert "requires_tool('c++ compliler'): expected one of ['c++ compiler']" in output
+    assert "requires_tool('c++ compliler'): expected one of ['c++ compiler'" in output
     assert "skipped" not in output
 
 
@@ -92,6 +92,16 @@ def test_ci_refuses_a_skip_for_a_tool_it_does_not_know(ci):
     run = ci([SKIP.replace("c++ compiler", "abacus"), CLOSING])
     assert run.returncode == 1
     assert "don't know how to look for the tool 'abacus'" in run.stderr
+
+
+def test_ci_refuses_a_skip_of_the_kernels_where_a_compiler_is(ci):
+    skip = SKIP.replace("c++ compiler", "native library")
+    assert ci([skip, CLOSING]).returncode == 1
+
+
+def test_ci_accepts_a_skip_of_the_kernels_without_a_compiler(ci):
+    skip = SKIP.replace("c++ compiler", "native library")
+    assert ci([skip, CLOSING], compiler="no-such-compiler").returncode == 0
 
 
 def test_ci_hands_on_the_failure_of_make(ci):

@@ -3,11 +3,21 @@
 import pytest
 import torch
 
-IMPLEMENTATIONS = ("reference", "torch")
+from tests.ops import oracle
+
+IMPLEMENTATIONS = ("reference", "torch", pytest.param("native", marks=pytest.mark.requires_tool("native library")))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def impl(request):
+def impl(request, monkeypatch):
+    if request.param == "native":
+        monkeypatch.setattr(oracle, "nearest", oracle.FLOAT32)
+    return request.param
+
+
+@pytest.fixture(params=("reference", "torch"))
+def float64_impl(request):
+    """Those that gradcheck, which needs float64, can look at."""
     return request.param
 
 

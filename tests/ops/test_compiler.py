@@ -3,15 +3,24 @@
 import pytest
 import torch
 
-from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention, linear_state
-from leapformer.ops.torch_impl import CUSTOM_OPS
+from leapformer.ops import (
+    LeapWeights,
+    LinearState,
+    Staircase,
+    leap_attention,
+    linear_attention,
+    linear_state,
+    native,
+    torch_impl,
+)
 from tests.ops.oracle import assert_near, make_case
 
-FORWARD, BACKWARD = CUSTOM_OPS
+OPERATORS = {"torch": (torch_impl.CUSTOM_OPS, torch.float64), "native": (native.CUSTOM_OPS, torch.float32)}
+NATIVE = pytest.param("native", marks=pytest.mark.requires_tool("native library"))
 
 
-def forward_arguments(visible="causal", **form):
-    case = make_case(visible, R=2, state=True, **form)
+def forward_arguments(visible="causal", *, dtype, **form):
+    case = make_case(visible, R=2, state=True, **form).to(dtype)
     x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
     counts = case.visible if isinstance(case.visible, torch.Tensor) else None
     packing = case.cu.get("cu_seqlens")
@@ -33,22 +42,27 @@ OPERATOR_FORMS = {
 
 
 @pytest.mark.parametrize("form", OPERATOR_FORMS)
-def test_opcheck(form):
-    arguments = forward_arguments(**OPERATOR_FORMS[form])
+@pytest.mark.parametrize("name", ("torch", NATIVE))
+def test_opcheck(name, form):
+    (forward, _), dtype = OPERATORS[name]
+    arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
     dynamic = "absorb" not in form and "read" not in form
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if dynamic:
         tests = (*tests, "test_aot_dispatch_dynamic")
-    torch.library.opcheck(FORWARD, arguments, test_utils=tests)
+    torch.library.opcheck(forward, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("form", ("causal", "decay", "packed", "all"))
-def test_opcheck_backward(form):
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in forward_arguments(**OPERATOR_FORMS[form])]
-    results = FORWARD(*arguments)
+@pytest.mark.parametrize("name", ("torch", NATIVE))
+def test_opcheck_backward(name, form):
+    (forward, backward), dtype = OPERATORS[name]
+    arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    results = forward(*arguments)
     gradients = [torch.rand_like(t) for t in results[:3]]
     torch.library.opcheck(
-        BACKWARD,
+        backward,
         (*arguments[:12], *results, *gradients, *arguments[12:]),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -98,9 +112,11 @@ COMPILED_FORMS = {
 
 
 @pytest.mark.parametrize("form", COMPILED_FORMS)
-def test_compile_traces_whole(form):
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_compile_traces_whole(dtype, form):
+    """In float64 and float32, which "auto" gives to different implementations."""
     visible, options = COMPILED_FORMS[form]
-    assert_compiled_equals_eager(*linear(make_case(visible, **options)), backend="aot_eager")
+    assert_compiled_equals_eager(*linear(make_case(visible, **options).to(dtype)), backend="aot_eager")
 
 
 def leap_call():

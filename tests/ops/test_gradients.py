@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention, linear_state
-from tests.ops.oracle import assert_near, make_case
+from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_state
+from tests.ops.oracle import assert_near, attend, make_case
 
 
 def differentiable(*tensors):
@@ -12,14 +12,14 @@ def differentiable(*tensors):
 
 
 @pytest.mark.parametrize("decay", (False, True))
-def test_gradcheck(decay, impl):
+def test_gradcheck(decay, float64_impl):
     case = make_case("causal", T=4, B=1, H=2, G=1, K=2, V=2, R=2, decay=decay, state=True)
     names = [name for name, t in case.leaves.items() if t is not None]
 
     def run(*tensors):
         x = dict(zip(names, tensors, strict=True))
-        output, state = linear_attention(
-            *(x[n] for n in ("q", "k", "v", "q_factors", "k_factors")), visible="causal", impl=impl, return_state=True,
+        output, state = attend(
+            *(x[n] for n in ("q", "k", "v", "q_factors", "k_factors")), visible="causal", impl=float64_impl, return_state=True,
             log_decay=x.get("log_decay"), initial_state=LinearState(x["kv"], x["z"], x.get("state_decay")),
         )  # fmt: skip
         return (output, *(t for t in state if t is not None))
@@ -88,14 +88,15 @@ def test_leap_is_linear_attention_of_relu_and_cosine(per_head, hidden, impl):
 
 
 @pytest.mark.parametrize("hidden", (False, True))
-def test_leap_gradcheck(hidden, impl):
+def test_leap_gradcheck(hidden, float64_impl):
     q, k, v, q_leap, k_leap = leap_inputs(per_head=True, hidden=hidden, seed=1)
 
     def run(q, k, v, *weights):
         leaps = (weights[:4], weights[4:]) if hidden else ((None, None, *weights[:2]), (None, None, *weights[2:]))
         result = leap_attention(
-            q, k, v, LeapWeights(*leaps[0]), LeapWeights(*leaps[1]), visible="causal", return_state=True, impl=impl
-        )
+            q, k, v, LeapWeights(*leaps[0]), LeapWeights(*leaps[1]), visible="causal", return_state=True,
+            impl=float64_impl,
+        )  # fmt: skip
         return result.output, result.state.kv, result.state.z
 
     weights = [t for t in (*q_leap, *k_leap) if t is not None]
@@ -133,7 +134,7 @@ def test_no_gradient_to_unseen_keys(visible, last, impl):
     """Query 40 cuts the gradient off at its slot, up to query 30's for wait-k: g(30) = (3 + 30) 2."""
     q, k, v = (torch.rand(1, 70, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     query = 30 if last == 66 else 40
-    output = linear_attention(q, k, v, visible=visible, impl=impl).output
+    output = attend(q, k, v, visible=visible, impl=impl).output
     for gradient in torch.autograd.grad(output[:, query].square().sum(), (k, v)):
         assert gradient[:, last:].eq(0).all()
         assert gradient[:, last - 1].ne(0).all()
@@ -143,8 +144,8 @@ def test_clamped_normaliser_gets_no_gradient(impl):
     """Below eps the output is numerator / eps, and its gradients are those of that quotient."""
     q, k, v = (torch.rand(1, 6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     eps = 1e3
-    clamped = linear_attention(q, k, v, visible="causal", eps=eps, impl=impl).output
-    numerator = linear_attention(q, k, v, visible="causal", normalize=False, impl=impl).output
+    clamped = attend(q, k, v, visible="causal", eps=eps, impl=impl).output
+    numerator = attend(q, k, v, visible="causal", normalize=False, impl=impl).output
     assert_near(clamped * eps, numerator)
     actual = torch.autograd.grad((clamped * eps).square().sum(), (q, k, v))
     for got, expected in zip(actual, torch.autograd.grad(numerator.square().sum(), (q, k, v)), strict=True):
@@ -175,7 +176,7 @@ def test_second_derivatives_are_refused_where_there_are_none():
     """Silence would be a wrong gradient."""
     q = torch.rand(1, 5, 1, 2, dtype=torch.float64, requires_grad=True)
     for impl in ("reference", "torch"):
-        output = linear_attention(q, q, q, visible="causal", impl=impl).output
+        output = attend(q, q, q, visible="causal", impl=impl).output
         (gradient,) = torch.autograd.grad(output.square().sum(), q, create_graph=True)
         if impl == "reference":
             assert torch.autograd.grad(gradient.square().sum(), q)[0].ne(0).any()

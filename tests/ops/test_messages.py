@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 
-from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention, linear_state
+from leapformer.ops import (
+    LeapWeights,
+    LinearState,
+    Staircase,
+    available_impls,
+    leap_attention,
+    linear_attention,
+    linear_state,
+)
+from leapformer.ops.native import library
 
 q, k, v = torch.rand(2, 5, 4, 3), torch.rand(2, 6, 2, 3), torch.rand(2, 6, 2, 7)
 square = {"k": k[:, :5], "v": v[:, :5]}
@@ -85,10 +94,20 @@ def test_wrong_argument(name):
     assert subject in message and "expected" in message and "got" in message and "\n" not in message, message
 
 
-@pytest.mark.parametrize("impl", ("native", "triton"))
-def test_an_implementation_that_cannot_run_raises(impl):
-    with pytest.raises(ValueError, match=impl):
-        linear_attention(q, k, v, impl=impl)
+def test_an_implementation_that_cannot_run_raises():
+    with pytest.raises(ValueError, match="'native'.*torch.float64"):
+        linear_attention(q.double(), k.double(), v.double(), impl="native")
+    with pytest.raises(ValueError, match="triton"):
+        linear_attention(q, k, v, impl="triton")
+
+
+def test_every_reason_is_told(monkeypatch):
+    """Without the library and in float64 there are two."""
+    monkeypatch.setattr(library, "LIBRARY", None)
+    monkeypatch.setattr(library, "MISSING", "the library is not there")
+    assert available_impls()["native"] == ["the library is not there"]
+    with pytest.raises(ValueError, match="the library is not there; .*torch.float64"):
+        linear_attention(q.double(), k.double(), v.double(), impl="native")
 
 
 @pytest.mark.parametrize(
@@ -132,14 +151,30 @@ def test_tensors_are_positional_and_the_rest_is_not():
         linear_state(k, v, None, None)
 
 
-def test_auto_says_once_what_it_chose():
-    script = (
-        "import logging, torch; logging.basicConfig(level=logging.INFO, format='%(name)s|%(message)s')\n"
-        "from leapformer.ops import linear_attention\n"
-        "x = torch.rand(1, 3, 1, 2)\n"
-        "for _ in range(3): linear_attention(x, x, x)\n"
+AUTO = """
+import logging, torch; logging.basicConfig(level=logging.INFO, format='%(name)s|%(message)s')
+from leapformer.ops import linear_attention
+from leapformer.ops.native import library
+WITHOUT
+x = torch.rand(1, 3, 1, 2)
+for _ in range(3): linear_attention(x, x, x)
+"""
+
+
+def what_auto_says(without: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", AUTO.replace("WITHOUT", without)], capture_output=True, text=True, check=True
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    lines = [line for line in run.stderr.splitlines() if line.startswith("leapformer.ops") and "torch" in line]
-    assert len(lines) == 1, run.stderr
     assert run.stdout == ""
+    return [line for line in run.stderr.splitlines() if line.startswith("leapformer.ops")]
+
+
+def test_auto_says_once_that_it_fell_back():
+    (line,) = what_auto_says("library.LIBRARY, library.MISSING = None, 'not there'")
+    assert "'torch'" in line and "native: not there" in line
+
+
+@pytest.mark.requires_tool("native library")
+def test_auto_says_once_what_it_chose():
+    (line,) = what_auto_says("")
+    assert "'native'" in line and "torch" not in line

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from leapformer.ops import LinearState, Staircase, linear_attention, linear_state
-from tests.ops.oracle import assert_near, make_case
+from leapformer.ops import LinearState, Staircase, linear_state
+from tests.ops import oracle
+from tests.ops.oracle import assert_near, attend, make_case
 
 
 def part(case, start, stop, state, visible, impl):
     """Attention over slots [start, stop) of both sides, after `state`."""
     x = {n: None if t is None else t[:, start:stop] for n, t in case.leaves.items() if n not in ("kv", "z")}
     mask = None if case.key_mask is None else case.key_mask[:, start:stop]
-    return linear_attention(
+    return attend(
         x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], visible=visible, key_mask=mask,
         log_decay=x["log_decay"], initial_state=state, return_state=True, impl=impl,
     )  # fmt: skip
@@ -63,7 +64,7 @@ def test_split_is_exact_iff_no_earlier_query_sees_past_it(impl):
         second, state = part(case, i, 12, state, (g[:, i:] - i).expand(2, -1), impl)
         assert_same_state(state, whole.state)
         error = (torch.cat([first, second], 1) - whole.output).abs().max().item()
-        assert (error < 1e-12) == (i % 4 == 0), f"split at {i}: error {error:.1e}"
+        assert (error < max(1e-12, oracle.nearest)) == (i % 4 == 0), f"split at {i}: error {error:.1e}"
 
 
 def test_shifted_staircase_resumes_at_a_block_end(impl):
@@ -100,7 +101,7 @@ def test_final_state_takes_every_key_whatever_is_visible(impl):
 
 def test_no_state_unless_asked(impl):
     q = torch.rand(1, 3, 2, 4)
-    assert linear_attention(q, q, q, impl=impl).state is None
+    assert attend(q, q, q, impl=impl).state is None
 
 
 @pytest.mark.parametrize("steps", (0, 1, 5, 70))
@@ -223,10 +224,10 @@ def test_drift_over_many_steps(impl):
     for start in range(0, 100_000, 250):
         span = slice(start, start + 250)
         empty = q[:, :0]
-        _, state = linear_attention(
+        _, state = attend(
             empty, k[:, span], v[:, span], visible="all", initial_state=state, return_state=True, impl=impl
         )
-    output = linear_attention(q, nothing, nothing, initial_state=state, impl=impl).output
+    output = attend(q, nothing, nothing, initial_state=state, impl=impl).output
     weights = (k.double() * q.double()).sum(-1, keepdim=True)
     assert_near(output[0, 0, 0], (weights * v.double()).sum((0, 1, 2)) / weights.sum(), 1e-4)
 

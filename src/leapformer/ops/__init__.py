@@ -3,6 +3,7 @@
 from leapformer.ops.api import (
     AttentionOutput,
     LeapWeights,
+    available_impls,
     cosine_factors,
     leap_attention,
     linear_attention,
@@ -17,6 +18,7 @@ __all__ = [
     "LeapWeights",
     "LinearState",
     "Staircase",
+    "available_impls",
     "cosine_factors",
     "leap_attention",
     "linear_attention",

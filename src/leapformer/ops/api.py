@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.ops import reference, torch_impl
+from leapformer.ops import native, reference, torch_impl
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import check_arguments, check_leap, expect
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
-Impl = Literal["auto", "reference", "torch"]
+Impl = Literal["auto", "reference", "torch", "native"]
 
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -81,13 +81,15 @@ def linear_attention(
         return_state: also return the state after all unmasked keys (float32 or better).
         normalize: False returns the numerator.
         eps: clamp of the normaliser; below it the normaliser gets no gradient.
-        impl: "reference" (quadratic oracle), "torch" (linear), or "auto".
+        impl: "reference" (quadratic oracle), "torch" (linear), "native" (kernels for the CPU), or "auto", which takes
+            the first of native and torch that can run.
 
     Returns:
         ``AttentionOutput(output [B, T, H, V], state)``. A query without features or visible keys gets exactly 0.
 
     Raises:
-        ValueError: an argument does not fit; the message says what was expected and got.
+        ValueError: an argument does not fit, or a named implementation can't run; the message says what was expected and
+            got.
 
     Source: arXiv 2405.13046, eq. 5-8; arXiv 2202.08791, eq. 10; arXiv 2006.16236, eq. 4-9.
     """
@@ -99,7 +101,7 @@ def linear_attention(
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
         if k_factors is not None and k_factors.shape[2] > 1:
             k_factors = _for_query_heads(k_factors, q.shape[2])
-    run = _implementation(impl)
+    run = _implementation(impl, q)
     with without_autocast(q.device.type):
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -193,6 +195,11 @@ def cosine_factors(p: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
+def available_impls() -> dict[str, list[str]]:
+    """Each implementation by name, with the reasons why it can't run on this machine: none where it can."""
+    return {name: implementation.reasons(None) for name, implementation in _IMPLEMENTATIONS.items()}
+
+
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,18 +212,6 @@ def _by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def _for_query_heads(x: Tensor, H: int) -> Tensor:
     return x.repeat_interleave(H // x.shape[2], dim=2)
-
-
-def _implementation(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    if impl == "auto":
-        if "torch" not in _announced and not torch.compiler.is_compiling():
-            _announced.add("torch")
-            _log.info("linear attention: impl='auto' uses 'torch'")
-        return torch_impl.attend
-    known = {"torch": torch_impl.attend, "reference": _run_reference}
-    if impl not in known:
-        raise ValueError(f"impl: expected 'auto', 'reference' or 'torch', got {impl!r}")
-    return known[impl]
 
 
 def _run_reference(
@@ -257,6 +252,52 @@ def _run_reference(
     ]  # fmt: skip
     output = torch.cat([out for out, _ in results], dim=1).to(q.dtype)
     return output, torch.cat([state.kv for _, state in results]), torch.cat([state.z for _, state in results])
+
+
+class _Implementation(NamedTuple):
+    """Who computes it; ``reasons`` says why it can't run here (None) or for ``q``, and is empty where it can."""
+
+    attend: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    reasons: Callable[[Tensor | None], list[str]]
+
+
+def _no_reasons(q: Tensor | None) -> list[str]:
+    return []
+
+
+_IMPLEMENTATIONS = {
+    "reference": _Implementation(_run_reference, _no_reasons),
+    "torch": _Implementation(torch_impl.attend, _no_reasons),
+    "native": _Implementation(native.attend, native.reasons),
+}
+_PREFERRED = ("native", "torch")  # what "auto" tries, in this order
+
+
+def _implementation(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if impl == "auto":
+        return _chosen(q)
+    if impl not in _IMPLEMENTATIONS:
+        known = ", ".join(repr(name) for name in ("auto", *_IMPLEMENTATIONS))
+        raise ValueError(f"impl: expected one of {known}, got {impl!r}")
+    reasons = _IMPLEMENTATIONS[impl].reasons(q)
+    if reasons:
+        raise ValueError(f"impl: expected one that can run, got {impl!r}, which can't: {'; '.join(reasons)}")
+    return _IMPLEMENTATIONS[impl].attend
+
+
+def _chosen(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The first implementation that can run, logged when it is chosen for the first time."""
+    refused = []
+    for name in _PREFERRED:
+        reasons = _IMPLEMENTATIONS[name].reasons(q)
+        if reasons:
+            refused.append(f"{name}: {'; '.join(reasons)}")
+            continue
+        if name not in _announced and not torch.compiler.is_compiling():
+            _announced.add(name)
+            _log.info("linear attention: impl='auto' uses %r%s", name, f" ({'. '.join(refused)})" if refused else "")
+        return _IMPLEMENTATIONS[name].attend
+    raise AssertionError("torch always runs")
 
 
 def _packed_parts(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice, slice]]:

@@ -1,0 +1,6 @@
+"""``impl="native"``: kernels in C++ for the CPU, loaded through ctypes. See docs/ops.md."""
+
+from leapformer.ops.native.library import reasons
+from leapformer.ops.native.operators import CUSTOM_OPS, attend
+
+__all__ = ["CUSTOM_OPS", "attend", "reasons"]

@@ -1,0 +1,60 @@
+// The C interface of the kernels: one problem as plain numbers, filled in by Python (native/problem.py, same order).
+//
+// Letters: B batch, N sequences (B, or those packed in one row), T queries, S keys, H query heads, G key/value heads,
+// R rank of the re-weighting, K key width, V value width, r hidden units of a LeaP module. Every field is 8 bytes wide.
+#pragma once
+
+#include <cstdint>
+
+// A tensor by its address and its strides in elements: [batch, token, head, width]. A null address: not given.
+struct View {
+    char* data;
+    int64_t b, t, h, d;
+};
+
+// Weights of one LeaP module, float32 and contiguous: w1 [heads, r, K], b1 [heads, r], w2 [heads, r or K], b2 [heads].
+// `gradient` [slots, H or G, r K + r + (r or K) + 1] collects one partial sum for each slot and head.
+struct Leap {
+    const float *w1, *b1, *w2, *b2;
+    float* gradient;
+    int64_t heads, hidden;
+};
+
+struct Problem {
+    int64_t bfloat16;  // q, k, v, output, grad and the gradients of q, k and v: bfloat16, else float32; all else float32
+    int64_t B, N, T, S, H, G, K, V, R;
+    int64_t causal, all, normalize, leap, threads, slots, pieces;
+    double eps;
+    View q, k, v, q_factors, k_factors, log_decay;
+    const float *kv, *z;      // initial state [N, G, R, K, V] and [N, G, R, K]
+    const uint8_t* key_mask;  // [B, S], 1 = real
+    int64_t mask_b, mask_t;
+    const int64_t* counts;  // [B or 1, T]: how many keys each query sees
+    int64_t counts_b;
+    const int64_t *cu_q, *cu_k;                                            // [N + 1] each, or null
+    char* output;                                                          // [B, T, H, V]
+    float *final_kv, *final_z;                                             // like kv and z
+    float* normaliser;                                                     // [B, T, H], before the clamp
+    float* checkpoints;                                                    // see Plan::checkpoint
+    View grad;                                                             // of the output
+    const float *grad_kv, *grad_z;                                         // of the final state
+    char *dq, *dk, *dv;                                                    // contiguous, like q, k and v
+    float *dq_factors, *dk_factors, *dlog_decay, *dkv, *dz;                // [B, T, H, R], [B, S, G, R], [B, T, H], state
+    Leap q_leap, k_leap;
+};
+
+static_assert(sizeof(void*) == 8 && sizeof(double) == 8, "the fields of Problem are 8 bytes wide");
+
+// One set of kernels, compiled for one instruction set.
+struct Kernels {
+    const char* name;
+    void (*forward)(const Problem*);
+    void (*backward)(const Problem*);
+    void (*step)(const Problem*);
+};
+
+// Runs `work` for every item on `threads` threads; each call gets `floats` floats of its thread's own memory.
+typedef void (*Work)(const void* context, int64_t item, float* memory);
+void run_parallel(int64_t threads, int64_t items, Work work, const void* context, int64_t floats);
+
+constexpr int64_t SUPER = 8;  // key tiles between two checkpoints of the state

@@ -1,0 +1,185 @@
+"""One call of the kernels: tensors in, addresses and strides out. Letters as in csrc/interface.h."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
+
+CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * SUPER in csrc
+TINIEST = 1.2e-38  # the smallest float32 whose inverse is finite
+
+
+class Module(NamedTuple):
+    """Weights of one LeaP module as `LeapWeights` has them."""
+
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor
+
+
+class Inputs(NamedTuple):
+    """What one call attends over; shapes as in ``linear_attention``, with ``counts`` int64 [B or 1, T] for g."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factors: Tensor | None
+    k_factors: Tensor | None
+    q_leap: Module | None
+    k_leap: Module | None
+    log_decay: Tensor | None
+    kv: Tensor | None
+    z: Tensor | None
+    key_mask: Tensor | None
+    counts: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    causal: bool
+    normalize: bool
+    eps: float
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def rank(self) -> int:
+        if self.q_leap is not None:
+            return 2
+        return 1 if self.q_factors is None else self.q_factors.shape[-1]
+
+    @property
+    def slots(self) -> int:
+        """Pieces of work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
+        units = self.sequences * self.k.shape[2]
+        return units if self.q_leap is None else min(units, 64)
+
+    def checkpoints(self) -> tuple[int, int, int]:
+        """Shape of the states that the backward pass starts from."""
+        (B, S, G, K), V = self.k.shape, self.v.shape[-1]
+        # One more than needed, so that no graph depends on whether there are any.
+        rows = (1 if self.cu_seqlens is not None else B) * (S // CHECKPOINT) + 1
+        return (rows if self.causal or self.counts is not None else 0), G, self.rank * K * (V + 1)
+
+
+class Outputs(NamedTuple):
+    """output [B, T, H, V]; final kv, z; normaliser [B, T, H]; checkpoints, or None where no gradient will be asked for."""
+
+    output: Tensor
+    kv: Tensor
+    z: Tensor
+    normaliser: Tensor
+    checkpoints: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Buffers for the gradients; factors with all heads, modules as [slots, heads, weights]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factors: Tensor | None
+    k_factors: Tensor | None
+    q_leap: Tensor | None
+    k_leap: Tensor | None
+    log_decay: Tensor | None
+    kv: Tensor | None
+    z: Tensor | None
+
+
+class Incoming(NamedTuple):
+    """Gradients of output, final kv and final z."""
+
+    output: Tensor
+    kv: Tensor
+    z: Tensor
+
+
+def run(name: str, x: Inputs, out: Outputs, incoming: Incoming | None = None, grads: Gradients | None = None) -> None:
+    """Calls ``leapformer_<name>``. Whatever is made here for the call lives until it returns."""
+    assert LIBRARY is not None
+    B, T, H, K = x.q.shape
+    S, G, V = x.v.shape[1:]
+    wide = [_wide(t) for t in (x.q_factors, x.k_factors, x.log_decay)]
+    state = [None if t is None else _wide(t).contiguous() for t in (x.kv, x.z)]  # type: ignore[union-attr]
+    bounds = [_bounds(t, n) for t, n in ((x.cu_seqlens, T), (x.cu_seqlens_k, S))]
+    causal, counts = _visibility(x, bounds)
+    modules = [_module(m) for m in (x.q_leap, x.k_leap)]
+    g = grads or Gradients(*[None] * 10)  # type: ignore[arg-type]
+    passed = incoming or Incoming(None, None, None)  # type: ignore[arg-type]
+    passed_state = [None if t is None else _wide(t).contiguous() for t in passed[1:]]  # type: ignore[union-attr]
+    integers = (
+        x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
+        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), x.slots, 1,
+    )  # fmt: skip
+    mask = x.key_mask
+    fields = (
+        *_view(x.q), *_view(x.k), *_view(x.v), *_views(wide), *_addresses(*state),
+        *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
+        *((0, 0) if counts is None else (counts.data_ptr(), counts.stride(0) if counts.shape[0] > 1 else 0)),
+        *_addresses(*bounds), *_addresses(*out), *_view(passed.output), *_addresses(*passed_state),
+        *_addresses(g.q, g.k, g.v, g.q_factors, g.k_factors, g.log_decay, g.kv, g.z),
+        *_leap(modules[0], g.q_leap), *_leap(modules[1], g.k_leap),
+    )  # fmt: skip
+    getattr(LIBRARY, f"leapformer_{name}")(PROBLEM.pack(*integers, max(x.eps, TINIEST), *fields))
+
+
+def _bounds(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
+    """Boundaries as the kernels read them, int64 and without holes: they reach into memory by them."""
+    if cu_seqlens is None:
+        return None
+    found = cu_seqlens.tolist()
+    if found[0] != 0 or found[-1] != total or any(a > b for a, b in pairwise(found)):
+        raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to {total}, got {found[:10]}")
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def _visibility(x: Inputs, bounds: list[Tensor | None]) -> tuple[bool, Tensor | None]:
+    """(causal, counts): the kernels' causal path wants as many keys as queries in each packed sequence."""
+    queries, keys = bounds
+    if not x.causal or queries is None or keys is None or torch.equal(queries, keys):
+        counts = None if x.counts is None else x.counts if x.counts.stride(0) else x.counts[:1]
+        return x.causal, None if counts is None else counts.contiguous()
+    if x.log_decay is not None:
+        raise ValueError("cu_seqlens_k with log_decay: expected the boundaries of cu_seqlens, got others")
+    starts = queries[:-1].repeat_interleave(queries.diff())
+    return False, (torch.arange(1, x.q.shape[1] + 1) - starts)[None]
+
+
+def _views(tensors: list[Tensor | None]) -> list[int]:
+    return [number for t in tensors for number in _view(t)]
+
+
+def _view(t: Tensor | None) -> tuple[int, ...]:
+    """Address and four strides; what is shared by all heads has stride 0 there, what has no width none."""
+    if t is None:
+        return 0, 0, 0, 0, 0
+    strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    return t.data_ptr(), *strides, *[0] * (4 - t.dim())
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype == torch.float32 else t.to(torch.float32)
+
+
+def _module(m: Module | None) -> Module | None:
+    if m is None:
+        return None
+    b1 = m.w2.new_zeros(m.w1.shape[:2]) if m.w1 is not None and m.b1 is None else m.b1
+    return Module(*(None if t is None else t.to(torch.float32).contiguous() for t in (m.w1, b1, m.w2, m.b2)))  # type: ignore[arg-type]
+
+
+def _leap(m: Module | None, gradient: Tensor | None) -> tuple[int, ...]:
+    if m is None:
+        return 0, 0, 0, 0, 0, 0, 0
+    return *_addresses(*m, gradient), m.w2.shape[0], 0 if m.w1 is None else m.w1.shape[1]
