@@ -276,17 +276,33 @@ def check(case: Case, impl: str, tolerance: float = 1e-10) -> None:
 
 
 def check_low(case: Case, impl: str) -> None:
-    """Below float64: the error against float64 is at most twice that of torch in the same dtype, plus 4 eps of the dtype."""
+    """Below float64: errors against float64 are at most twice those of torch in the same dtype, plus 4 eps of the dtype.
+
+    Errors are relative to the scale of all results, or of all gradients, of the case. Where terms cancel, as in gradients
+    of a query that sees few keys, the error is that of the terms, and a single result's is a matter of luck.
+    """
     exact = named_results(case.to(torch.float64), Case.formula)
     theirs, ours = (named_results(case, lambda c, impl=impl: c.call(impl)) for impl in ("torch", impl))
     assert ours.keys() == exact.keys()
-    eps = torch.finfo(case.leaves["q"].dtype).eps
+    errors: list[dict[str, float]] = [{}, {}]
+    scales = {
+        kind: max(
+            [1.0, *(t.abs().max().item() for name, t in exact.items() if t.numel() and is_gradient(name) == kind)]
+        )
+        for kind in (False, True)
+    }
     for name, expected in exact.items():
         assert ours[name].dtype == theirs[name].dtype and ours[name].shape == expected.shape, name
         if expected.numel():
-            scale = max(1.0, expected.abs().max().item())
-            errors = [(t[name].double() - expected).abs().max().item() for t in (theirs, ours)]
-            assert errors[1] <= 2 * errors[0] + 4 * eps * scale, f"{name}: errors {errors} at scale {scale:.2e}"
+            for found, results in zip(errors, (theirs, ours), strict=True):
+                found[name] = (results[name].double() - expected).abs().max().item() / scales[is_gradient(name)]
+    allowed = 2 * max(errors[0].values(), default=0.0) + 4 * torch.finfo(case.leaves["q"].dtype).eps
+    for name, error in errors[1].items():
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def is_gradient(name: str) -> bool:
+    return name.startswith("gradient of")
 
 
 def named_results(case: Case, run) -> dict[str, Tensor]:

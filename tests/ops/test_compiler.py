@@ -15,7 +15,7 @@ from leapformer.ops import (
 )
 from tests.ops.oracle import assert_near, make_case
 
-OPERATORS = {"torch": (torch_impl.CUSTOM_OPS, torch.float64), "native": (native.CUSTOM_OPS, torch.float32)}
+OPERATORS = {"torch": (torch_impl.CUSTOM_OPS, torch.float64), "native": (native.CUSTOM_OPS[0], torch.float32)}
 NATIVE = pytest.param("native", marks=pytest.mark.requires_tool("native library"))
 
 

@@ -65,7 +65,10 @@ def test_leap_is_linear_attention_of_relu_and_cosine(per_head, hidden, impl):
     given = differentiable(q, k, v, *q_leap, *k_leap)
     q, k, v, q_leap, k_leap = *given[:3], LeapWeights(*given[3:7]), LeapWeights(*given[7:])
     staircase = Staircase.wait_k(1, 1)
-    actual = leap_attention(q, k, v, q_leap, k_leap, visible=staircase, impl=impl, return_state=True)
+    dtype = torch.float32 if impl == "native" else torch.float64
+    narrow = [t if t is None else t.to(dtype) for t in given]
+    leaps = LeapWeights(*narrow[3:7]), LeapWeights(*narrow[7:])
+    actual = leap_attention(*narrow[:3], *leaps, visible=staircase, impl=impl, return_state=True)
 
     P_q, P_k = (torch.pi / 2 * proportion(x.relu(), w) for x, w in ((q, q_leap), (k, k_leap)))
     factors = torch.stack([P_q.cos(), P_q.sin()], -1), torch.stack([P_k.cos(), P_k.sin()], -1)

@@ -18,7 +18,7 @@ from leapformer.nn.packing import sequence_of
 from leapformer.nn.proportions import LeapModule, PositionProportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS
 from leapformer.nn.state import LayerState, real_tokens
-from leapformer.ops import Staircase, linear_attention
+from leapformer.ops import Staircase, leap_attention, linear_attention
 from leapformer.ops.api import Impl, Visible
 
 Kind = Literal["leap", "cosformer", "linear", "softmax"]
@@ -197,6 +197,7 @@ class LinearAttention(AttentionLayer):
             self.position_proportion = PositionProportion(max_positions)
         elif proportion is not None:
             raise ValueError(f"proportion: expected None, 'position' or 'learned', got {proportion!r}")
+        self.is_plain_leap = (feature_map, proportion, reweighting, leap_bins) == ("relu", "learned", "cosine", None)
         self.decay = Decay(hidden_size, num_heads) if decay else None
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
@@ -208,21 +209,34 @@ class LinearAttention(AttentionLayer):
         cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
         state: LayerState | None, return_state: bool,
     ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
-        q, k = self.feature_map(q), self.feature_map(k)
-        q_factors, k_factors = self._factors(q, k, is_self, position_ids, cu_seqlens, cu_seqlens_k, state)
         causal = is_self and isinstance(visible, str) and visible == "causal"
         log_decay = self.decay(x, key_mask=key_mask) if self.decay is not None and causal else None
-        output, linear = linear_attention(
-            q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=None if state is None else state.linear,
-            return_state=return_state, normalize=self.output_norm is None, eps=self.eps, impl=self.impl,
-        )  # fmt: skip
+        keywords = {
+            "visible": visible, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k,
+            "log_decay": log_decay, "initial_state": None if state is None else state.linear,
+            "return_state": return_state, "normalize": self.output_norm is None, "eps": self.eps, "impl": self.impl,
+        }  # fmt: skip
+        leaps = self._plain_leaps()
+        if leaps is not None:
+            output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
+        else:
+            q, k = self.feature_map(q), self.feature_map(k)
+            q_factors, k_factors = self._factors(q, k, is_self, position_ids, cu_seqlens, cu_seqlens_k, state)
+            output, linear = linear_attention(q, k, v, q_factors, k_factors, **keywords)
         if self.output_norm is not None:
             output = self.output_norm(output.to(self.output_norm.weight.dtype)).to(
                 output.dtype
             )  # autocast: bf16, float32
         output = F.dropout(output, self.dropout, self.training)
         return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
+
+    def _plain_leaps(self) -> tuple[LeapModule, LeapModule] | None:
+        """The modules for queries and keys where `leap_attention` computes the whole, which may be one kernel."""
+        leaps = self.q_proportion, self.k_proportion
+        if not self.is_plain_leap or leaps[0] is None or leaps[1] is None:
+            return None
+        # A hook waits for what the module returns, so the module must be called.
+        return None if leaps[0]._forward_hooks or leaps[1]._forward_hooks else (leaps[0], leaps[1])
 
     def _factors(
         self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, cu_seqlens: Tensor | None,

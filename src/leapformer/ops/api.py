@@ -101,7 +101,7 @@ def linear_attention(
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
         if k_factors is not None and k_factors.shape[2] > 1:
             k_factors = _for_query_heads(k_factors, q.shape[2])
-    run = _implementation(impl, q)
+    run = _implementation(impl, q).attend
     with without_autocast(q.device.type):
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -140,15 +140,32 @@ def leap_attention(
     """
     check_leap("q_leap", q, q_leap)
     check_leap("k_leap", k, k_leap)
-    if key_mask is not None and key_mask.shape == k.shape[:2]:
-        k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
-    q, k = torch.relu(q), torch.relu(k)
-    q_factors, k_factors = (cosine_factors(proportion(x, w)) for x, w in ((q, q_leap), (k, k_leap)))
-    return linear_attention(
-        q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
-        normalize=normalize, eps=eps, impl=impl,
+    fused = _implementation(impl, q).attend_leap
+    if fused is None or (log_decay is not None and q.shape[2] != k.shape[2]):
+        if key_mask is not None and key_mask.shape == k.shape[:2]:
+            k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
+        q, k = torch.relu(q), torch.relu(k)
+        q_factors, k_factors = (cosine_factors(proportion(x, w)) for x, w in ((q, q_leap), (k, k_leap)))
+        return linear_attention(
+            q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
+            normalize=normalize, eps=eps, impl=impl,
+        )  # fmt: skip
+    rank_two = q.new_zeros(()).expand(1, 1, 1, 2)
+    check_arguments(
+        q, k, v, rank_two.expand(*q.shape[:2], 1, 2), rank_two.expand(*k.shape[:2], 1, 2), visible, key_mask, cu_seqlens,
+        cu_seqlens_k, log_decay, initial_state, eps,
     )  # fmt: skip
+    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
+    with without_autocast(q.device.type):
+        output, kv, z = fused(
+            q, k, v, q_leap, k_leap, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
+            initial_state=initial_state, normalize=normalize, eps=eps,
+        )  # fmt: skip
+    if not return_state:
+        return AttentionOutput(output, None)
+    return AttentionOutput(output, LinearState(kv, z, _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)))
 
 
 def linear_state(
@@ -259,6 +276,7 @@ class _Implementation(NamedTuple):
 
     attend: Callable[..., tuple[Tensor, Tensor, Tensor]]
     reasons: Callable[[Tensor | None], list[str]]
+    attend_leap: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # with ReLU and the LeaP modules in it
 
 
 def _no_reasons(q: Tensor | None) -> list[str]:
@@ -268,12 +286,12 @@ def _no_reasons(q: Tensor | None) -> list[str]:
 _IMPLEMENTATIONS = {
     "reference": _Implementation(_run_reference, _no_reasons),
     "torch": _Implementation(torch_impl.attend, _no_reasons),
-    "native": _Implementation(native.attend, native.reasons),
+    "native": _Implementation(native.attend, native.reasons, native.attend_leap),
 }
 _PREFERRED = ("native", "torch")  # what "auto" tries, in this order
 
 
-def _implementation(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _implementation(impl: str, q: Tensor) -> _Implementation:
     if impl == "auto":
         return _chosen(q)
     if impl not in _IMPLEMENTATIONS:
@@ -282,10 +300,10 @@ def _implementation(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor,
     reasons = _IMPLEMENTATIONS[impl].reasons(q)
     if reasons:
         raise ValueError(f"impl: expected one that can run, got {impl!r}, which can't: {'; '.join(reasons)}")
-    return _IMPLEMENTATIONS[impl].attend
+    return _IMPLEMENTATIONS[impl]
 
 
-def _chosen(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _chosen(q: Tensor) -> _Implementation:
     """The first implementation that can run, logged when it is chosen for the first time."""
     refused = []
     for name in _PREFERRED:
@@ -296,7 +314,7 @@ def _chosen(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         if name not in _announced and not torch.compiler.is_compiling():
             _announced.add(name)
             _log.info("linear attention: impl='auto' uses %r%s", name, f" ({'. '.join(refused)})" if refused else "")
-        return _IMPLEMENTATIONS[name].attend
+        return _IMPLEMENTATIONS[name]
     raise AssertionError("torch always runs")
 
 

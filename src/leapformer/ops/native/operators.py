@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops.native import problem
-from leapformer.ops.native.problem import Gradients, Incoming, Inputs, Outputs
+from leapformer.ops.native.problem import Gradients, Incoming, Inputs, Module, Outputs
 from leapformer.ops.state import LinearState
 
 # ---- linear_attention ------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def _linear_forward(
     x = _linear_inputs(
         q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
     )  # fmt: skip
-    out = _outputs(x)
+    out = empty_outputs(x)
     problem.run("forward", x, out)
     return out  # type: ignore[return-value]
 
@@ -54,7 +54,7 @@ linear_op = torch.library.custom_op("leapformer::native_linear_attention", _line
 
 @linear_op.register_fake
 def _linear_fake(*arguments):
-    return _outputs(_linear_inputs(*arguments))
+    return empty_outputs(_linear_inputs(*arguments))
 
 
 def _linear_backward(
@@ -87,7 +87,7 @@ def _linear_backward(
         q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
     )  # fmt: skip
     saved = Outputs(*(t.contiguous() for t in (output, final_kv, final_z, normaliser, checkpoints)))
-    grads = _gradients(x)
+    grads = empty_gradients(x)
     problem.run("backward", x, saved, Incoming(grad, grad_kv, grad_z), grads)
     factors = [
         g if g is None or t is None or t.shape[2] == g.shape[2] else g.sum(2, keepdim=True)
@@ -116,7 +116,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _linear_autograd(ctx, grad, grad_kv, grad_z, _normaliser, _checkpoints):
-    inputs, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+    tensors = ctx.saved_tensors  # once: under checkpointing a second reading is an error
+    inputs, saved = tensors[:12], tensors[12:]
     grads = iter(linear_backward_op(*inputs, *saved, grad, grad_kv, grad_z, *ctx.options))
     return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 7)
 
@@ -147,45 +148,61 @@ def attend(
     kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
     tensors = (q, k, v, q_factors, k_factors, log_decay, kv, z)
     arguments = (*tensors, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps)
-    if _needs_operator(tensors):
+    if needs_operator(tensors):
         return linear_op(*arguments)[:3]
-    x = _linear_inputs(*arguments)
-    out = _outputs(x, save=False)
-    problem.run("forward", x, out)
-    return out[:3]
+    return run_forward(_linear_inputs(*arguments))
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _needs_operator(tensors: tuple[Tensor | None, ...]) -> bool:
+def needs_operator(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a compiler or autograd looks on; otherwise the operator's dispatch is spared."""
     if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _outputs(x: Inputs, *, save: bool = True) -> Outputs:
+def run_forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and final kv and z, without what a backward pass would need."""
+    out = empty_outputs(x, save=False)
+    one_token = x.q.shape[1] == x.k.shape[1] == 1 and x.counts is None and x.cu_seqlens is None
+    problem.run("step" if one_token else "forward", x, out)
+    return out[:3]
+
+
+def empty_outputs(x: Inputs, *, save: bool = True) -> Outputs:
     (B, T, H, K), (G, V) = x.q.shape, x.v.shape[2:]
-    wide = {"dtype": torch.float32}
+    wide = torch.float32
     return Outputs(
         x.q.new_empty(B, T, H, V),
-        x.q.new_empty(x.sequences, G, x.rank, K, V, **wide),
-        x.q.new_empty(x.sequences, G, x.rank, K, **wide),
-        x.q.new_empty(B, T, H, **wide),
-        x.q.new_zeros(x.checkpoints(), **wide) if save else None,
+        x.q.new_empty(x.sequences, G, x.rank, K, V, dtype=wide),
+        x.q.new_empty(x.sequences, G, x.rank, K, dtype=wide),
+        x.q.new_empty(B, T, H, dtype=wide),
+        x.q.new_zeros(x.checkpoints(), dtype=wide) if save else None,
     )
 
 
-def _gradients(x: Inputs) -> Gradients:
+def empty_gradients(x: Inputs) -> Gradients:
+    """Memory for all gradients; those of LeaP modules are added to, so they start from 0."""
+
     def like(t: Tensor | None, heads: int | None = None) -> Tensor | None:
         if t is None:
             return None
         shape = t.shape if heads is None else (*t.shape[:2], heads, *t.shape[3:])
         return x.q.new_empty(shape, dtype=torch.float32)
 
+    def module(weights: Module | None, heads: int) -> Tensor | None:
+        if weights is None:
+            return None
+        size = sum(w[0].numel() for w in weights if w is not None)
+        if weights.w1 is not None and weights.b1 is None:
+            size += weights.w1.shape[1]  # the kernels always have a bias
+        return x.q.new_zeros(x.slots, heads, size, dtype=torch.float32)
+
     H, G = x.q.shape[2], x.k.shape[2]
+    q, k, v = (t.new_empty(t.shape) for t in (x.q, x.k, x.v))
     return Gradients(
-        *(t.new_empty(t.shape) for t in (x.q, x.k, x.v)), like(x.q_factors, H), like(x.k_factors, G), None, None,
+        q, k, v, like(x.q_factors, H), like(x.k_factors, G), module(x.q_leap, H), module(x.k_leap, G),
         like(x.log_decay), like(x.kv), like(x.z),
     )  # fmt: skip

@@ -63,8 +63,8 @@ class Inputs(NamedTuple):
     def checkpoints(self) -> tuple[int, int, int]:
         """Shape of the states that the backward pass starts from."""
         (B, S, G, K), V = self.k.shape, self.v.shape[-1]
-        # One more than needed, so that no graph depends on whether there are any.
-        rows = (1 if self.cu_seqlens is not None else B) * (S // CHECKPOINT) + 1
+        # Two more than needed: a graph would depend on whether there are none, or one.
+        rows = (1 if self.cu_seqlens is not None else B) * (S // CHECKPOINT) + 2
         return (rows if self.causal or self.counts is not None else 0), G, self.rank * K * (V + 1)
 
 

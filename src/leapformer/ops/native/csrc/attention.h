@@ -248,7 +248,7 @@ struct Attention : Buffers {
         empty = false;
     }
 
-    void forward() {
+    void forward(long) {
         read_given_state(p.kv, p.z, S, z);
         const long group = p.H / p.G;
         for (long m = 0; m <= seq.tiles(); m++) {
@@ -267,6 +267,39 @@ struct Attention : Buffers {
             if (m < seq.tiles()) absorb();
         }
         write_state(S, z, p.final_kv + state_row() * s.F * s.V, p.final_z + state_row() * s.F);
+    }
+
+    // ---- one token --------------------------------------------------------------------------------------------------
+
+    // T = S = 1: the new state goes to final_kv and final_z, which may be kv and z themselves.
+    void step(long) {
+        load_keys(0);
+        const float keeps = p.log_decay.data ? all_decay : 1.0f;
+        const long at = state_row() * s.F;
+        float *kv = p.final_kv + at * s.V, *z_new = p.final_z + at;
+        for (int f = 0; f < s.F; f++) {
+            const float *before = p.kv ? p.kv + (at + f) * s.V : nullptr, add = phi_k[f];
+            float* row = kv + long(f) * s.V;
+            int c = 0;
+            for (; c + W <= s.V; c += W)
+                store(row + c, (before ? splat(keeps) * load(before + c) : Vec{}) + splat(add) * load(v + c));
+            for (; c < s.V; c++) row[c] = (before ? keeps * before[c] : 0) + add * v[c];
+            z_new[f] = (p.kv ? keeps * p.z[at + f] : 0) + add;
+        }
+        for (long h = g * (p.H / p.G); h < (g + 1) * (p.H / p.G); h++) {
+            if (p.leap) q_module.load_weights(s, p.q_leap, h);
+            load_queries(h, 0, 1);
+            features(s, 1, qx, qf, phi_q);  // the state has already decayed
+            row_sum[0] = 0;
+            for (int f = 0; f < s.F; f++) row_sum[0] += phi_q[f] * z_new[f];
+            memset(num, 0, sizeof(float) * s.ldv);
+            if (s.V == s.Vp)
+                product(1, s.Vp, s.F, by_rows(phi_q, s.ldf), kv, s.V, nullptr, num, s.ldv);
+            else
+                for (int f = 0; f < s.F; f++)
+                    for (int c = 0; c < s.V; c++) num[c] += phi_q[f] * kv[long(f) * s.V + c];
+            finish(h, 0, 1);
+        }
     }
 
     // ---- backward ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ namespace {
 struct Context {
     const Problem& p;
     const Plan& plan;
+    void (Attention::*pass)(long slot);
     bool backward;
 };
 
@@ -27,25 +28,22 @@ void work(const void* context, int64_t slot, float* memory) {
     Attention attention(c.plan, memory, c.backward);
     for (long unit = slot; unit < c.p.N * c.p.G; unit += c.p.slots) {
         attention.start(unit / c.p.G, unit % c.p.G);
-        if (c.backward)
-            attention.backward(slot);
-        else
-            attention.forward();
+        (attention.*c.pass)(slot);
     }
 }
 
-void run(const Problem& p, bool backward) {
+void run(const Problem& p, void (Attention::*pass)(long), bool backward) {
     const Plan plan(p);
     const Shape shape(p);
     Buffers sizes;
     const long floats = sizes.place(nullptr, p, shape, backward);
-    const Context context{p, plan, backward};
+    const Context context{p, plan, pass, backward};
     run_parallel(p.threads, p.slots, work, &context, floats);
 }
 
-void forward(const Problem* p) { run(*p, false); }
-void backward(const Problem* p) { run(*p, true); }
-void step(const Problem* p) { run(*p, false); }
+void forward(const Problem* p) { run(*p, &Attention::forward, false); }
+void backward(const Problem* p) { run(*p, &Attention::backward, true); }
+void step(const Problem* p) { run(*p, &Attention::step, false); }
 
 }  // namespace
 
