@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.profiler import profile
 
-from leapformer.ops import LinearState, Staircase, linear_state
+from leapformer.ops import LinearState, Staircase, chunks, linear_state
 from tests.ops.oracle import VISIBILITIES, Case, assert_near, attend, check, make_case, results_and_gradients, takes
 
 LOW = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -320,6 +320,36 @@ def test_random_forms(data):
     output = low.call(impl).output
     assert output.dtype == dtype
     assert_near(output, exact, 10 * LOW[dtype] if form["normalize"] else 3 * LOW[dtype])
+
+
+BLOCK_FORMS = {
+    "causal": ("causal", {"R": 2, "factor_heads": False, "mask": True}),
+    "grouped": ("causal", {"R": 2, "H": 4, "G": 2, "state": True}),
+    "decay": ("causal", {"R": 2, "decay": True, "state": True}),
+    "decay, not normalised": ("causal", {"decay": True, "normalize": False}),
+    "all": ("all", {"R": 2, "S": 70, "H": 4, "G": 2, "factor_heads": False, "state": True}),
+    "wait-k": ("wait-k", {"R": 2, "S": 70, "mask": True}),
+}
+
+
+@pytest.mark.parametrize("form", BLOCK_FORMS)
+def test_result_does_not_depend_on_the_blocks(form, monkeypatch):
+    """Blocks of one chunk of one head of one sample, where these inputs would else fit into one or two blocks."""
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", {"cpu": 1})
+    visible, options = BLOCK_FORMS[form]
+    check(make_case(visible, T=130, **options), "torch")
+
+
+@pytest.mark.parametrize("decay", (False, True))
+def test_gradient_of_the_output_alone(decay):
+    """A final state that nobody uses has no gradient, which must be as good as zeros."""
+    case = make_case("causal", T=70, R=2, decay=decay, normalize=False)
+    leaves = [t.requires_grad_() for t in case.leaves.values() if t is not None]
+    result = case.call("torch")
+    alone = torch.autograd.grad(result.output.sum(), leaves, retain_graph=True)
+    with_zeros = torch.autograd.grad(result.output.sum() + 0 * result.state.kv.sum() + 0 * result.state.z.sum(), leaves)
+    for a, b in zip(alone, with_zeros, strict=True):
+        assert_near(a, b, 1e-12)
 
 
 def test_state_of_lower_precision_than_float32_is_not_returned(impl):

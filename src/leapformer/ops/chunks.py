@@ -1,27 +1,34 @@
 """Linear attention in linear time and memory with batched matrix products: the dense core and its gradient.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, r = H/G, R rank, K key width, F = R K feature
-width, V value width, C tokens of a chunk, n chunks of a block, M = n C tokens of a block.
+width, V value width, C tokens of a chunk, n chunks of a block, m = n B G matrices of a block, chunk by chunk.
 
-The normaliser is one more value channel that is 1 everywhere: with w = [v, 1] a single state [F, V + 1] holds numerator
-and normaliser, and every product computes both. Causal attention goes block by block so that temporaries stay in cache:
+Attention goes block by block, so that temporaries stay in cache; a block is some chunks of some heads of some samples, and
+within it B and G count those. Causal attention in a chunk:
 
-    P = (phi_q phi_k^T) * D          num = P w + e_q (phi_q S)          S' = e_C S + phi_k^T (e_k w)
+    P = (phi_q phi_k^T) * D          num = P v + e_q (phi_q S)          S' = e_C S + phi_k^T (e_k v)
+                                     den = P 1 + e_q (phi_q z)          z' = e_C z + phi_k^T e_k
 
 with D the causal mask (times the decay between two tokens of a chunk), e_q the decay since the chunk began, e_k the decay
-up to its end, e_C that of the whole chunk. D, e_q, e_k and e_C never exceed 1.
+up to its end, e_C that of the whole chunk. D, e_q, e_k and e_C never exceed 1. The normaliser could be one more channel
+of the values, but products 65 wide take a quarter longer than those 64 wide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK = 64
-BLOCK_TOKENS = 1024  # tokens times heads of a block: about what keeps its temporaries in a core's cache
+MOST_CHUNKS = 16  # of a block
+# Elements of a block's features: on the CPU about what keeps its temporaries in cache, elsewhere enough to be busy.
+BLOCK_ELEMENTS = {"cpu": 2**17}
+BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
 
 class Inputs(NamedTuple):
@@ -48,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One gradient for each differentiable field of ``Inputs``, in its order."""
+    """One gradient for each differentiable field of ``Inputs``, in its order; those of factors in the compute dtype."""
 
     q: Tensor
     k: Tensor
@@ -61,7 +68,8 @@ class Gradients(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """output [B,T,H,V] in the input dtype; kv, z the final state and normaliser [B,T,H], unclamped, at least float32."""
+    """output [B,T,H,V] in the input dtype; at least float32: kv, z the final state, normaliser [B,T,H] unclamped, [B,0,H]
+    where nothing is normalised."""
 
     output: Tensor
     kv: Tensor
@@ -70,367 +78,566 @@ class Forward(NamedTuple):
 
 
 class Block(NamedTuple):
-    """n chunks of C tokens from token ``start`` on."""
+    """B samples from ``sample`` on, G key/value heads from ``group`` on, n chunks of C tokens from ``start`` on."""
 
+    sample: int
+    B: int
+    group: int
+    G: int
     start: int
     n: int
     C: int
 
+    @property
+    def states(self) -> tuple[slice, slice]:
+        """Where its samples and heads are in [B, G, ...]."""
+        return slice(self.sample, self.sample + self.B), slice(self.group, self.group + self.G)
+
+
+class State(NamedTuple):
+    """kv [B G, F, V] and z [B G, 1, F], or their gradients, in the compute dtype; z None where nothing depends on it."""
+
+    kv: Tensor
+    z: Tensor | None
+
 
 def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
     """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
-    B, T, H, _ = x.q.shape
-    result = Forward(
-        x.q.new_empty(B, T, H, x.v.shape[-1]),
-        *_split_state(_initial_state(x), x),
-        x.q.new_empty(B, T, H, dtype=x.compute_dtype),
-    )
-    if causal:
-        state = _initial_state(x)
-        for block in causal_blocks(T, B * H):
-            numerator, state = _causal_block(x, block, state)
-            _finish(numerator, block, result, normalize, eps)
-    else:
-        state = _initial_state(x)
-        for block in wide_blocks(x.k.shape[1], B * H):
-            w = _values(x, block)
-            state = state + (_key_features(x, block).transpose(-1, -2) @ w)[0]
-        for block in wide_blocks(T, B * H):
-            _finish(_query_features(x, block) @ state, block, result, normalize, eps)
-    kv, z = _split_state(state, x)
-    return Forward(result.output, kv, z, result.normaliser)
+    result, rooms = _empty_result(x, normalize), Workspace(x)
+    for rows in _rows(x):
+        state = _state(x, rows, x.kv, x.z)
+        if causal:
+            for block in causal_blocks(rows, x.q.shape[1]):
+                _causal_block(x, block, state, result, eps, rooms[block])
+        else:
+            for block in wide_blocks(rows, x.k.shape[1]):
+                _absorb(x, block, state, rooms[block])
+            for block in wide_blocks(rows, x.q.shape[1]):
+                _read(x, block, state, result, eps, rooms[block])
+        _store(state, rows, result.kv, result.z)
+    return result
 
 
 def backward(
     x: Inputs,
     saved: Forward,
     grad: Tensor,
-    grad_kv: Tensor,
-    grad_z: Tensor,
+    grad_kv: Tensor | None,
+    grad_z: Tensor | None,
     *,
     causal: bool,
     normalize: bool,
     eps: float,
 ) -> Gradients:
     """Gradients of ``forward``; ``saved`` is its result, ``grad`` [B,T,H,V] and grad_kv, grad_z those of its outputs."""
-    grads = _empty_gradients(x)
-    grad_state = _join_state(grad_kv, grad_z, x)
-    B, T, H, _ = x.q.shape
-    if causal:
-        blocks = list(causal_blocks(T, B * H))
-        starts = _states_at_starts(x, blocks)
-        for block, state in zip(reversed(blocks), reversed(starts), strict=True):
-            incoming = _numerator_gradient(grad, saved, block, x, normalize, eps)
-            grad_state = _causal_block_backward(x, block, state, incoming, grad_state, grads)
-    else:
-        state = _join_state(saved.kv, saved.z, x)
-        for block in wide_blocks(T, B * H):
-            incoming = _numerator_gradient(grad, saved, block, x, normalize, eps)
-            phi_q = _query_features(x, block)
-            grad_state = grad_state + (phi_q.transpose(-1, -2) @ incoming)[0]
-            _write_feature_gradient(
-                incoming @ state.transpose(-1, -2), block, x.q, x.q_factors, grads.q, grads.q_factors
-            )
-        for block in wide_blocks(x.k.shape[1], B * H):
-            w, phi_k = _values(x, block), _key_features(x, block)
-            _write_value_gradient(phi_k @ grad_state, block, grads)
-            _write_feature_gradient(w @ grad_state.transpose(-1, -2), block, x.k, x.k_factors, grads.k, grads.k_factors)
+    grads, rooms, with_z = _empty_gradients(x), Workspace(x), normalize or grad_z is not None
+    incoming = _incoming(grad, saved, normalize, eps)
+    for rows in _rows(x):
+        grad_state = _state(x, rows, grad_kv, grad_z, with_z)
+        if causal:
+            blocks = list(causal_blocks(rows, x.q.shape[1]))
+            starts = _block_starts(x, rows, blocks, with_z, rooms)
+            for block, start in zip(reversed(blocks), reversed(starts), strict=True):
+                _causal_block_backward(x, block, start, incoming, grad_state, grads, rooms[block])
+        else:
+            state = _state(x, rows, saved.kv, saved.z)
+            for block in wide_blocks(rows, x.q.shape[1]):
+                _read_backward(x, block, state, incoming, grad_state, grads, rooms[block])
+            for block in wide_blocks(rows, x.k.shape[1]):
+                _absorb_backward(x, block, grad_state, grads, rooms[block])
+        if grads.kv is not None and grads.z is not None:
+            _store(grad_state, rows, grads.kv, grads.z)
     if x.key_mask is not None:
         for field in (grads.k, grads.v, grads.k_factors):
             if field is not None:
                 field.masked_fill_(~x.key_mask[:, :, None, None], 0)
-    if x.kv is None:
-        return grads
-    kv, z = _split_state(grad_state, x)
-    return grads._replace(kv=kv, z=z)
+    return grads
 
 
-# ---- blocks of tokens ------------------------------------------------------------------------------------------------
+# ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def causal_blocks(T: int, heads: int) -> Iterator[Block]:
+def _rows(x: Inputs) -> Iterator[Block]:
+    """For each set of samples and heads that go through the sequence together, the largest block that they may form.
+
+    Many tokens of few heads: few states at block starts have then to be kept, and slices of [B, T, H, D] run far. At most
+    about an eighth of all, so that the temporaries of a short sequence are not larger than the gradients of its inputs.
+    """
+    (B, T, H, K), (S, G) = x.q.shape, x.k.shape[1:3]
+    r, T, width = max(1, H // max(1, G)), max(1, T, S), max(1, x.rank * K, x.v.shape[3])
+    most = BLOCK_ELEMENTS.get(x.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    token_heads = min(most, max(most // 2, B * T * H * width // 8)) // width // r
+    chunks = max(1, min(MOST_CHUNKS, token_heads // CHUNK))
+    samples = max(1, min(B, token_heads // min(T, chunks * CHUNK)))
+    groups = max(1, min(G, token_heads // (min(T, chunks * CHUNK) * samples)))
+    for b in range(0, B, samples):
+        for g in range(0, G, groups):
+            yield Block(b, min(samples, B - b), g, min(groups, G - g), 0, chunks, CHUNK)
+
+
+def causal_blocks(rows: Block, T: int) -> Iterator[Block]:
     """Blocks of whole chunks, then the tail of fewer than CHUNK tokens as a chunk of its own size."""
-    chunks = max(1, min(16, BLOCK_TOKENS // (CHUNK * max(heads, 1))))
-    start = 0
-    while T - start >= CHUNK:
-        n = min(chunks, (T - start) // CHUNK)
-        yield Block(start, n, CHUNK)
-        start += n * CHUNK
-    if start < T:
-        yield Block(start, 1, T - start)
+    whole = T // CHUNK * CHUNK
+    for start in range(0, whole, rows.n * CHUNK):
+        yield rows._replace(start=start, n=min(rows.n, (whole - start) // CHUNK))
+    if whole < T:
+        yield rows._replace(start=whole, n=1, C=T - whole)
 
 
-def wide_blocks(T: int, heads: int) -> Iterator[Block]:
-    """Blocks of one chunk each, as long as fits: for attention that sees everything."""
-    size = max(CHUNK, BLOCK_TOKENS // max(heads, 1))
+def wide_blocks(rows: Block, T: int) -> Iterator[Block]:
+    """Blocks of one chunk each: for attention that sees everything."""
+    size = rows.n * rows.C
     for start in range(0, T, size):
-        yield Block(start, 1, min(size, T - start))
+        yield rows._replace(start=start, n=1, C=min(size, T - start))
 
 
 def _view(x: Tensor, block: Block, groups: int) -> Tensor:
-    """[B, T, heads, D] -> a view [n, B, groups, heads / groups, C, D] of the block (heads 1: both head axes are 1)."""
-    part = x[:, block.start : block.start + block.n * block.C]
-    heads = part.shape[2]
-    groups = min(groups, heads)
-    part = part.reshape(part.shape[0], block.n, block.C, groups, heads // groups, part.shape[-1])
-    return part.permute(1, 0, 3, 4, 2, 5)
+    """Of x [B, T, heads(, D)] that has a head or more for each of ``groups``, or one for all, a view
+    [n, B, G, heads / groups, C, D or 1] of the block (one head for all: both head axes are 1)."""
+    _, B, _, G, start, n, C = block
+    sample, token, head, *width = x.stride()
+    offset = x.storage_offset() + block.sample * sample + start * token
+    if x.shape[2] == 1:
+        G = r = 1
+    else:
+        r = x.shape[2] // groups
+        offset += block.group * r * head
+    D = x.shape[3] if width else 1
+    # One call in place of a slice, a view and a permutation: blocks are small, and views are a good part of their cost.
+    return x.as_strided((n, B, G, r, C, D), (C * token, sample, r * head, head, token, *(width or (1,))), offset)
 
 
-# ---- features and values ---------------------------------------------------------------------------------------------
+class Room:
+    """Where blocks of one shape are computed: buffers in the compute dtype, made when first used, as attributes.
+
+    Their memory is that of all other blocks too. The name of a buffer with _T behind it is its transpose.
+    """
+
+    def __init__(self, x: Inputs, block: Block, memory: dict[str, Tensor]) -> None:
+        self._x, self._block, self._memory = x, block, memory
+        _, B, _, G, _, n, C = block
+        r, F, V, m, rows = x.q.shape[2] // x.k.shape[2], x.rank * x.k.shape[3], x.v.shape[3], n * B * G, B * G
+        self._shapes = {
+            "phi_q": (m, r * C, F), "grad_phi_q": (m, r * C, F),
+            "phi_k": (m, C, F), "grad_phi_k": (m, C, F),
+            "v": (m, C, V), "weighted_v": (m, C, V), "grad_v": (m, C, V),
+            "g": (m, r * C, V), "read": (m, r * C, V), "out": (m, r * C, V), "scores": (m, r * C, C), "between": (m, C, C),
+            "product_q": (n, B, G, r, C, x.k.shape[3]), "product_k": (n, B, G, 1, C, x.k.shape[3]),
+        }  # fmt: skip
+        self.ones = x.q.new_ones(C, 1, dtype=x.compute_dtype).expand(m, C, 1)
+        self._boundaries = {"": (n + 1, rows, F, V), "_z": (n + 1, rows, 1, F)}
+
+    @cached_property
+    def states(self) -> Boundaries:
+        return Boundaries(*(self._new("states" + part, shape) for part, shape in self._boundaries.items()))
+
+    @cached_property
+    def grad_states(self) -> Boundaries:
+        return Boundaries(*(self._new("grad_states" + part, shape) for part, shape in self._boundaries.items()))
+
+    def _new(self, name: str, shape: Sequence[int]) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = self._memory.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._memory[name] = self._x.q.new_empty(size, dtype=self._x.compute_dtype)
+        return buffer[:size].view(shape)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Only asked for what is not there yet."""
+        if name.endswith("_T"):
+            value = getattr(self, name[:-2]).transpose(-1, -2)
+        else:
+            value = self._new(name, self._shapes[name])
+        setattr(self, name, value)
+        return value
 
 
-def _features(x: Tensor, factors: Tensor | None, block: Block, groups: int, dtype: torch.dtype) -> Tensor:
-    """phi = factors (x) x as [n, B, G, r C, F], contiguous."""
+class Workspace:
+    """The rooms of a call, one for each shape of block. Fresh memory for every block would cost page faults."""
+
+    def __init__(self, x: Inputs) -> None:
+        self._x = x
+        self._rooms: dict[tuple[int, ...], Room] = {}
+        self._memory: dict[str, Tensor] = {}
+
+    def __getitem__(self, block: Block) -> Room:
+        shape = (block.B, block.G, block.n, block.C)
+        if shape not in self._rooms:
+            self._rooms[shape] = Room(self._x, block, self._memory)
+        return self._rooms[shape]
+
+
+# ---- features, values, states ----------------------------------------------------------------------------------------
+
+
+def _features(x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor) -> Tensor:
+    """phi = factors (x) x into out [m, r C, F]."""
     tokens = _view(x, block, groups)
-    n, B, G, r, C, K = tokens.shape
     if factors is None:
-        return tokens.to(dtype).reshape(n, B, G, r * C, K)
-    R = factors.shape[-1]
-    phi = torch.empty(n, B, G, r, C, R, K, dtype=dtype, device=x.device)
-    f = _view(factors, block, groups)
-    for rank in range(R):  # three times as fast as one product that broadcasts over both
-        torch.mul(tokens, f[..., rank : rank + 1], out=phi[..., rank, :])
-    return phi.view(n, B, G, r * C, R * K)
+        out.view(tokens.shape).copy_(tokens)
+        return out
+    phi = out.view(*tokens.shape[:-1], factors.shape[-1], tokens.shape[-1])
+    by_rank = _view(factors, block, groups).split(1, dim=-1)
+    for rank, f in enumerate(by_rank):  # three times as fast as one product that broadcasts over both
+        torch.mul(tokens, f, out=phi[..., rank, :])
+    return out
 
 
-def _query_features(x: Inputs, block: Block) -> Tensor:
-    return _features(x.q, x.q_factors, block, x.k.shape[2], x.compute_dtype)
+def _query_features(x: Inputs, block: Block, room: Room) -> Tensor:
+    return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q)
 
 
-def _key_features(x: Inputs, block: Block) -> Tensor:
-    phi = _features(x.k, x.k_factors, block, x.k.shape[2], x.compute_dtype)
-    return phi if x.key_mask is None else phi.masked_fill(_hidden(x.key_mask, block), 0)
+def _keys_and_values(x: Inputs, block: Block, room: Room) -> tuple[Tensor, Tensor]:
+    """phi_k [m, C, F] and v [m, C, V], zero where masked."""
+    G = x.k.shape[2]
+    phi, v = _features(x.k, x.k_factors, block, G, room.phi_k), _features(x.v, None, block, G, room.v)
+    if x.key_mask is not None:
+        hidden = ~_view(x.key_mask[..., None], block, G).squeeze(3)
+        for keys in (phi, v):
+            keys.view(block.n, block.B, block.G, *keys.shape[1:]).masked_fill_(hidden, 0)
+    return phi, v
 
 
-def _values(x: Inputs, block: Block) -> Tensor:
-    """w = [v, 1] as [n, B, G, C, V + 1]."""
-    v = _view(x.v, block, x.k.shape[2]).squeeze(3)
-    w = torch.ones(*v.shape[:-1], v.shape[-1] + 1, dtype=x.compute_dtype, device=v.device)
-    w[..., :-1] = v
-    return w if x.key_mask is None else w.masked_fill_(_hidden(x.key_mask, block), 0)
-
-
-def _hidden(key_mask: Tensor, block: Block) -> Tensor:
-    part = key_mask[:, block.start : block.start + block.n * block.C]
-    return ~part.reshape(-1, block.n, block.C).transpose(0, 1)[:, :, None, :, None]
-
-
-# ---- states ----------------------------------------------------------------------------------------------------------
-
-
-def _join_state(kv: Tensor, z: Tensor, x: Inputs) -> Tensor:
-    """kv [B,G,R,K,V], z [B,G,R,K] -> [B, G, F, V + 1]."""
-    return torch.cat([kv.flatten(2, 3), z.flatten(2, 3)[..., None]], dim=-1).to(x.compute_dtype)
-
-
-def _split_state(state: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
-    state = state.unflatten(2, (x.rank, x.k.shape[-1]))
-    return state[..., :-1].clone(memory_format=torch.contiguous_format), state[..., -1].clone(
-        memory_format=torch.contiguous_format
+def _state(x: Inputs, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
+    """A state of its own with the rows' values of kv [B,G,R,K,V] and z [B,G,R,K]; zeros for None."""
+    shape = (rows.B * rows.G, x.rank * x.k.shape[3], x.v.shape[3])
+    state = State(
+        x.q.new_zeros(shape, dtype=x.compute_dtype),
+        x.q.new_zeros(shape[0], 1, shape[1], dtype=x.compute_dtype) if with_z else None,
     )
+    for field, values in zip(state, (kv, z), strict=True):
+        if field is not None and values is not None:
+            part = values[rows.states]
+            field.view(part.shape).copy_(part)
+    return state
 
 
-def _initial_state(x: Inputs) -> Tensor:
-    if x.kv is not None and x.z is not None:
-        return _join_state(x.kv, x.z, x)
-    G, K, V = x.k.shape[2], x.k.shape[3], x.v.shape[3]
-    return torch.zeros(x.k.shape[0], G, x.rank * K, V + 1, dtype=x.compute_dtype, device=x.k.device)
+def _store(state: State, rows: Block, kv: Tensor, z: Tensor) -> None:
+    for field, target in zip(state, (kv, z), strict=True):
+        part = target[rows.states]
+        part.zero_() if field is None else part.copy_(field.view(part.shape))
+
+
+class Boundaries:
+    """States, or their gradients, at the start of a block, between its chunks and at its end: kv [n + 1, B G, F, V] and
+    z [n + 1, B G, 1, F], and views of them. ``before`` [m, ...] are those at the start of each chunk."""
+
+    def __init__(self, kv: Tensor, z: Tensor) -> None:
+        self.steps = kv.unbind(), z.unbind()
+        self.before = State(kv[:-1].flatten(0, 1), z[:-1].flatten(0, 1))
+        self.after = State(kv[1:].flatten(0, 1), z[1:].flatten(0, 1))
+        self.before_T = self.before.kv.transpose(-1, -2)
+        self.after_T = self.after.kv.transpose(-1, -2)
+
+    def run(self, carry: State, decay: Decay | None, backwards: bool = False) -> None:
+        """``after`` (``before``) holds what each chunk adds: make running sums of it from ``carry`` on, which moves to
+        their end."""
+        for total, steps in zip(carry, self.steps, strict=True):
+            if total is None:
+                continue
+            order = steps[::-1] if backwards else steps
+            order[0].copy_(total)
+            whole = None if decay is None else decay.whole[::-1] if backwards else decay.whole
+            for c, (old, new) in enumerate(pairwise(order)):
+                new.add_(old) if whole is None else new.addcmul_(old, whole[c])
+            total.copy_(order[-1])
 
 
 # ---- decay inside a chunk --------------------------------------------------------------------------------------------
 
 
 class Decay(NamedTuple):
-    """since_start e_q and until_end e_k [n, B, G, C, 1], whole e_C [n, B, G, 1, 1], between D [n, B, G, C, C]."""
+    """since_start e_q and until_end e_k [m, C, 1], whole e_C n times [B G, 1, 1], between D [m, C, C]."""
 
     since_start: Tensor
     until_end: Tensor
-    whole: Tensor
+    whole: Sequence[Tensor]
     between: Tensor
 
 
-def _decay(x: Inputs, block: Block) -> Decay | None:
+def _decay(x: Inputs, block: Block, room: Room) -> Decay | None:
     if x.log_decay is None:
         return None
-    steps = _view(x.log_decay[..., None], block, x.k.shape[2]).squeeze(3).to(x.compute_dtype)
-    total = steps.cumsum(-2)
-    between = (total - total.transpose(-1, -2)).masked_fill_(~_lower_triangle(block.C, total), -torch.inf).exp_()
-    return Decay(total.exp(), (total[..., -1:, :] - total).exp_(), total[..., -1:, :].exp(), between)
+    steps = _view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
+    total = steps.cumsum(-2, dtype=x.compute_dtype)
+    # Between a key and an earlier query the difference is positive; what it becomes is cut off.
+    between = torch.sub(total, total.transpose(-1, -2), out=room.between).exp_().tril_()
+    end = total[:, -1:]
+    return Decay(total.exp(), (end - total).exp_(), end.exp().unflatten(0, (block.n, -1)).unbind(), between)
 
 
-def _lower_triangle(C: int, like: Tensor) -> Tensor:
-    return torch.ones(C, C, dtype=torch.bool, device=like.device).tril_()
-
-
-def _apply_causal(P: Tensor, decay: Decay | None, C: int) -> Tensor:
-    """P [n, B, G, r C, C] times the decay between query and key, 0 where the key is later; in place."""
+def _apply_causal(P: Tensor, decay: Decay | None) -> Tensor:
+    """P [m, r C, C] times the decay between query and key, 0 where the key is later; in place."""
     if decay is not None:
         return P.mul_(decay.between)
-    P.unflatten(-2, (-1, C)).mul_(_lower_triangle(C, P).to(P.dtype))
+    P.view(-1, P.shape[-1], P.shape[-1]).tril_()
     return P
 
 
-# ---- causal blocks ---------------------------------------------------------------------------------------------------
+# ---- attention that sees everything ----------------------------------------------------------------------------------
 
 
-def _chunk_states(phi_k: Tensor, w: Tensor, state: Tensor, decay: Decay | None) -> Tensor:
-    """States before each chunk of the block and after the last: [n + 1, B, G, F, V + 1]."""
-    states = _beside(phi_k.transpose(-1, -2), w if decay is None else w * decay.until_end, first=True)
-    states[0] = state
-    for c in range(states.shape[0] - 1):
-        states[c + 1].add_(states[c]) if decay is None else states[c + 1].addcmul_(states[c], decay.whole[c])
-    return states
+def _absorb(x: Inputs, block: Block, state: State, room: Room) -> None:
+    phi_k, v = _keys_and_values(x, block, room)
+    state.kv.baddbmm_(room.phi_k_T, v)
+    if state.z is not None:
+        state.z.add_(phi_k.sum(-2, keepdim=True))
 
 
-def _causal_block(x: Inputs, block: Block, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's numerators [n, B, G, r C, V + 1] and the state after it."""
-    phi_q, phi_k, w, decay = _query_features(x, block), _key_features(x, block), _values(x, block), _decay(x, block)
-    states = _chunk_states(phi_k, w, state, decay)
-    P = _apply_causal(phi_q @ phi_k.transpose(-1, -2), decay, block.C)
-    numerator = P @ w
+def _read(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+    phi_q = _query_features(x, block, room)
+    torch.bmm(phi_q, state.kv, out=room.out)
+    normaliser = _read_normaliser(state, room) if result.normaliser.shape[1] else None
+    _finish(room.out, normaliser, block, x, result, eps)
+
+
+def _read_normaliser(state: State, room: Room) -> Tensor:
+    """phi_q . z as [m, r C, 1]; this way round it is seven times as fast as a product with a column."""
+    assert state.z is not None
+    return torch.bmm(state.z, room.phi_q_T).transpose(-1, -2)
+
+
+def _read_backward(
+    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+) -> None:
+    phi_q = _query_features(x, block, room)
+    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    torch.bmm(g, state.kv.transpose(-1, -2), out=room.grad_phi_q)
+    grad_state.kv.baddbmm_(room.phi_q_T, g)
+    if g_z is not None and grad_state.z is not None and state.z is not None:
+        room.grad_phi_q.addcmul_(g_z, state.z)
+        grad_state.z.baddbmm_(g_z.transpose(-1, -2), phi_q)
+    _write_query_gradient(x, block, grads, room)
+
+
+def _absorb_backward(x: Inputs, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
+    phi_k, v = _keys_and_values(x, block, room)
+    torch.bmm(phi_k, grad_state.kv, out=room.grad_v)
+    torch.bmm(v, grad_state.kv.transpose(-1, -2), out=room.grad_phi_k)
+    if grad_state.z is not None:
+        room.grad_phi_k.add_(grad_state.z)
+    _write_key_gradient(x, block, grads, room)
+
+
+# ---- causal attention ------------------------------------------------------------------------------------------------
+
+
+class Keys(NamedTuple):
+    """What the keys of a block bring: phi [m, C, F], v [m, C, V], and to the state at the end of their chunk the weights
+    e_k, or 1, [m, C, 1] and e_k v."""
+
+    phi: Tensor
+    v: Tensor
+    weights: Tensor
+    weighted_v: Tensor
+
+
+def _keys(x: Inputs, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
+    """The keys, and in ``room.states`` the states that they make from ``state`` on, which moves to the block's end."""
+    phi, v = _keys_and_values(x, block, room)
     if decay is None:
-        _add_product(numerator, phi_q, states[:-1])
+        keys = Keys(phi, v, room.ones, v)
     else:
-        numerator.addcmul_(phi_q @ states[:-1], decay.since_start)
-    return numerator, states[-1]
+        keys = Keys(phi, v, decay.until_end, torch.mul(v, decay.until_end, out=room.weighted_v))
+    after = room.states.after
+    torch.bmm(room.phi_k_T, keys.weighted_v, out=after.kv)
+    if state.z is not None:
+        torch.bmm(keys.weights.transpose(-1, -2), phi, out=after.z)
+    room.states.run(state, decay)
+    return keys
 
 
-def _beside(a: Tensor, b: Tensor, *, first: bool) -> Tensor:
-    """a @ b [n, B, G, F, W] with one free place before it (``first``) or behind: [n + 1, B, G, F, W]."""
-    n, B, G, F, _ = a.shape
-    room = torch.empty(n + 1, B, G, F, b.shape[-1], dtype=a.dtype, device=a.device)
-    products = (room[1:] if first else room[:-1]).flatten(0, 2)
-    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=products)
-    return room
+def _scores(a: Tensor, b_T: Tensor, decay: Decay | None, room: Room, bias: Tensor | None = None) -> Tensor:
+    """(a b^T + bias) * D as [m, r C, C]; bias [m, r C, 1]."""
+    if bias is None:
+        torch.bmm(a, b_T, out=room.scores)
+    else:
+        torch.baddbmm(bias.expand(room.scores.shape), a, b_T, out=room.scores)
+    return _apply_causal(room.scores, decay)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b for batched matrices, without a temporary; total is contiguous."""
-    flat = total.view(-1, *total.shape[-2:])
-    torch.baddbmm(flat, a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out=flat)
-    return total
+def _add_product(total: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) -> None:
+    """total += weights * (a b), weights [m, C, 1]; in place."""
+    if weights is None:
+        total.baddbmm_(a, b)
+    else:
+        total.addcmul_(torch.bmm(a, b), weights)
 
 
-def _states_at_starts(x: Inputs, blocks: list[Block]) -> list[Tensor]:
+def _causal_block(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+    """Writes the block's results and moves ``state`` to its end."""
+    decay = _decay(x, block, room)
+    phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
+    since_start = None if decay is None else decay.since_start
+    before = room.states.before
+    P = _scores(phi_q, room.phi_k_T, decay, room)
+    numerator = torch.bmm(P, keys.v, out=room.out)
+    _add_product(numerator, phi_q, before.kv, since_start)
+    normaliser = None
+    if result.normaliser.shape[1]:
+        old = _read_normaliser(before, room)
+        normaliser = P.sum(-1, keepdim=True).add_(old if since_start is None else old.mul_(since_start))
+    _finish(numerator, normaliser, block, x, result, eps)
+
+
+def _block_starts(x: Inputs, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
     """The state before every block, found again by a sweep over the keys."""
-    starts = [_initial_state(x)]
-    for block in blocks[:-1]:
-        starts.append(_chunk_states(_key_features(x, block), _values(x, block), starts[-1], _decay(x, block))[-1])
-    return starts[: len(blocks)]
+    state, starts = _state(x, rows, x.kv, x.z, with_z), []
+    for i, block in enumerate(blocks):
+        starts.append(State(state.kv.clone(), None if state.z is None else state.z.clone()))
+        if i < len(blocks) - 1:
+            _keys(x, block, _decay(x, block, rooms[block]), state, rooms[block])
+    return starts
 
 
 def _causal_block_backward(
-    x: Inputs, block: Block, state: Tensor, incoming: Tensor, grad_after: Tensor, grads: Gradients
-) -> Tensor:
-    """Writes the block's gradients and returns that of the state before it.
+    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+) -> None:
+    """Writes the block's gradients and moves ``grad_state``, that of the state after the block, to that before it;
+    ``state`` is the state before the block."""
+    decay = _decay(x, block, room)
+    phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
+    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    read, read_z, until_end = g, g_z, None
+    if decay is not None:
+        until_end = decay.until_end
+        read = torch.mul(g, decay.since_start, out=room.read)
+        read_z = None if g_z is None else g_z * decay.since_start
+    states, grad_states = room.states, room.grad_states
+    torch.bmm(room.phi_q_T, read, out=grad_states.before.kv)
+    if read_z is not None:
+        torch.bmm(read_z.transpose(-1, -2), phi_q, out=grad_states.before.z)
+    grad_states.run(grad_state, decay, backwards=True)
 
-    ``incoming`` [n, B, G, r C, V + 1] is the gradient of the numerators, ``grad_after`` [B, G, F, V + 1] that of the
-    state after the block.
+    _scores(phi_q, room.phi_k_T, decay, room)
+    torch.bmm(room.scores_T, g, out=room.grad_v)
+    _add_product(room.grad_v, keys.phi, grad_states.after.kv, until_end)
+    dP = _scores(g, room.v_T, decay, room, bias=g_z)
+    grad_phi_q = torch.bmm(dP, keys.phi, out=room.grad_phi_q).baddbmm_(read, states.before_T)
+    grad_phi_k = torch.bmm(room.scores_T, phi_q, out=room.grad_phi_k).baddbmm_(keys.weighted_v, grad_states.after_T)
+    if read_z is not None:
+        grad_phi_q.addcmul_(read_z, states.before.z)
+        grad_phi_k.addcmul_(keys.weights, grad_states.after.z)
+    if grads.log_decay is not None:
+        steps = _decay_gradient(room, read_z is not None)
+        target = _view(grads.log_decay, block, x.k.shape[2])
+        target.copy_(steps.view(target.shape))
+    _write_query_gradient(x, block, grads, room)
+    _write_key_gradient(x, block, grads, room)
+
+
+def _decay_gradient(room: Room, with_z: bool) -> Tensor:
+    """[m, C], from features and states, which it overwrites, and their gradients.
+
+    Every term with phi_q(t) carries exp(+total_t), every term with phi_k(t) exp(-total_t), the state after the chunk
+    exp(+total_C): so the gradient of the running total needs no further product.
     """
-    phi_q, phi_k, w, decay = _query_features(x, block), _key_features(x, block), _values(x, block), _decay(x, block)
-    states = _chunk_states(phi_k, w, state, decay)
-    read = incoming if decay is None else incoming * decay.since_start
-    grad_states = _grad_chunk_states(phi_q, read, grad_after, decay)
-    before, after = states[:-1], grad_states[1:]
-
-    P = _apply_causal(phi_q @ phi_k.transpose(-1, -2), decay, block.C)
-    dP = _apply_causal(incoming @ w.transpose(-1, -2), decay, block.C)
-    grad_w = P.transpose(-1, -2) @ incoming
-    grad_phi_k = dP.transpose(-1, -2) @ phi_q
-    grad_phi_q = dP @ phi_k
-    _add_product(grad_phi_q, read, before.transpose(-1, -2))
-    if decay is None:
-        _add_product(grad_w, phi_k, after)
-        _add_product(grad_phi_k, w, after.transpose(-1, -2))
-    else:
-        grad_w.addcmul_(phi_k @ after, decay.until_end)
-        _add_product(grad_phi_k, w * decay.until_end, after.transpose(-1, -2))
-        # Every term with phi_q(t) carries exp(+total_t), every term with phi_k(t) exp(-total_t), the state after the
-        # chunk exp(+total_C): so the gradient of the running total needs no further product.
-        total = (phi_q * grad_phi_q).sum(-1) - (phi_k * grad_phi_k).sum(-1)
-        total[..., -1] += (states[1:] * after).sum((-1, -2))
-        steps = total.flip(-1).cumsum(-1).flip(-1)
-        assert grads.log_decay is not None
-        _view(grads.log_decay[..., None], block, x.k.shape[2]).squeeze(3).squeeze(-1).copy_(steps)
-    _write_value_gradient(grad_w, block, grads)
-    _write_feature_gradient(grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors)
-    _write_feature_gradient(grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors)
-    return grad_states[0]
-
-
-def _grad_chunk_states(phi_q: Tensor, read: Tensor, grad_after: Tensor, decay: Decay | None) -> Tensor:
-    """Gradients of the states before each chunk and after the last: [n + 1, B, G, F, V + 1]."""
-    grads = _beside(phi_q.transpose(-1, -2), read, first=False)
-    n = grads.shape[0] - 1
-    grads[n] = grad_after
-    for c in reversed(range(n)):
-        grads[c].add_(grads[c + 1]) if decay is None else grads[c].addcmul_(grads[c + 1], decay.whole[c])
-    return grads
+    total = room.phi_q.mul_(room.grad_phi_q).sum(-1).sub_(room.phi_k.mul_(room.grad_phi_k).sum(-1))
+    after, grad_after = room.states.after, room.grad_states.after
+    for field, grad in zip(after[: 1 + with_z], grad_after, strict=False):
+        total[:, -1] += field.mul_(grad).sum((-1, -2))
+    return total.flip(-1).cumsum(-1).flip(-1)
 
 
 # ---- outputs and gradients, block by block ---------------------------------------------------------------------------
 
 
-def _finish(numerator: Tensor, block: Block, result: Forward, normalize: bool, eps: float) -> None:
-    """Divide by the clamped normaliser and write output and normaliser of the block."""
-    G = numerator.shape[2]
-    numerator = numerator.unflatten(-2, (-1, block.C))
-    out = _view(result.output, block, G)
-    normaliser = numerator[..., -1:]
-    _view(result.normaliser[..., None], block, G).copy_(normaliser)
-    if normalize:
-        torch.div(numerator[..., :-1], normaliser.clamp(min=eps), out=out)
-    else:
-        out.copy_(numerator[..., :-1])
+def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Inputs, result: Forward, eps: float) -> None:
+    """Divide by the clamped normaliser [m, r C, 1], if there is one, and write output and normaliser of the block."""
+    out = _view(result.output, block, x.k.shape[2])
+    if normaliser is None:
+        out.copy_(numerator.view(out.shape))
+        return
+    kept = _view(result.normaliser, block, x.k.shape[2])
+    kept.copy_(normaliser.view(kept.shape))
+    torch.div(numerator.view(out.shape), kept.clamp(min=eps), out=out)
 
 
-def _numerator_gradient(grad: Tensor, saved: Forward, block: Block, x: Inputs, normalize: bool, eps: float) -> Tensor:
-    """Gradient of [numerator, normaliser] as [n, B, G, r C, V + 1]; a clamped normaliser gets none."""
+class Incoming(NamedTuple):
+    """The gradient of the output [B,T,H,V]; where it was normalised also the output, 1 / clamped normaliser and, to be
+    multiplied with, -1 where it was not clamped and 0 where it was [B,T,H]."""
+
+    grad: Tensor
+    output: Tensor
+    scale: Tensor | None
+    passes: Tensor | None
+
+
+def _incoming(grad: Tensor, saved: Forward, normalize: bool, eps: float) -> Incoming:
+    if not normalize:
+        return Incoming(grad, saved.output, None, None)
+    passes = (saved.normaliser >= eps).to(saved.normaliser.dtype).neg_()
+    return Incoming(grad, saved.output, saved.normaliser.clamp(min=eps).reciprocal_(), passes)
+
+
+def _numerator_gradient(
+    incoming: Incoming, block: Block, x: Inputs, with_z: bool, room: Room
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of numerators [m, r C, V] and normalisers [m, r C, 1]; a clamped normaliser gets none."""
     G = x.k.shape[2]
-    g = _view(grad, block, G)
-    both = torch.zeros(*g.shape[:-1], g.shape[-1] + 1, dtype=x.compute_dtype, device=g.device)
-    if normalize:
-        normaliser = _view(saved.normaliser[..., None], block, G)
-        torch.div(g, normaliser.clamp(min=eps), out=both[..., :-1])
-        dot = (both[..., :-1] * _view(saved.output, block, G)).sum(-1, keepdim=True)
-        torch.mul(dot, (normaliser >= eps).to(dot.dtype).neg_(), out=both[..., -1:])
-    else:
-        both[..., :-1] = g
-    return both.flatten(3, 4)
+    grad, g = _view(incoming.grad, block, G), room.g
+    by_head = g.view(grad.shape)
+    if incoming.scale is None or incoming.passes is None:
+        by_head.copy_(grad)
+        return g, g.new_zeros(*g.shape[:2], 1) if with_z else None
+    torch.mul(grad, _view(incoming.scale, block, G), out=by_head)
+    product = torch.mul(by_head, _view(incoming.output, block, G), out=room.out.view(grad.shape))
+    dot = product.sum(-1, keepdim=True).mul_(_view(incoming.passes, block, G))
+    return g, dot.view(*g.shape[:2], 1)
 
 
-def _write_value_gradient(grad_w: Tensor, block: Block, grads: Gradients) -> None:
-    _view(grads.v, block, grads.v.shape[2]).squeeze(3).copy_(grad_w[..., :-1])
+def _write_query_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+    _write_feature_gradient(
+        room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q
+    )
+
+
+def _write_key_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+    """Of keys and values."""
+    target = _view(grads.v, block, x.k.shape[2])
+    target.copy_(room.grad_v.view(target.shape))
+    _write_feature_gradient(
+        room.grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors, x.k.shape[2], room.product_k
+    )
 
 
 def _write_feature_gradient(
-    grad_phi: Tensor, block: Block, x: Tensor, factors: Tensor | None, grad_x: Tensor, grad_factors: Tensor | None
-) -> None:
-    """From the gradient of phi [n, B, G, r C, F] to those of x (sum over the rank) and of its factors (over the width)."""
-    G = grad_phi.shape[2]
-    grad_phi = grad_phi.unflatten(-2, (-1, block.C))
-    target = _view(grad_x, block, G)
+    grad_phi: Tensor, block: Block, x: Tensor, factors: Tensor | None, grad_x: Tensor, grad_factors: Tensor | None,
+    groups: int, product: Tensor,
+) -> None:  # fmt: skip
+    """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
+    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary."""
+    target = _view(grad_x, block, groups)
     if factors is None or grad_factors is None:
-        target.copy_(grad_phi)
+        target.copy_(grad_phi.view(target.shape))
         return
-    R, K = factors.shape[-1], x.shape[-1]
-    grad_phi = grad_phi.unflatten(-1, (R, K))
-    tokens, f = _view(x, block, G), _view(factors, block, G)
-    same = target.dtype == grad_phi.dtype
-    total = torch.mul(grad_phi[..., 0, :], f[..., :1], out=target if same else None)
-    for r in range(1, R):
-        total.addcmul_(grad_phi[..., r, :], f[..., r : r + 1].to(total.dtype))
-    if not same:
-        target.copy_(total)
-    by_factor = torch.stack([(grad_phi[..., r, :] * tokens).sum(-1) for r in range(R)], dim=-1)
-    if factors.shape[2] == 1:
-        by_factor = by_factor.sum((2, 3), keepdim=True)
-    _view(grad_factors, block, G).copy_(by_factor)
+    tokens, f = _view(x, block, groups), _view(factors, block, groups).split(1, dim=-1)
+    by_rank = grad_phi.view(*target.shape[:-1], len(f), target.shape[-1]).unbind(-2)
+    by_factor = [torch.mul(part, tokens, out=product).sum(-1) for part in by_rank]
+    for part, factor in zip(by_rank, f, strict=True):
+        part.mul_(factor)
+    for part in by_rank[1:]:
+        by_rank[0].add_(part)
+    target.copy_(by_rank[0])
+    # Factors that heads share get the sum over them, of which this block may hold a part.
+    grad_f, by_factor = _view(grad_factors, block, groups), torch.stack(by_factor, dim=-1)
+    grad_f.add_(by_factor.sum((2, 3), keepdim=True) if factors.shape[2] == 1 else by_factor)
+
+
+def _empty_result(x: Inputs, normalize: bool) -> Forward:
+    (B, T, H, K), G, V, dtype = x.q.shape, x.k.shape[2], x.v.shape[3], x.compute_dtype
+    return Forward(
+        x.q.new_empty(B, T, H, V),
+        x.q.new_empty(B, G, x.rank, K, V, dtype=dtype),
+        x.q.new_empty(B, G, x.rank, K, dtype=dtype),
+        x.q.new_empty(B, T if normalize else 0, H, dtype=dtype),
+    )
 
 
 def _empty_gradients(x: Inputs) -> Gradients:
-    def empty(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    q, k, v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
-    return Gradients(q, k, v, empty(x.q_factors), empty(x.k_factors), empty(x.log_decay), None, None)
+    """Empty, but zeros for factors, to which every head adds."""
+    fields = [None if field is None else field.new_empty(field.shape) for field in x[:8]]
+    for i in (3, 4):
+        factors = x[i]
+        fields[i] = None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
+    return Gradients(*fields)  # type: ignore[arg-type]

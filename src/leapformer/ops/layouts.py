@@ -34,16 +34,20 @@ def forward(x: Inputs, options: Options) -> Forward:
         return chunks.forward(x, causal=options.causal, normalize=options.normalize, eps=options.eps)
     places = _Merged(options.counts, x)
     result = chunks.forward(places.merge(x), causal=True, normalize=options.normalize, eps=options.eps)
-    return result._replace(output=places.queries_out(result.output), normaliser=places.queries_out(result.normaliser))
+    normaliser = places.queries_out(result.normaliser) if options.normalize else result.normaliser
+    return result._replace(output=places.queries_out(result.output), normaliser=normaliser)
 
 
-def backward(x: Inputs, saved: Forward, grad: Tensor, grad_kv: Tensor, grad_z: Tensor, options: Options) -> Gradients:
+def backward(
+    x: Inputs, saved: Forward, grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None, options: Options
+) -> Gradients:
     """Gradients of ``forward``."""
     kind = {"normalize": options.normalize, "eps": options.eps}
     if options.counts is None:
         return chunks.backward(x, saved, grad, grad_kv, grad_z, causal=options.causal, **kind)
     places = _Merged(options.counts, x)
-    saved = saved._replace(output=places.queries_in(saved.output), normaliser=places.queries_in(saved.normaliser))
+    if options.normalize:  # else neither is looked at
+        saved = saved._replace(output=places.queries_in(saved.output), normaliser=places.queries_in(saved.normaliser))
     grads = chunks.backward(places.merge(x), saved, places.queries_in(grad), grad_kv, grad_z, causal=True, **kind)
     return grads._replace(
         q=places.queries_out(grads.q),
@@ -121,10 +125,10 @@ class _Bucket(NamedTuple):
         return _without_hidden(x[0][self.keys], self.key_real)
 
     def queries_to(self, packed: Tensor, x: Tensor) -> None:
-        packed[0][self.queries[self.query_real]] = x[self.query_real]
+        packed[0][self.queries[self.query_real]] = x[self.query_real].to(packed.dtype)
 
     def keys_to(self, packed: Tensor, x: Tensor) -> None:
-        packed[0][self.keys[self.key_real]] = x[self.key_real]
+        packed[0][self.keys[self.key_real]] = x[self.key_real].to(packed.dtype)
 
     def inputs(self, x: Inputs) -> Inputs:
         return Inputs(
@@ -155,19 +159,20 @@ def packed_forward(x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options:
         x.q.new_zeros(1, T, H, V),
         x.q.new_zeros(N, G, x.rank, K, V, dtype=dtype),
         x.q.new_zeros(N, G, x.rank, K, dtype=dtype),
-        x.q.new_zeros(1, T, H, dtype=dtype),
+        x.q.new_zeros(1, T if options.normalize else 0, H, dtype=dtype),
     )
     for bucket in _buckets(cu_seqlens, cu_seqlens_k):
         part = forward(bucket.inputs(x), bucket.options(options))
         bucket.queries_to(result.output, part.output)
-        bucket.queries_to(result.normaliser, part.normaliser)
+        if options.normalize:
+            bucket.queries_to(result.normaliser, part.normaliser)
         result.kv[bucket.rows], result.z[bucket.rows] = part.kv, part.z
     return result
 
 
 def packed_backward(
-    x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, saved: Forward, grad: Tensor, grad_kv: Tensor, grad_z: Tensor,
-    options: Options,
+    x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, saved: Forward, grad: Tensor, grad_kv: Tensor | None,
+    grad_z: Tensor | None, options: Options,
 ) -> Gradients:  # fmt: skip
     """Gradients of ``packed_forward``."""
     total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x[:8]))  # type: ignore[arg-type]
@@ -176,11 +181,11 @@ def packed_backward(
             bucket.queries_in(saved.output),
             saved.kv[bucket.rows],
             saved.z[bucket.rows],
-            bucket.queries_in(saved.normaliser),
+            bucket.queries_in(saved.normaliser) if options.normalize else saved.normaliser,
         )
         part = backward(
-            bucket.inputs(x), saved_part, bucket.queries_in(grad), grad_kv[bucket.rows], grad_z[bucket.rows],
-            bucket.options(options),
+            bucket.inputs(x), saved_part, bucket.queries_in(grad), None if grad_kv is None else grad_kv[bucket.rows],
+            None if grad_z is None else grad_z[bucket.rows], bucket.options(options),
         )  # fmt: skip
         for name in ("q", "q_factors", "log_decay"):
             if getattr(total, name) is not None:

@@ -57,7 +57,7 @@ def _forward_fake(
         q.new_empty(B, T, H, V),
         q.new_empty(N, G, R, K, V, dtype=dtype),
         q.new_empty(N, G, R, K, dtype=dtype),
-        q.new_empty(B, T, H, dtype=dtype),
+        q.new_empty(B, T if normalize else 0, H, dtype=dtype),
     )
 
 
@@ -79,8 +79,8 @@ def _backward(
     final_z: Tensor,
     normaliser: Tensor,
     grad: Tensor,
-    grad_kv: Tensor,
-    grad_z: Tensor,
+    grad_kv: Tensor | None,
+    grad_z: Tensor | None,
     causal: bool,
     normalize: bool,
     eps: float,
@@ -110,12 +110,15 @@ def _save(ctx, inputs, output) -> None:
     *tensors, causal, normalize, eps = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[3])
+    # Nobody asks for the final state in training; then its gradient is not a tensor of zeros but none.
+    ctx.set_materialize_grads(False)
     ctx.options = (causal, normalize, eps)
 
 
 def _autograd(ctx, grad, grad_kv, grad_z, _grad_normaliser):
     tensors = ctx.saved_tensors
     inputs, (output, kv, z, normaliser) = tensors[:12], tensors[12:]
+    grad = torch.zeros_like(output) if grad is None else grad
     grads = iter(backward_op(*inputs, output, kv, z, normaliser, grad, grad_kv, grad_z, *ctx.options))
     return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 7)
 
