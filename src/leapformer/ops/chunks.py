@@ -516,6 +516,7 @@ def _causal_block_backward(
     grad_phi_q = torch.bmm(dP, keys.phi, out=room.grad_phi_q).baddbmm_(read, states.before_T)
     grad_phi_k = torch.bmm(room.scores_T, phi_q, out=room.grad_phi_k).baddbmm_(keys.weighted_v, grad_states.after_T)
     if read_z is not None:
+        assert states.before.z is not None and grad_states.after.z is not None
         grad_phi_q.addcmul_(read_z, states.before.z)
         grad_phi_k.addcmul_(keys.weights, grad_states.after.z)
     if grads.log_decay is not None:
@@ -535,6 +536,7 @@ def _decay_gradient(room: Room, with_z: bool) -> Tensor:
     total = room.phi_q.mul_(room.grad_phi_q).sum(-1).sub_(room.phi_k.mul_(room.grad_phi_k).sum(-1))
     after, grad_after = room.states.after, room.grad_states.after
     for field, grad in zip(after[: 1 + with_z], grad_after, strict=False):
+        assert field is not None and grad is not None
         total[:, -1] += field.mul_(grad).sum((-1, -2))
     return total.flip(-1).cumsum(-1).flip(-1)
 
