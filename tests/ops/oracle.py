@@ -62,12 +62,14 @@ def one_head(q, k, v, a, c, counts, keep, decay, kv, z, normalize, eps):
 
 def explicit(
     q, k, v, q_factors=None, k_factors=None, *, counts, spans, key_mask=None, log_decay=None, kv=None, z=None,
-    state_decay=None, normalize=True, eps=1e-6,
+    state_decay=None, normalize=True, eps=1e-6, relu=False,
 ):  # fmt: skip
     """Outputs [B, T, H, V] and states [N, G or H, R, K, V], [N, G or H, R, K], total decay [N, H] or None.
 
     counts: N lists of g(i), relative to the sequence. spans: N triples (row, query slice, key slice).
     """
+    if relu:
+        q, k = q.clamp(min=0), k.clamp(min=0)
     heads, groups = q.shape[2], k.shape[2]
     rank = 1 if q_factors is None else q_factors.shape[-1]
     a = torch.ones(*q.shape[:3], 1, dtype=q.dtype) if q_factors is None else q_factors.expand(*q.shape[:3], rank)
@@ -161,9 +163,12 @@ class Case:
         return Case(leaves, self.visible, self.counts, self.spans, self.key_mask, self.keywords, self.cu)
 
     def away_from_zero(self) -> Case:
-        """Features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by it."""
+        """Positive features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by it."""
         names = ("q", "k", "q_factors", "k_factors")
-        leaves = {n: 0.25 + 0.75 * t if n in names and t is not None else t for n, t in self.leaves.items()}
+        leaves = {
+            n: torch.where(t > 0, 0.25 + 0.75 * t, t) if n in names and t is not None else t
+            for n, t in self.leaves.items()
+        }
         return replace(self, leaves=leaves)
 
     def call(self, impl: str):
@@ -227,6 +232,8 @@ def make_case(
     state_heads, rank, N = H if decay else G, max(R, 1), len(spans)
     leaves: dict[str, Tensor | None] = dict.fromkeys(LEAVES)
     leaves.update(q=positive(B, T, H, K), k=positive(B, S, G, K), v=signed(B, S, G, V))
+    if keywords.get("relu"):  # three in ten are negative
+        leaves.update(q=leaves["q"] - 0.3, k=leaves["k"] - 0.3)  # type: ignore[operator]
     if R:
         leaves["q_factors"] = positive(B, T, H if factor_heads else 1, R)
         leaves["k_factors"] = positive(B, S, G if factor_heads else 1, R)

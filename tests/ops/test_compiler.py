@@ -27,11 +27,12 @@ def forward_arguments(visible="causal", *, dtype, **form):
     return (
         x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], x["log_decay"], x["kv"], x["z"], case.key_mask, counts,
         packing, case.cu.get("cu_seqlens_k", packing), visible == "causal", True, 1e-6,
+        case.keywords.get("relu", False),
     )  # fmt: skip
 
 
 OPERATOR_FORMS = {
-    "causal": {"T": 5, "mask": True},
+    "causal": {"T": 5, "mask": True, "relu": True},
     "decay": {"T": 5, "decay": True},
     "packed": {"lengths": [2, 0, 3]},
     "all": {"visible": "all", "S": 6, "H": 4, "G": 2},

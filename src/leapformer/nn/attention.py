@@ -198,6 +198,7 @@ class LinearAttention(AttentionLayer):
         elif proportion is not None:
             raise ValueError(f"proportion: expected None, 'position' or 'learned', got {proportion!r}")
         self.is_plain_leap = (feature_map, proportion, reweighting, leap_bins) == ("relu", "learned", "cosine", None)
+        self.has_relu = feature_map == "relu"
         self.decay = Decay(hidden_size, num_heads) if decay else None
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
@@ -220,9 +221,11 @@ class LinearAttention(AttentionLayer):
         if leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
         else:
-            q, k = self.feature_map(q), self.feature_map(k)
+            # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
+            relu = self.has_relu and self.q_proportion is None
+            q, k = (q, k) if relu else (self.feature_map(q), self.feature_map(k))
             q_factors, k_factors = self._factors(q, k, is_self, position_ids, cu_seqlens, cu_seqlens_k, state)
-            output, linear = linear_attention(q, k, v, q_factors, k_factors, **keywords)
+            output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
         if self.output_norm is not None:
             output = self.output_norm(output.to(self.output_norm.weight.dtype)).to(
                 output.dtype

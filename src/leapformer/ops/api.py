@@ -63,12 +63,13 @@ def linear_attention(
     return_state: bool = False,
     normalize: bool = True,
     eps: float = 1e-6,
+    relu: bool = False,
     impl: Impl = "auto",
 ) -> AttentionOutput:
     """out_i = sum_j w_ij v_j / max(sum_j w_ij, eps) with w_ij = q_i . k_j sum_r q_factors[i, r] k_factors[j, r].
 
     Args:
-        q: query features [B, T, H, K], non-negative where ``normalize`` is used.
+        q: query features [B, T, H, K], non-negative where ``normalize`` is used (``relu`` makes them so).
         k: key features [B, S, G, K]; v: values [B, S, G, V]; q, k and v share one floating dtype.
         q_factors: [B, T, H or 1, R] and k_factors [B, S, G or 1, R], both or neither; any floating dtype.
         visible: "all", "causal" (needs T = S), a ``Staircase``, or integers [B or 1, T] of how many key slots each
@@ -81,6 +82,7 @@ def linear_attention(
         return_state: also return the state after all unmasked keys (float32 or better).
         normalize: False returns the numerator.
         eps: clamp of the normaliser; below it the normaliser gets no gradient.
+        relu: use relu(q) and relu(k) in place of q and k, without making copies of that size.
         impl: "reference" (quadratic oracle), "torch" (linear), "native" (kernels for the CPU), or "auto", which takes
             the first of native and torch that can run.
 
@@ -106,7 +108,7 @@ def linear_attention(
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps,
+            initial_state=initial_state, normalize=normalize, eps=eps, relu=relu,
         )  # fmt: skip
     if not return_state:
         return AttentionOutput(output, None)
@@ -247,7 +249,10 @@ def _run_reference(
     initial_state: LinearState | None,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if relu:
+        q, k = torch.relu(q), torch.relu(k)
     if q_factors is None or k_factors is None:
         q_factors, k_factors = q.new_ones(*q.shape[:2], 1, 1), k.new_ones(*k.shape[:2], 1, 1)
     if causal:

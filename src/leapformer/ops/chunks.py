@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.memory import new_empty
+
 CHUNK = 64
 MOST_CHUNKS = 16  # of a block
 # Elements of a block's features: on the CPU about what keeps its temporaries in cache, elsewhere enough to be busy.
@@ -33,7 +35,8 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
 class Inputs(NamedTuple):
     """What one call attends over. q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R],
-    log_decay [B,T,H] (then G = H), kv [B,G,R,K,V] and z [B,G,R,K] the initial state, key_mask [B,S] (True = real)."""
+    log_decay [B,T,H] (then G = H), kv [B,G,R,K,V] and z [B,G,R,K] the initial state, key_mask [B,S] (True = real).
+    relu: features are those of relu(q) and relu(k)."""
 
     q: Tensor
     k: Tensor
@@ -44,6 +47,11 @@ class Inputs(NamedTuple):
     kv: Tensor | None
     z: Tensor | None
     key_mask: Tensor | None
+    relu: bool = False
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        return self[:8]
 
     @property
     def rank(self) -> int:
@@ -223,6 +231,7 @@ class Room:
             "v": (m, C, V), "weighted_v": (m, C, V), "grad_v": (m, C, V),
             "g": (m, r * C, V), "read": (m, r * C, V), "out": (m, r * C, V), "scores": (m, r * C, C), "between": (m, C, C),
             "product_q": (n, B, G, r, C, x.k.shape[3]), "product_k": (n, B, G, 1, C, x.k.shape[3]),
+            "relu_q": (n, B, G, r, C, x.k.shape[3]), "relu_k": (n, B, G, 1, C, x.k.shape[3]),
         }  # fmt: skip
         self.ones = x.q.new_ones(C, 1, dtype=x.compute_dtype).expand(m, C, 1)
         self._boundaries = {"": (n + 1, rows, F, V), "_z": (n + 1, rows, 1, F)}
@@ -270,9 +279,14 @@ class Workspace:
 # ---- features, values, states ----------------------------------------------------------------------------------------
 
 
-def _features(x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor) -> Tensor:
-    """phi = factors (x) x into out [m, r C, F]."""
+def _features(
+    x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor, relu: Tensor | None = None
+) -> Tensor:
+    """phi = factors (x) x into out [m, r C, F]; of relu(x), which is left in ``relu`` [n, B, G, r, C, K], where given."""
     tokens = _view(x, block, groups)
+    if relu is not None:
+        same = tokens.dtype == relu.dtype
+        tokens = torch.clamp(tokens, min=0, out=relu) if same else relu.copy_(tokens).clamp_(min=0)
     if factors is None:
         out.view(tokens.shape).copy_(tokens)
         return out
@@ -284,13 +298,14 @@ def _features(x: Tensor, factors: Tensor | None, block: Block, groups: int, out:
 
 
 def _query_features(x: Inputs, block: Block, room: Room) -> Tensor:
-    return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q)
+    return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q, room.relu_q if x.relu else None)
 
 
 def _keys_and_values(x: Inputs, block: Block, room: Room) -> tuple[Tensor, Tensor]:
     """phi_k [m, C, F] and v [m, C, V], zero where masked."""
     G = x.k.shape[2]
-    phi, v = _features(x.k, x.k_factors, block, G, room.phi_k), _features(x.v, None, block, G, room.v)
+    phi = _features(x.k, x.k_factors, block, G, room.phi_k, room.relu_k if x.relu else None)
+    v = _features(x.v, None, block, G, room.v)
     if x.key_mask is not None:
         hidden = ~_view(x.key_mask[..., None], block, G).squeeze(3)
         for keys in (phi, v):
@@ -590,8 +605,9 @@ def _numerator_gradient(
 
 def _write_query_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
     _write_feature_gradient(
-        room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q
-    )
+        room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q,
+        room.relu_q if x.relu else None,
+    )  # fmt: skip
 
 
 def _write_key_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
@@ -599,37 +615,49 @@ def _write_key_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -
     target = _view(grads.v, block, x.k.shape[2])
     target.copy_(room.grad_v.view(target.shape))
     _write_feature_gradient(
-        room.grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors, x.k.shape[2], room.product_k
-    )
+        room.grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors, x.k.shape[2], room.product_k,
+        room.relu_k if x.relu else None,
+    )  # fmt: skip
 
 
 def _write_feature_gradient(
     grad_phi: Tensor, block: Block, x: Tensor, factors: Tensor | None, grad_x: Tensor, grad_factors: Tensor | None,
-    groups: int, product: Tensor,
+    groups: int, product: Tensor, relu: Tensor | None,
 ) -> None:  # fmt: skip
     """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
-    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary."""
+    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of it."""
     target = _view(grad_x, block, groups)
     if factors is None or grad_factors is None:
-        target.copy_(grad_phi.view(target.shape))
+        _write_through_relu(grad_phi.view(target.shape), relu, target)
         return
-    tokens, f = _view(x, block, groups), _view(factors, block, groups).split(1, dim=-1)
+    tokens = _view(x, block, groups) if relu is None else relu
+    f = _view(factors, block, groups).split(1, dim=-1)
     by_rank = grad_phi.view(*target.shape[:-1], len(f), target.shape[-1]).unbind(-2)
     by_factor = [torch.mul(part, tokens, out=product).sum(-1) for part in by_rank]
     for part, factor in zip(by_rank, f, strict=True):
         part.mul_(factor)
     for part in by_rank[1:]:
         by_rank[0].add_(part)
-    target.copy_(by_rank[0])
+    _write_through_relu(by_rank[0], relu, target)
     # Factors that heads share get the sum over them, of which this block may hold a part.
     grad_f, by_factor = _view(grad_factors, block, groups), torch.stack(by_factor, dim=-1)
     grad_f.add_(by_factor.sum((2, 3), keepdim=True) if factors.shape[2] == 1 else by_factor)
 
 
+def _write_through_relu(grad: Tensor, relu: Tensor | None, target: Tensor) -> None:
+    """Where there was a ReLU, whose result is ``relu``, its gradient; else a copy."""
+    if relu is None:
+        target.copy_(grad)
+    elif target.dtype == grad.dtype:
+        torch.ops.aten.threshold_backward.grad_input(grad, relu, 0, grad_input=target)
+    else:
+        target.copy_(torch.ops.aten.threshold_backward(grad, relu, 0))
+
+
 def _empty_result(x: Inputs, normalize: bool) -> Forward:
     (B, T, H, K), G, V, dtype = x.q.shape, x.k.shape[2], x.v.shape[3], x.compute_dtype
     return Forward(
-        x.q.new_empty(B, T, H, V),
+        new_empty(x.q, (B, T, H, V)),
         x.q.new_empty(B, G, x.rank, K, V, dtype=dtype),
         x.q.new_empty(B, G, x.rank, K, dtype=dtype),
         x.q.new_empty(B, T if normalize else 0, H, dtype=dtype),
@@ -638,8 +666,7 @@ def _empty_result(x: Inputs, normalize: bool) -> Forward:
 
 def _empty_gradients(x: Inputs) -> Gradients:
     """Empty, but zeros for factors, to which every head adds."""
-    fields = [None if field is None else field.new_empty(field.shape) for field in x[:8]]
-    for i in (3, 4):
-        factors = x[i]
+    fields = [None if field is None else new_empty(field, field.shape) for field in x.differentiable]
+    for i, factors in ((3, x.q_factors), (4, x.k_factors)):
         fields[i] = None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
     return Gradients(*fields)  # type: ignore[arg-type]

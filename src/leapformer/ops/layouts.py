@@ -141,6 +141,7 @@ class _Bucket(NamedTuple):
             kv=None if x.kv is None else x.kv[self.rows],
             z=None if x.z is None else x.z[self.rows],
             key_mask=None if x.key_mask is None else x.key_mask[0][self.keys],
+            relu=x.relu,
         )
 
     def options(self, options: Options) -> Options:
@@ -175,7 +176,7 @@ def packed_backward(
     grad_z: Tensor | None, options: Options,
 ) -> Gradients:  # fmt: skip
     """Gradients of ``packed_forward``."""
-    total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x[:8]))  # type: ignore[arg-type]
+    total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x.differentiable))  # type: ignore[arg-type]
     for bucket in _buckets(cu_seqlens, cu_seqlens_k):
         saved_part = Forward(
             bucket.queries_in(saved.output),

@@ -31,8 +31,9 @@ def _forward(
     causal: bool,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask)
+    x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, relu)
     options = Options(causal, counts, normalize, eps)
     if cu_seqlens is not None and cu_seqlens_k is not None:
         result = layouts.packed_forward(x, cu_seqlens, cu_seqlens_k, options)
@@ -46,7 +47,7 @@ forward_op = torch.library.custom_op("leapformer::linear_attention", _forward, m
 
 @forward_op.register_fake
 def _forward_fake(
-    q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
+    q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
 ):  # fmt: skip
     B, T, H, K = q.shape
     G, V = v.shape[2], v.shape[3]
@@ -84,9 +85,10 @@ def _backward(
     causal: bool,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> list[Tensor]:
     """Gradients of those of the first eight arguments that are there, in their order."""
-    x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask)
+    x = Inputs(q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, relu)
     saved = Forward(output, final_kv, final_z, normaliser)
     options = Options(causal, counts, normalize, eps)
     with without_autocast(q.device.type):
@@ -94,7 +96,7 @@ def _backward(
             grads = layouts.packed_backward(x, cu_seqlens, cu_seqlens_k, saved, grad, grad_kv, grad_z, options)
         else:
             grads = layouts.backward(x, saved, grad, grad_kv, grad_z, options)
-    return [g.to(t.dtype) for g, t in zip(grads, x, strict=False) if t is not None and g is not None]
+    return [g.to(t.dtype) for g, t in zip(grads, x.differentiable, strict=True) if t is not None and g is not None]
 
 
 backward_op = torch.library.custom_op("leapformer::linear_attention_backward", _backward, mutates_args=())
@@ -107,12 +109,12 @@ def _backward_fake(q, k, v, q_factors, k_factors, log_decay, kv, z, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, causal, normalize, eps = inputs
+    *tensors, causal, normalize, eps, relu = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[3])
     # Nobody asks for the final state in training; then its gradient is not a tensor of zeros but none.
     ctx.set_materialize_grads(False)
-    ctx.options = (causal, normalize, eps)
+    ctx.options = (causal, normalize, eps, relu)
 
 
 def _autograd(ctx, grad, grad_kv, grad_z, _grad_normaliser):
@@ -120,7 +122,7 @@ def _autograd(ctx, grad, grad_kv, grad_z, _grad_normaliser):
     inputs, (output, kv, z, normaliser) = tensors[:12], tensors[12:]
     grad = torch.zeros_like(output) if grad is None else grad
     grads = iter(backward_op(*inputs, output, kv, z, normaliser, grad, grad_kv, grad_z, *ctx.options))
-    return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 7)
+    return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 8)
 
 
 forward_op.register_autograd(_autograd, setup_context=_save)
@@ -144,11 +146,12 @@ def attend(
     initial_state: LinearState | None,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B,T,H,V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
     kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
     arguments = (q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k)
     # Eager work without gradients skips the operator's dispatch, which costs more than one token's arithmetic.
     direct = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    output, kv, z, _ = (_forward if direct else forward_op)(*arguments, causal, normalize, eps)
+    output, kv, z, _ = (_forward if direct else forward_op)(*arguments, causal, normalize, eps, relu)
     return output, kv, z

@@ -20,7 +20,7 @@ def _inputs(
 ) -> Inputs:  # fmt: skip
     return Inputs(
         q, k, v, None, None, Module(q_w1, q_b1, q_w2, q_b2), Module(k_w1, k_b1, k_w2, k_b2), log_decay, kv, z, key_mask,
-        counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps,
+        counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps, True,
     )  # fmt: skip
 
 

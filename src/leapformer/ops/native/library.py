@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 NAME = "libleapformer_native.so"
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
-# What csrc/interface.h calls Problem, in its order: 17 integers, eps, and addresses and strides.
-PROBLEM = struct.Struct("17qd73q")
+# What csrc/interface.h calls Problem, in its order: 18 integers, eps, and addresses and strides.
+PROBLEM = struct.Struct("18qd73q")
 
 # torch's OpenMP runtime may be any of these.
 OPENMP = ("libgomp", "libomp", "libiomp5")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leapformer.ops.memory import new_empty
 from leapformer.ops.native import problem
 from leapformer.ops.native.problem import Gradients, Incoming, Inputs, Module, Outputs
 from leapformer.ops.state import LinearState
@@ -16,11 +17,12 @@ from leapformer.ops.state import LinearState
 
 
 def _linear_inputs(
-    q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
+    q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps,
+    relu,
 ) -> Inputs:  # fmt: skip
     return Inputs(
         q, k, v, q_factors, k_factors, None, None, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal,
-        normalize, eps,
+        normalize, eps, relu,
     )  # fmt: skip
 
 
@@ -40,9 +42,11 @@ def _linear_forward(
     causal: bool,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = _linear_inputs(
-        q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
+        q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps,
+        relu,
     )  # fmt: skip
     out = empty_outputs(x)
     problem.run("forward", x, out)
@@ -81,10 +85,12 @@ def _linear_backward(
     causal: bool,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> list[Tensor]:
     """Gradients of those of the first eight arguments that are there, in their order."""
     x = _linear_inputs(
-        q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps
+        q, k, v, q_factors, k_factors, log_decay, kv, z, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps,
+        relu,
     )  # fmt: skip
     saved = Outputs(*(t.contiguous() for t in (output, final_kv, final_z, normaliser, checkpoints)))
     grads = empty_gradients(x)
@@ -109,17 +115,17 @@ def _linear_backward_fake(q, k, v, q_factors, k_factors, log_decay, kv, z, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, causal, normalize, eps = inputs
+    *tensors, causal, normalize, eps, relu = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[3:])
-    ctx.options = (causal, normalize, eps)
+    ctx.options = (causal, normalize, eps, relu)
 
 
 def _linear_autograd(ctx, grad, grad_kv, grad_z, _normaliser, _checkpoints):
     tensors = ctx.saved_tensors  # once: under checkpointing a second reading is an error
     inputs, saved = tensors[:12], tensors[12:]
     grads = iter(linear_backward_op(*inputs, *saved, grad, grad_kv, grad_z, *ctx.options))
-    return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 7)
+    return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 8)
 
 
 linear_op.register_autograd(_linear_autograd, setup_context=_save)
@@ -143,11 +149,12 @@ def attend(
     initial_state: LinearState | None,
     normalize: bool,
     eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, T, H, V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
     kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
     tensors = (q, k, v, q_factors, k_factors, log_decay, kv, z)
-    arguments = (*tensors, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps)
+    arguments = (*tensors, key_mask, counts, cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu)
     if needs_operator(tensors):
         return linear_op(*arguments)[:3]
     return run_forward(_linear_inputs(*arguments))
@@ -175,7 +182,7 @@ def empty_outputs(x: Inputs, *, save: bool = True) -> Outputs:
     (B, T, H, K), (G, V) = x.q.shape, x.v.shape[2:]
     wide = torch.float32
     return Outputs(
-        x.q.new_empty(B, T, H, V),
+        new_empty(x.q, (B, T, H, V)),
         x.q.new_empty(x.sequences, G, x.rank, K, V, dtype=wide),
         x.q.new_empty(x.sequences, G, x.rank, K, dtype=wide),
         x.q.new_empty(B, T, H, dtype=wide),
@@ -190,7 +197,7 @@ def empty_gradients(x: Inputs) -> Gradients:
         if t is None:
             return None
         shape = t.shape if heads is None else (*t.shape[:2], heads, *t.shape[3:])
-        return x.q.new_empty(shape, dtype=torch.float32)
+        return new_empty(x.q, shape, torch.float32)
 
     def module(weights: Module | None, heads: int) -> Tensor | None:
         if weights is None:
@@ -201,7 +208,7 @@ def empty_gradients(x: Inputs) -> Gradients:
         return x.q.new_zeros(x.slots, heads, size, dtype=torch.float32)
 
     H, G = x.q.shape[2], x.k.shape[2]
-    q, k, v = (t.new_empty(t.shape) for t in (x.q, x.k, x.v))
+    q, k, v = (new_empty(t, t.shape) for t in (x.q, x.k, x.v))
     return Gradients(
         q, k, v, like(x.q_factors, H), like(x.k_factors, G), module(x.q_leap, H), module(x.k_leap, G),
         like(x.log_decay), like(x.kv), like(x.z),

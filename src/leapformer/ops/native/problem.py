@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
     causal: bool
     normalize: bool
     eps: float
+    relu: bool  # of q and k; always with LeaP modules
 
     @property
     def sequences(self) -> int:
@@ -117,6 +118,7 @@ def run(name: str, x: Inputs, out: Outputs, incoming: Incoming | None = None, gr
     integers = (
         x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
         not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), x.slots, 1,
+        x.relu,
     )  # fmt: skip
     mask = x.key_mask
     fields = (

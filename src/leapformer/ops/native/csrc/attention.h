@@ -137,8 +137,9 @@ struct Attention : Buffers {
         }
         load_rows(rows_of(p.k, seq.batch, token, g, p.bfloat16), keys, s.K, mask, kx, s.ldk, s.Kp);
         load_rows(rows_of(p.v, seq.batch, token, g, p.bfloat16), keys, s.V, mask, v, s.ldv, s.Vp);
+        if (p.relu) relu_rows(keys, kx);
         if (p.leap)
-            relu_rows(keys, kx), k_module.forward(s, keys, kx, kf);
+            k_module.forward(s, keys, kx, kf);
         else
             load_factors(p.k_factors, token, g, keys, kf);
         if (mask)
@@ -151,8 +152,9 @@ struct Attention : Buffers {
     void load_queries(long head, long i, int n) {
         const long token = seq.q0 + i;
         load_rows(rows_of(p.q, seq.batch, token, head, p.bfloat16), n, s.K, nullptr, qx, s.ldk, s.Kp);
+        if (p.relu) relu_rows(n, qx);
         if (p.leap)
-            relu_rows(n, qx), q_module.forward(s, n, qx, qf);
+            q_module.forward(s, n, qx, qf);
         else
             load_factors(p.q_factors, token, head, n, qf);
         features(s, n, qx, p.log_decay.data ? weighted(qf, eq) : qf, phi_q);
@@ -451,12 +453,12 @@ struct Attention : Buffers {
 
     void write_query_gradients(long head, long i, int n, float* module_gradient) {
         const long row = (seq.batch * p.T + seq.q0 + i) * p.H + head;
-        if (p.leap) {
+        if (p.leap)
             q_module.backward(s, n, qx, qf, dqf, dxq, module_gradient);
-            through_relu(n, qx, dxq);
-        } else if (p.dq_factors)
+        else if (p.dq_factors)
             for (int a = 0; a < n; a++)
                 for (int r = 0; r < s.R; r++) p.dq_factors[(row + a * p.H) * s.R + r] = dqf[r * TILE + a];
+        if (p.relu) through_relu(n, qx, dxq);
         store_rows(dxq, s.ldk, n, s.K, p.dq + row * s.K * size(), p.H * s.K, p.bfloat16);
     }
     void through_relu(int n, const float* x, float* grad) const {
@@ -479,12 +481,12 @@ struct Attention : Buffers {
 
     void write_key_gradients(float* module_gradient) {
         const long row = (seq.batch * p.S + seq.k0 + key_tile * TILE) * p.G + g;
-        if (p.leap) {
+        if (p.leap)
             k_module.backward(s, keys, kx, kf, dkf, dxk, module_gradient);
-            through_relu(keys, kx, dxk);
-        } else if (p.dk_factors)
+        else if (p.dk_factors)
             for (int a = 0; a < keys; a++)
                 for (int r = 0; r < s.R; r++) p.dk_factors[(row + a * p.G) * s.R + r] = dkf[r * TILE + a];
+        if (p.relu) through_relu(keys, kx, dxk);
         store_rows(dxk, s.ldk, keys, s.K, p.dk + row * s.K * size(), p.G * s.K, p.bfloat16);
         store_rows(dv, s.ldv, keys, s.V, p.dv + row * s.V * size(), p.G * s.V, p.bfloat16);
     }

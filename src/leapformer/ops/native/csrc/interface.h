@@ -24,6 +24,7 @@ struct Problem {
     int64_t bfloat16;  // q, k, v, output, grad and the gradients of q, k and v: bfloat16, else float32; all else float32
     int64_t B, N, T, S, H, G, K, V, R;
     int64_t causal, all, normalize, leap, threads, slots, pieces;
+    int64_t relu;  // of q and k; always with LeaP modules
     double eps;
     View q, k, v, q_factors, k_factors, log_decay;
     const float *kv, *z;      // initial state [N, G, R, K, V] and [N, G, R, K]
