@@ -5,8 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The extras of parts that are not written yet (lra, speech) are left out.
-EXTRAS := lm,plots,dev
+# The extra of the part that is not written yet (speech) is left out.
+EXTRAS := lm,lra,plots,dev
 PYTEST_ARGS ?=
 # A change of these rebuilds the kernels.
 NATIVE := CMakeLists.txt $(wildcard src/leapformer/ops/native/csrc/*)

@@ -16,6 +16,8 @@ from leapformer.errors import MissingExtra
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 plot = typer.Typer(no_args_is_help=True, help="Pictures of a trained run.")
 app.add_typer(plot, name="plot")
+data = typer.Typer(no_args_is_help=True, help="Data sets of the tasks.")
+app.add_typer(data, name="data")
 
 # The base of click's errors, reached in public: some versions of typer carry a copy of click of their own.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -132,6 +134,34 @@ def plot_proportions(
 ) -> None:
     """Draw the learned proportions of each layer and head along a text."""
     _work("leapformer.cli.plot", "plot_proportions", "plots")(folder, text=text, output=output)
+
+
+@data.command("prepare")
+def data_prepare(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="lra-listops, lra-text, lra-retrieval, lra-image or lra-pathfinder."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to fill.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="What to convert; none generates listops and pathfinder.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each processor.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Training examples to generate; default: in full.")] = None,
+    min_length: Annotated[int | None, typer.Option(help="listops: shortest expression; default 501.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="listops: longest expression; text, retrieval: where to cut; default 1999, 4000.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="pathfinder: 32, 64, 128 or 256; default 32.")] = None,
+    level: Annotated[int | None, typer.Option(help="pathfinder: 6, 9 or 14 paddles; default 14.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on over bad rows; count and list them.")] = False,
+) -> None:
+    """Generate or convert a data set; the same command goes on with an interrupted one."""
+    _work("leapformer.cli.data", "prepare_data", "lra")(
+        name, output=output, source=source, seed=seed, workers=workers, count=count, skip_bad=skip_bad,
+        min_length=min_length, max_length=max_length, size=size, level=level,
+    )  # fmt: skip
 
 
 @app.command()

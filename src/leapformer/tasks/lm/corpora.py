@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import ast
 import difflib
-import gzip
 import hashlib
 import inspect
-import json
-import lzma
 import re
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.tasks.files import COMPRESSIONS, bare_name, inner_suffix, read_json_rows, read_text, row_text
 
 SPLITS = ("train", "validation", "test")
-COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_SUFFIXES = (".txt", ".tokens")
 ROW_SUFFIXES = (".jsonl",)
 
@@ -133,104 +129,13 @@ def load_corpus(
 # ---- files
 
 
-def _inner_suffix(path: Path) -> str:
-    """The suffix below the compression's: .txt of both a.txt and a.txt.xz."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-
-
-def _bare_name(path: Path) -> str:
-    return Path(path.stem).stem if path.suffix in COMPRESSIONS else path.stem
-
-
-def _decompress(path: Path, raw: bytes) -> bytes:
-    if path.suffix == ".gz":
-        return gzip.decompress(raw)
-    if path.suffix == ".xz":
-        return lzma.decompress(raw)
-    if path.suffix == ".zst":
-        return _decompress_zst(raw, path)
-    return raw
-
-
-def _decompress_zst(raw: bytes, path: Path) -> bytes:
-    """Frame by frame, as the library's own reader takes a file that is cut off for a whole one."""
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingExtra("lm", package="zstandard", purpose=f"reading {path}") from None
-    pieces = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            pieces.append(frame.decompress(raw))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
-        if not frame.eof:
-            raise EOFError("the last frame is cut off")
-        raw = frame.unused_data
-    return b"".join(pieces)
-
-
-def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file, decompressed by its last suffix, line ends untouched.
-
-    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not UTF-8.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise LeapformerError(f"data: cannot read {path}: {error.strerror or error}") from None
-    if not raw:
-        raise LeapformerError(f"data: {path} is empty")
-    try:
-        raw = _decompress(path, raw)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise LeapformerError(f"data: {path} is not a whole {path.suffix} file: {error}") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = " of the decompressed text" if path.suffix in COMPRESSIONS else ""
-        raise LeapformerError(
-            f"data: {path}: expected UTF-8, found byte 0x{raw[error.start]:02x} at offset {error.start}{where}"
-        ) from None
-
-
 def _read_rows(path: Path, text_field: str) -> list[str]:
-    documents = []
-    for row, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LeapformerError(f"data: {path}:{row}: expected a JSON object, found {error.msg.lower()}") from None
-        if not isinstance(value, dict):
-            raise LeapformerError(f"data: {path}:{row}: expected a JSON object, found {type(value).__name__}")
-        text = value.get(text_field)
-        if not isinstance(text, str):
-            keys = ", ".join(sorted(value)) or "none"
-            found = f"keys {keys}" if text is None else type(text).__name__
-            raise LeapformerError(f"data: {path}:{row}: expected text under {text_field!r}, found {found}")
-        documents.append(_encodable(text, f"{path}:{row}"))
-    return documents
-
-
-def _encodable(text: str, where: str) -> str:
-    """JSON can spell half of a surrogate pair, which no UTF-8 file can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise LeapformerError(
-            f"data: {where}: expected text, found a lone surrogate U+{ord(text[error.start]):04X} "
-            f"at character {error.start}"
-        ) from None
-    return text
+    return [row_text(content, text_field, where) for content, where in read_json_rows(path)]
 
 
 def _read_documents(path: Path, text_field: str) -> list[str]:
     """A text file is one document, a .jsonl file one per row; documents without text are left out."""
-    documents = _read_rows(path, text_field) if _inner_suffix(path) in ROW_SUFFIXES else [read_text(path)]
+    documents = _read_rows(path, text_field) if inner_suffix(path) in ROW_SUFFIXES else [read_text(path)]
     return [document for document in documents if document.strip()]
 
 
@@ -248,12 +153,12 @@ def _load_text(path: Any, subset: str | None, text_field: str, validation_share:
     if not root.exists():
         raise LeapformerError(f"data.path: expected a file or folder, found nothing at {root}")
     if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.is_file() and _inner_suffix(file) in readable)
+        files = sorted(file for file in root.rglob("*") if file.is_file() and inner_suffix(file) in readable)
         if not files:
             raise LeapformerError(f"data.path: expected files {wanted} in {root}, found none")
     else:
         files = [root]
-        if _inner_suffix(root) not in readable:
+        if inner_suffix(root) not in readable:
             raise LeapformerError(f"data.path: expected a file {wanted}, found {root}")
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in files:
@@ -270,7 +175,7 @@ def _load_text(path: Any, subset: str | None, text_field: str, validation_share:
 
 def _split_of(file: Path) -> str:
     """The split a file's name gives, "train" when it gives none: valid.txt, dev.jsonl.xz, wiki.test.tokens."""
-    for part in _bare_name(file).lower().replace("-", ".").replace("_", ".").split("."):
+    for part in bare_name(file).lower().replace("-", ".").replace("_", ".").split("."):
         if part in _SPLIT_NAMES:
             return _SPLIT_NAMES[part]
     return "train"

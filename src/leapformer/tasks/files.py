@@ -1,0 +1,137 @@
+"""Files that several tasks read: text and rows of JSON, compressed or not. Every fault is one line with file and row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from leapformer.errors import LeapformerError, MissingExtra
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix below the compression's: .txt of both a.txt and a.txt.xz."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def bare_name(path: Path) -> str:
+    """The name without the suffixes: a of both a.txt and a.txt.xz."""
+    return Path(path.stem).stem if path.suffix in COMPRESSIONS else path.stem
+
+
+def _decompress(path: Path, raw: bytes) -> bytes:
+    if path.suffix == ".gz":
+        return gzip.decompress(raw)
+    if path.suffix == ".xz":
+        return lzma.decompress(raw)
+    if path.suffix == ".zst":
+        return _decompress_zst(raw, path)
+    return raw
+
+
+def _decompress_zst(raw: bytes, path: Path) -> bytes:
+    """Frame by frame, as the library's own reader takes a file that is cut off for a whole one."""
+    try:
+        import zstandard
+    except ImportError:
+        raise MissingExtra("lm", package="zstandard", purpose=f"reading {path}") from None
+    pieces = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            pieces.append(frame.decompress(raw))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
+        if not frame.eof:
+            raise EOFError("the last frame is cut off")
+        raw = frame.unused_data
+    return b"".join(pieces)
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file, decompressed by its last suffix, line ends untouched.
+
+    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise LeapformerError(f"data: cannot read {path}: {error.strerror or error}") from None
+    if not raw:
+        raise LeapformerError(f"data: {path} is empty")
+    try:
+        raw = _decompress(path, raw)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise LeapformerError(f"data: {path} is not a whole {path.suffix} file: {error}") from None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = " of the decompressed text" if path.suffix in COMPRESSIONS else ""
+        raise LeapformerError(
+            f"data: {path}: expected UTF-8, found byte 0x{raw[error.start]:02x} at offset {error.start}{where}"
+        ) from None
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a .jsonl file, each with its place, "FILE:ROW"; empty lines are passed over.
+
+    Raises:
+        LeapformerError: as `read_text`, or a row is not a JSON object.
+    """
+    for line, where in read_lines(path):
+        yield parse_json_row(line, where), where
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not empty, each with its place, "FILE:ROW"."""
+    for row, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield line, f"{path}:{row}"
+
+
+def parse_json_row(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        LeapformerError: it is something else.
+    """
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LeapformerError(f"data: {where}: expected a JSON object, found {error.msg.lower()}") from None
+    if not isinstance(value, dict):
+        raise LeapformerError(f"data: {where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def row_text(content: dict[str, Any], text_field: str, where: str) -> str:
+    """The text under a key of a JSON row.
+
+    Raises:
+        LeapformerError: there is none, or no UTF-8 file could hold it.
+    """
+    text = content.get(text_field)
+    if not isinstance(text, str):
+        keys = ", ".join(sorted(content)) or "none"
+        found = f"keys {keys}" if text is None else type(text).__name__
+        raise LeapformerError(f"data: {where}: expected text under {text_field!r}, found {found}")
+    return _encodable(text, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can spell half of a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LeapformerError(
+            f"data: {where}: expected text, found a lone surrogate U+{ord(text[error.start]):04X} "
+            f"at character {error.start}"
+        ) from None
+    return text
