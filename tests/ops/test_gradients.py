@@ -186,3 +186,20 @@ def test_second_derivatives_are_refused_where_there_are_none():
         else:
             with pytest.raises(RuntimeError, match="no autograd formula"):
                 torch.autograd.grad(gradient.square().sum(), q)
+
+
+@pytest.mark.parametrize("used", ("output", "kv", "z"))
+@pytest.mark.parametrize("visible", ("all", "causal"))
+def test_gradient_through_one_result_alone(visible, used, impl):
+    case = make_case(visible, T=70, R=2)
+    named = {name: t for name, t in case.leaves.items() if t is not None}
+
+    def gradients(which):
+        leaves = dict(zip(named, differentiable(*named.values()), strict=True))
+        output, state = attend(*leaves.values(), visible=visible, impl=which, return_state=True)
+        result = {"output": output, "kv": state.kv, "z": state.z}[used]
+        return torch.autograd.grad(result.square().sum(), list(leaves.values()), allow_unused=True)
+
+    for name, found, expected in zip(named, gradients(impl), gradients("reference"), strict=True):
+        assert_near(torch.zeros_like(named[name]) if found is None else found,
+                    torch.zeros_like(named[name]) if expected is None else expected, name=name)  # fmt: skip

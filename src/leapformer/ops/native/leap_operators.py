@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leapformer.ops.native import problem
 from leapformer.ops.native.operators import empty_gradients, empty_outputs, needs_operator, run_forward
-from leapformer.ops.native.problem import Incoming, Inputs, Module, Outputs
+from leapformer.ops.native.problem import Inputs, Module, Outputs, incoming
 from leapformer.ops.state import LinearState
 
 
@@ -89,8 +89,8 @@ def _backward(
     normaliser: Tensor,
     checkpoints: Tensor,
     grad: Tensor,
-    grad_kv: Tensor,
-    grad_z: Tensor,
+    grad_kv: Tensor | None,
+    grad_z: Tensor | None,
     causal: bool,
     normalize: bool,
     eps: float,
@@ -102,7 +102,7 @@ def _backward(
     )  # fmt: skip
     saved = Outputs(*(t.contiguous() for t in (output, final_kv, final_z, normaliser, checkpoints)))
     grads = empty_gradients(x)
-    problem.run("backward", x, saved, Incoming(grad, grad_kv, grad_z), grads)
+    problem.run("backward", x, saved, incoming(grad, grad_kv, grad_z, saved), grads)
     assert x.q_leap is not None and x.k_leap is not None and grads.q_leap is not None and grads.k_leap is not None
     modules = [*_module_gradients(x.q_leap, grads.q_leap), *_module_gradients(x.k_leap, grads.k_leap)]
     found = (grads.q, grads.k, grads.v, *modules, grads.log_decay, grads.kv, grads.z)
@@ -138,12 +138,15 @@ def _save(ctx, inputs, output) -> None:
     *tensors, causal, normalize, eps = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[3:])
+    # Else every result that got no gradient would get one of zeros, the checkpoints too.
+    ctx.set_materialize_grads(False)
     ctx.options = (causal, normalize, eps)
 
 
 def _autograd(ctx, grad, grad_kv, grad_z, _normaliser, _checkpoints):
     tensors = ctx.saved_tensors  # once: under checkpointing a second reading is an error
     inputs, saved = tensors[:18], tensors[18:]
+    grad = torch.zeros_like(saved[0]) if grad is None else grad
     grads = iter(leap_backward_op(*inputs, *saved, grad, grad_kv, grad_z, *ctx.options))
     return (*(None if t is None else next(grads) for t in inputs[:14]), *[None] * 7)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leapformer.ops.memory import new_empty
 from leapformer.ops.native import problem
-from leapformer.ops.native.problem import Gradients, Incoming, Inputs, Module, Outputs
+from leapformer.ops.native.problem import Gradients, Inputs, Module, Outputs, incoming
 from leapformer.ops.state import LinearState
 
 # ---- linear_attention ------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def _linear_backward(
     normaliser: Tensor,
     checkpoints: Tensor,
     grad: Tensor,
-    grad_kv: Tensor,
-    grad_z: Tensor,
+    grad_kv: Tensor | None,
+    grad_z: Tensor | None,
     causal: bool,
     normalize: bool,
     eps: float,
@@ -94,7 +94,7 @@ def _linear_backward(
     )  # fmt: skip
     saved = Outputs(*(t.contiguous() for t in (output, final_kv, final_z, normaliser, checkpoints)))
     grads = empty_gradients(x)
-    problem.run("backward", x, saved, Incoming(grad, grad_kv, grad_z), grads)
+    problem.run("backward", x, saved, incoming(grad, grad_kv, grad_z, saved), grads)
     factors = [
         g if g is None or t is None or t.shape[2] == g.shape[2] else g.sum(2, keepdim=True)
         for g, t in ((grads.q_factors, q_factors), (grads.k_factors, k_factors))
@@ -118,12 +118,15 @@ def _save(ctx, inputs, output) -> None:
     *tensors, causal, normalize, eps, relu = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[3:])
+    # Else every result that got no gradient would get one of zeros, the checkpoints too.
+    ctx.set_materialize_grads(False)
     ctx.options = (causal, normalize, eps, relu)
 
 
 def _linear_autograd(ctx, grad, grad_kv, grad_z, _normaliser, _checkpoints):
     tensors = ctx.saved_tensors  # once: under checkpointing a second reading is an error
     inputs, saved = tensors[:12], tensors[12:]
+    grad = torch.zeros_like(saved[0]) if grad is None else grad
     grads = iter(linear_backward_op(*inputs, *saved, grad, grad_kv, grad_z, *ctx.options))
     return (*(None if t is None else next(grads) for t in inputs[:8]), *[None] * 8)
 

@@ -95,14 +95,23 @@ class Gradients(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """Gradients of output, final kv and final z."""
+    """Gradients of output, final kv and final z; None where nothing depends on the state."""
 
     output: Tensor
-    kv: Tensor
-    z: Tensor
+    kv: Tensor | None
+    z: Tensor | None
 
 
-def run(name: str, x: Inputs, out: Outputs, incoming: Incoming | None = None, grads: Gradients | None = None) -> None:
+def incoming(output: Tensor, kv: Tensor | None, z: Tensor | None, saved: Outputs) -> Incoming:
+    """Zeros for one half of the state where only the other got a gradient."""
+    if kv is None and z is None:
+        return Incoming(output, None, None)
+    return Incoming(
+        output, torch.zeros_like(saved.kv) if kv is None else kv, torch.zeros_like(saved.z) if z is None else z
+    )
+
+
+def run(name: str, x: Inputs, out: Outputs, given: Incoming | None = None, grads: Gradients | None = None) -> None:
     """Calls ``leapformer_<name>``. Whatever is made here for the call lives until it returns."""
     assert LIBRARY is not None
     B, T, H, K = x.q.shape
@@ -113,7 +122,7 @@ def run(name: str, x: Inputs, out: Outputs, incoming: Incoming | None = None, gr
     causal, counts = _visibility(x, bounds)
     modules = [_module(m) for m in (x.q_leap, x.k_leap)]
     g = grads or Gradients(*[None] * 10)  # type: ignore[arg-type]
-    passed = incoming or Incoming(None, None, None)  # type: ignore[arg-type]
+    passed = given or Incoming(None, None, None)  # type: ignore[arg-type]
     passed_state = [None if t is None else _wide(t).contiguous() for t in passed[1:]]  # type: ignore[union-attr]
     integers = (
         x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
