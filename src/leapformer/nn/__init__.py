@@ -1,16 +1,32 @@
 """Layers: proportions, re-weightings, attention, blocks and their state. See docs/nn.md."""
 
-from leapformer.nn.attention import AttentionLayer, Capabilities, Decay, LinearAttention, build_attention
+from leapformer.nn.attention import KINDS, AttentionLayer, Capabilities, Decay, LinearAttention, build_attention
+from leapformer.nn.bigbird import BigBirdAttention
 from leapformer.nn.blocks import DecoderBlock, EncoderBlock, FeedForward
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS, elu_plus_one
+from leapformer.nn.informer import InformerAttention
+from leapformer.nn.linformer import LinformerAttention
+from leapformer.nn.nystromformer import NystromformerAttention
+from leapformer.nn.performer import PerformerAttention, RandomFeatures
 from leapformer.nn.positions import LearnedPositions, SinusoidalPositions
 from leapformer.nn.proportions import LeapModule, PositionProportion, hidden_for_share, leap_parameters
+from leapformer.nn.reformer import ReformerAttention
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Quadratic, Reweighting
+from leapformer.nn.skyformer import SkyformerAttention
 from leapformer.nn.softmax import SoftmaxAttention
 from leapformer.nn.state import LayerState
 
 __all__ = [
+    "KINDS",
+    "SkyformerAttention",
+    "ReformerAttention",
+    "RandomFeatures",
+    "PerformerAttention",
+    "NystromformerAttention",
+    "LinformerAttention",
+    "InformerAttention",
+    "BigBirdAttention",
     "FEATURE_MAPS",
     "REWEIGHTINGS",
     "AttentionLayer",

@@ -6,7 +6,7 @@ Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,12 @@ from leapformer.nn.state import LayerState, real_tokens
 from leapformer.ops import Staircase, leap_attention, linear_attention
 from leapformer.ops.api import Impl, Visible
 
-Kind = Literal["leap", "cosformer", "linear", "softmax"]
+# "linear" has the feature map that is asked for; the two after it are that with one of their own.
+Kind = Literal[
+    "leap", "cosformer", "linear", "linear-relu", "linear-elu", "softmax", "performer", "linformer", "nystromformer",
+    "skyformer", "reformer", "bigbird", "informer",
+]  # fmt: skip
+KINDS: tuple[str, ...] = get_args(Kind)
 Variant = Literal["paper", "gated"]
 
 
@@ -67,6 +72,7 @@ class AttentionLayer(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         conv_width: int = 0,
+        share_qk: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -86,7 +92,9 @@ class AttentionLayer(nn.Module):
         self.dropout = dropout
         self.conv = ShortConvolution(hidden_size, width=conv_width) if conv_width else None
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        if share_qk and num_kv_heads != num_heads:
+            raise ValueError(f"attention with queries as keys: expected num_kv_heads={num_heads}, got {num_kv_heads}")
+        self.k_proj = None if share_qk else nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
 
@@ -122,7 +130,8 @@ class AttentionLayer(nn.Module):
             x, tail = self.conv(x, key_mask=own_mask, cu_seqlens=cu_seqlens, past=past)
         source = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k, v = (f(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for f in (self.k_proj, self.v_proj))
+        k = q if self.k_proj is None else self.k_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
         y, kept = self.attend(
             q, k, v, x, is_self=context is None, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k, position_ids=position_ids, state=state, return_state=return_state,
@@ -279,26 +288,32 @@ def build_attention(
     feature_map: str = "relu",
     reweighting: str = "cosine",
     max_positions: int = 2048,
+    num_features: int = 128,
+    num_hashes: int = 2,
+    block_size: int = 64,
+    random_blocks: int = 3,
+    seed: int = 0,
     bias: bool = True,
     dropout: float = 0.0,
     eps: float = 1e-6,
     impl: Impl = "auto",
 ) -> AttentionLayer:
-    """One attention layer by name: "leap", "cosformer", "linear" or "softmax".
+    """One attention layer by name, one of ``KINDS``.
 
     ``variant`` "gated" turns on decay, a convolution of width 4 and the output norm for the linear kinds; each of the
-    three switches can be set by itself. Softmax takes the convolution only where ``conv_width`` asks for it.
+    three switches can be set by itself. The other kinds take the convolution only where ``conv_width`` asks for it.
+    ``num_features`` to ``seed`` are for the mechanisms that LeaPformer is compared with; see their classes.
     """
-    from leapformer.nn.softmax import SoftmaxAttention
-
     if variant not in ("paper", "gated"):
         raise ValueError(f"variant: expected 'paper' or 'gated', got {variant!r}")
     shape = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "bias": bias, "dropout": dropout}
-    if kind == "softmax":
-        return SoftmaxAttention(hidden_size, num_heads, conv_width=conv_width or 0, **shape)
-    proportions = {"leap": "learned", "cosformer": "position", "linear": None}
+    proportions = {"leap": "learned", "cosformer": "position", "linear": None, "linear-relu": None, "linear-elu": None}
+    if kind not in KINDS:
+        raise ValueError(f"attention: expected one of {', '.join(KINDS)}, got {kind!r}")
     if kind not in proportions:
-        raise ValueError(f"attention: expected 'leap', 'cosformer', 'linear' or 'softmax', got {kind!r}")
+        layer, own = _other_kinds(num_features, max_positions, num_hashes, block_size, random_blocks, seed, impl)[kind]
+        return layer(hidden_size, num_heads, conv_width=conv_width or 0, **shape, **own)
+    feature_map = {"linear-relu": "relu", "linear-elu": "elu"}.get(kind, feature_map)
     gated = variant == "gated"
     return LinearAttention(
         hidden_size, num_heads, feature_map=feature_map, proportion=proportions[kind], reweighting=reweighting,
@@ -307,6 +322,32 @@ def build_attention(
         conv_width=(4 if gated else 0) if conv_width is None else conv_width,
         output_norm=gated if output_norm is None else output_norm, eps=eps, impl=impl, **shape,
     )  # fmt: skip
+
+
+def _other_kinds(
+    num_features: int, max_positions: int, num_hashes: int, block_size: int, random_blocks: int, seed: int, impl: Impl
+) -> dict[str, tuple[type[AttentionLayer], dict[str, Any]]]:
+    """Class and own arguments of each kind that isn't linear attention. The modules import this one, so they come late."""
+    from leapformer.nn.bigbird import BigBirdAttention
+    from leapformer.nn.informer import InformerAttention
+    from leapformer.nn.linformer import LinformerAttention
+    from leapformer.nn.nystromformer import NystromformerAttention
+    from leapformer.nn.performer import PerformerAttention
+    from leapformer.nn.reformer import ReformerAttention
+    from leapformer.nn.skyformer import SkyformerAttention
+    from leapformer.nn.softmax import SoftmaxAttention
+
+    size, blocks = {"num_features": num_features, "seed": seed}, {"block_size": block_size, "seed": seed}
+    return {
+        "softmax": (SoftmaxAttention, {}),
+        "performer": (PerformerAttention, {"num_features": num_features, "impl": impl}),
+        "linformer": (LinformerAttention, {**size, "max_positions": max_positions}),
+        "nystromformer": (NystromformerAttention, size),
+        "skyformer": (SkyformerAttention, size),
+        "reformer": (ReformerAttention, {**blocks, "num_hashes": num_hashes}),
+        "bigbird": (BigBirdAttention, {**blocks, "random_blocks": random_blocks}),
+        "informer": (InformerAttention, {**size, "max_positions": max_positions}),
+    }
 
 
 def _named(table: dict, name: str, what: str):

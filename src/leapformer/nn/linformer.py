@@ -1,0 +1,66 @@
+"""Linformer. Letters: B batch, T queries, S keys, H heads, K head width, M projected length, N longest length."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leapformer.nn.attention import Capabilities
+from leapformer.nn.bidirectional import BidirectionalAttention
+
+
+class LinformerAttention(BidirectionalAttention):
+    """softmax(q (E k)^T / sqrt(K)) (F v), E and F [M, N] learned and shared by the heads (arXiv 2006.04768, eq. 7).
+
+    A shorter sequence uses the first columns of E and F, and padding counts as zeros, so it changes nothing. Dropout is on
+    the attention weights.
+
+    Args:
+        num_features: M. max_positions: N, a limit. The others as in ``BidirectionalAttention``.
+    """
+
+    name = "linformer"
+    capabilities = Capabilities(causal=False, cross=True, streaming=False, arbitrary_length=False)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_features: int = 128,
+        max_positions: int = 2048,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        conv_width: int = 0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
+            dropout=dropout, seed=seed,
+        )  # fmt: skip
+        self.max_positions = max_positions
+        self.key_projection = nn.Parameter(torch.empty(num_features, max_positions))
+        self.value_projection = nn.Parameter(torch.empty(num_features, max_positions))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Variance 1 / M, as in the Johnson-Lindenstrauss projections of the paper's theorem 2."""
+        for projection in (self.key_projection, self.value_projection):
+            nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        S = k.shape[1]
+        if S > self.max_positions:
+            raise ValueError(
+                f"linformer attention: expected at most max_positions={self.max_positions} tokens, got {S}; its "
+                "projections have that length"
+            )
+        if mask is not None:
+            k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
+        k = torch.einsum("ms,bshk->bhmk", self.key_projection[:, :S], k)
+        v = torch.einsum("ms,bshk->bhmk", self.value_projection[:, :S], v)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=dropout).transpose(1, 2)
