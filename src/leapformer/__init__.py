@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 from leapformer.errors import LeapformerError, MissingExtra
 
 if TYPE_CHECKING:
-    from leapformer.models import LeapformerConfig, LeapformerForCausalLM, LeapformerModel
+    from leapformer.models import (
+        LeapformerConfig,
+        LeapformerForCausalLM,
+        LeapformerForSequenceClassification,
+        LeapformerModel,
+    )
     from leapformer.nn import LinearAttention, SoftmaxAttention, build_attention
     from leapformer.ops import (
         AttentionOutput,
@@ -32,6 +37,7 @@ __all__ = [
     "LeapformerConfig",
     "LeapformerError",
     "LeapformerForCausalLM",
+    "LeapformerForSequenceClassification",
     "LeapformerModel",
     "LinearAttention",
     "LinearState",
@@ -58,6 +64,7 @@ _HOME = {
     "build_attention": "nn",
     "LeapformerConfig": "models",
     "LeapformerForCausalLM": "models",
+    "LeapformerForSequenceClassification": "models",
     "LeapformerModel": "models",
 }
 

@@ -3,18 +3,20 @@
 from leapformer.errors import MissingExtra
 
 try:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 except ModuleNotFoundError as error:
     raise MissingExtra("lm", package=error.name, purpose="leapformer.models") from error
 
 from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from leapformer.models.cache import LeapformerCache
+from leapformer.models.classification import LeapformerEncoder, LeapformerForSequenceClassification
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.modeling import CheckpointError, LeapformerForCausalLM, LeapformerModel, SequenceTooLong
 
 AutoConfig.register(LeapformerConfig.model_type, LeapformerConfig, exist_ok=True)
 AutoModel.register(LeapformerConfig, LeapformerModel, exist_ok=True)
 AutoModelForCausalLM.register(LeapformerConfig, LeapformerForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(LeapformerConfig, LeapformerForSequenceClassification, exist_ok=True)
 
 __all__ = [
     "AdaptiveEmbedding",
@@ -22,7 +24,9 @@ __all__ = [
     "CheckpointError",
     "LeapformerCache",
     "LeapformerConfig",
+    "LeapformerEncoder",
     "LeapformerForCausalLM",
+    "LeapformerForSequenceClassification",
     "LeapformerModel",
     "SequenceTooLong",
 ]

@@ -2,22 +2,26 @@
 
 from transformers import PreTrainedConfig
 
-ATTENTION_KINDS = ("leap", "cosformer", "linear", "softmax")
+from leapformer.nn import KINDS
+
+ATTENTION_KINDS = KINDS
 VARIANTS = ("paper", "gated")
 POSITIONS = ("sinusoidal", "learned", "none")
 OUTPUT_NORMS = ("sum", "rmsnorm")
+POOLINGS = ("mean", "cls")
 
 
 class LeapformerConfig(PreTrainedConfig):
-    r"""Configuration of `LeapformerModel` and `LeapformerForCausalLM`.
+    r"""Configuration of every LeaPformer model.
 
     Sizes:
         vocab_size (256), hidden_size (128), num_hidden_layers (4), num_attention_heads (4), intermediate_size (None:
         4 x hidden_size), num_key_value_heads (None: num_attention_heads), head_dim (None: hidden_size / heads).
     Attention:
         attention ("leap"): one kind for all blocks, or a list with one kind per block (a hybrid):
-            "leap" (learned proportions), "cosformer" (P(i) = i / max_position_embeddings), "linear" (no re-weighting),
-            "softmax".
+            "leap" (learned proportions), "cosformer" (P(i) = i / max_position_embeddings), "linear" (no re-weighting;
+            "linear-relu" and "linear-elu" are that with the feature map named), "softmax", "performer", and for
+            classification alone "linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer".
         variant ("paper"): "paper" or "gated". It sets the three switches below wherever they are None.
         decay (None): data-dependent decay per head; paper False, gated True. Linear kinds only.
         conv_width (None): width of the causal depthwise convolution on the layer's input, 0 for none;
@@ -32,10 +36,18 @@ class LeapformerConfig(PreTrainedConfig):
         attention_impl ("auto"): which implementation of `leapformer.ops` runs.
         attention_eps (1e-6): the clamp of the normaliser.
         attention_bias (True): biases of the projections.
+        attention_features (128): landmarks, projections, random features or chosen queries of the mechanisms from
+            "performer" on; attention_hashes (2): rounds of "reformer"; attention_block (64): tokens of a chunk of "reformer"
+            and of a block of "bigbird"; attention_random_blocks (3): of "bigbird".
     Positions:
         positions ("sinusoidal"): "sinusoidal" (any length), "learned" or "none".
-        max_position_embeddings (2048): a limit for cosFormer and for learned positions, and for nothing else.
+        max_position_embeddings (2048): a limit for cosFormer, Linformer and learned positions, and for nothing else.
         position_scale (1.0): what sinusoidal positions are multiplied with.
+    Classification (`LeapformerForSequenceClassification`), besides transformers' num_labels, id2label and label2id:
+        pooling ("mean"): of the last hidden states over real tokens, or "cls": the state of a symbol of its own put first,
+            which is no token of the vocabulary and takes none of max_position_embeddings.
+        paired_inputs (False): two sequences, input_ids and input_ids_1, through the same encoder.
+        classifier_hidden_size (128), classifier_dropout (0.0): of the head, a ReLU network of one hidden layer.
     The rest:
         hidden_act ("relu"; or "gelu", "silu"), hidden_dropout, attention_dropout, activation_dropout (0.0), layer_norm_eps,
         final_norm (True): a LayerNorm after the last block.
@@ -82,6 +94,10 @@ class LeapformerConfig(PreTrainedConfig):
     attention_impl: str = "auto"
     attention_eps: float = 1e-6
     attention_bias: bool = True
+    attention_features: int = 128
+    attention_hashes: int = 2
+    attention_block: int = 64
+    attention_random_blocks: int = 3
 
     positions: str = "sinusoidal"
     max_position_embeddings: int = 2048
@@ -92,6 +108,11 @@ class LeapformerConfig(PreTrainedConfig):
     activation_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
     final_norm: bool = True
+
+    pooling: str = "mean"
+    paired_inputs: bool = False
+    classifier_hidden_size: int = 128
+    classifier_dropout: float | int = 0.0
 
     tie_word_embeddings: bool = True
     adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
@@ -138,6 +159,8 @@ class LeapformerConfig(PreTrainedConfig):
         """The longest sequence that this model takes and why, or None where any length will do."""
         if "cosformer" in self.attention_kinds:
             why = "cosFormer's proportion is i / max_position_embeddings and must stay within 1"
+        elif "linformer" in self.attention_kinds:
+            why = "Linformer's projections have the length max_position_embeddings"
         elif self.positions == "learned":
             why = "learned positions exist up to max_position_embeddings only"
         else:
@@ -145,7 +168,10 @@ class LeapformerConfig(PreTrainedConfig):
         return self.max_position_embeddings, why
 
     def _check_sizes(self) -> None:
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        names = (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+            "attention_features", "attention_hashes", "attention_block", "classifier_hidden_size",
+        )  # fmt: skip
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"config {name}: expected at least 1, found {getattr(self, name)}")
@@ -171,6 +197,7 @@ class LeapformerConfig(PreTrainedConfig):
             _check_choice("attention", kind, ATTENTION_KINDS)
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("positions", self.positions, POSITIONS)
+        _check_choice("pooling", self.pooling, POOLINGS)
         if self.output_norm is not None:
             _check_choice("output_norm", self.output_norm, OUTPUT_NORMS)
         if self.leap_hidden is not None and self.leap_share is not None:

@@ -24,13 +24,21 @@ from leapformer.models.loss import next_token_labels, reduce_losses, token_losse
 from leapformer.nn import (
     Decay,
     DecoderBlock,
+    EncoderBlock,
     LeapModule,
     LearnedPositions,
+    LinformerAttention,
+    RandomFeatures,
     ShortConvolution,
     SinusoidalPositions,
     build_attention,
     hidden_for_share,
 )
+
+# Modules with a `reset_parameters` that is the start we want.
+OWN_START = (
+    nn.LayerNorm, nn.RMSNorm, LeapModule, Decay, ShortConvolution, LinformerAttention, RandomFeatures
+)  # fmt: skip
 
 
 class SequenceTooLong(LeapformerError, ValueError):
@@ -47,9 +55,12 @@ class LeapformerPreTrainedModel(PreTrainedModel):
     config_class = LeapformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderBlock"]
+    _no_split_modules = ["DecoderBlock", "EncoderBlock"]
     # A constant-size state cannot be cropped, so assisted generation is refused.
     _is_stateful = True
+
+    # Beginnings of the names of weights that a checkpoint may have and this model doesn't take.
+    heads_left_out: tuple[str, ...] = ()
 
     config: LeapformerConfig
 
@@ -88,9 +99,31 @@ class LeapformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=getattr(module, START, self.config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | LeapModule | Decay | ShortConvolution):
-            if not all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+        elif isinstance(module, nn.Conv2d):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, OWN_START):
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if not all(getattr(weight, "_is_hf_initialized", False) for weight in own):
                 module.reset_parameters()
+
+    def _check_length(self, position_ids: Tensor, slots: int | None, *, extra: int = 0) -> None:
+        """Refuse positions past the limit and `extra` ones. Counted positions stay below `slots`: mostly nothing is read."""
+        limit = self.config.length_limit()
+        if limit is None or (slots is not None and slots <= limit[0] + extra) or torch.compiler.is_compiling():
+            return
+        longest, why = limit
+        found = int(position_ids.max()) + 1 - extra
+        if found > longest:
+            raise SequenceTooLong(
+                f"sequence too long: expected at most max_position_embeddings={longest} tokens, found {found}; {why} "
+                "(attention='leap' with sinusoidal positions takes any length)"
+            )
+
+    def num_parameters_added_by_leap(self) -> int:
+        """How many of the parameters belong to LeaP modules."""
+        return sum(
+            p.numel() for module in self.modules() if isinstance(module, LeapModule) for p in module.parameters()
+        )
 
 
 class LeapformerModel(LeapformerPreTrainedModel):
@@ -102,13 +135,17 @@ class LeapformerModel(LeapformerPreTrainedModel):
         torch.Size([1, 3, 16])
     """
 
+    heads_left_out = ("lm_head.",)
+
     def __init__(self, config: LeapformerConfig):
         super().__init__(config)
-        self.embed_tokens = _build_embedding(config)
-        self.positions = _build_positions(config)
+        self.embed_tokens = build_embedding(config)
+        self.positions = build_positions(config, config.max_position_embeddings)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        leap_hidden = _leap_hidden(config)
-        self.blocks = nn.ModuleList(_build_block(config, kind, leap_hidden) for kind in config.attention_kinds)
+        leap_hidden = choose_leap_hidden(config, LeapformerForCausalLM)
+        self.blocks = nn.ModuleList(
+            build_block(config, layer, leap_hidden, causal=True) for layer in range(config.num_hidden_layers)
+        )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -148,10 +185,10 @@ class LeapformerModel(LeapformerPreTrainedModel):
         if use_cache and cache is None:
             cache = LeapformerCache(self.config.num_hidden_layers)
         past = 0 if cache is None else cache.get_seq_length()
-        key_mask = _new_token_mask(attention_mask, batch, tokens, past)
+        key_mask = new_token_mask(attention_mask, batch, tokens, past)
         slots = past + tokens
         if position_ids is None:
-            position_ids = _count_positions(key_mask, cache, cu_seqlens, tokens, embeds.device)
+            position_ids = count_positions(key_mask, cache, cu_seqlens, tokens, embeds.device)
         else:
             slots = None
         self._check_length(position_ids, slots)
@@ -184,19 +221,6 @@ class LeapformerModel(LeapformerPreTrainedModel):
             raise ValueError("LeapformerModel: expected either input_ids or inputs_embeds, found both or neither")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return embeds * self.config.embedding_scale  # type: ignore[operator]
-
-    def _check_length(self, position_ids: Tensor, slots: int | None) -> None:
-        """Refuse positions past the limit. Counted positions stay below `slots`, so mostly nothing has to be read."""
-        limit = self.config.length_limit()
-        if limit is None or (slots is not None and slots <= limit[0]) or torch.compiler.is_compiling():
-            return
-        longest, why = limit
-        found = int(position_ids.max()) + 1
-        if found > longest:
-            raise SequenceTooLong(
-                f"sequence too long: expected at most max_position_embeddings={longest} tokens, found {found}; {why} "
-                "(attention='leap' with sinusoidal positions takes any length)"
-            )
 
     def _run_block(
         self, block: nn.Module, hidden: Tensor, keywords: dict, cache: LeapformerCache | None, layer: int
@@ -307,12 +331,6 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
         hidden = self.model(input_ids, attention_mask, use_cache=False, cu_seqlens=cu_seqlens).last_hidden_state
         return self._losses(hidden, next_token_labels(labels))[0]
 
-    def num_parameters_added_by_leap(self) -> int:
-        """How many of the parameters belong to LeaP modules."""
-        return sum(
-            p.numel() for module in self.modules() if isinstance(module, LeapModule) for p in module.parameters()
-        )
-
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Losses [B, T] and, where they had to be computed anyway, the logits [B, T, V]."""
         flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -346,7 +364,8 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
         return False
 
 
-def _build_embedding(config: LeapformerConfig) -> nn.Module:
+def build_embedding(config: LeapformerConfig) -> nn.Module:
+    """The token embeddings of the configuration, plain or adaptive."""
     if config.adaptive_cutoffs is None:
         return nn.Embedding(config.vocab_size, config.hidden_size)
     return AdaptiveEmbedding(
@@ -358,16 +377,24 @@ def _build_embedding(config: LeapformerConfig) -> nn.Module:
     )
 
 
-def _build_positions(config: LeapformerConfig) -> nn.Module | None:
+def build_positions(config: LeapformerConfig, longest: int) -> nn.Module | None:
+    """The positions of the configuration; learned ones for ``longest`` places."""
     if config.positions == "sinusoidal":
         return SinusoidalPositions(config.hidden_size)
     if config.positions == "learned":
-        return LearnedPositions(config.max_position_embeddings, config.hidden_size)
+        return LearnedPositions(longest, config.hidden_size)
     return None
 
 
-def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> DecoderBlock:
+def build_block(
+    config: LeapformerConfig, layer: int, leap_hidden: int, *, causal: bool, longest: int | None = None
+) -> EncoderBlock:
+    """Block number ``layer``; ``longest``: instead of max_position_embeddings.
+
+    Raises ValueError where it should be causal and its attention can't.
+    """
     assert config.intermediate_size is not None
+    kind: Any = config.attention_of(layer)
     attention = build_attention(
         kind,
         hidden_size=config.hidden_size,
@@ -375,7 +402,7 @@ def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> Decod
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         variant=config.variant,  # type: ignore[arg-type]
-        decay=config.decay,
+        decay=config.decay if causal else False,  # of a past; in an encoder it would be weights that nothing uses
         conv_width=config.conv_width,
         output_norm=None if config.output_norm is None else config.output_norm == "rmsnorm",
         leap_hidden=leap_hidden,
@@ -384,13 +411,20 @@ def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> Decod
         leap_start=config.leap_start,  # type: ignore[arg-type]
         feature_map=config.feature_map,
         reweighting=config.reweighting,
-        max_positions=config.max_position_embeddings,
+        max_positions=longest or config.max_position_embeddings,
+        num_features=config.attention_features,
+        num_hashes=config.attention_hashes,
+        block_size=config.attention_block,
+        random_blocks=config.attention_random_blocks,
+        seed=layer,
         bias=config.attention_bias,
         dropout=config.attention_dropout,
         eps=config.attention_eps,
         impl=config.attention_impl,  # type: ignore[arg-type]
     )
-    block = DecoderBlock(
+    if causal and not attention.capabilities.causal:
+        raise ValueError(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")
+    block = (DecoderBlock if causal else EncoderBlock)(
         attention,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -405,26 +439,26 @@ def _build_block(config: LeapformerConfig, kind: Any, leap_hidden: int) -> Decod
     return block
 
 
-def _leap_hidden(config: LeapformerConfig) -> int:
-    """The LeaP module's r: given, from the wanted share of the parameters, or the paper's head_dim / 4."""
+def choose_leap_hidden(config: LeapformerConfig, model: type[PreTrainedModel]) -> int:
+    """The LeaP module's r: given, from the wanted share of a ``model``'s parameters, or the paper's head_dim / 4."""
     if config.leap_hidden is not None:
         return config.leap_hidden
     assert config.head_dim is not None and config.num_key_value_heads is not None
     blocks = config.attention_kinds.count("leap")
     if config.leap_share is None or not blocks:
         return max(1, config.head_dim // 4)
-    # The same language model with plain linear attention instead says how many parameters there are without LeaP.
+    # The same model with plain linear attention instead says how many parameters there are without LeaP.
     fields: dict[str, Any] = config.to_dict() | {"leap_share": None}
     fields["attention"] = ["linear" if kind == "leap" else kind for kind in config.attention_kinds]
     with torch.device("meta"):
-        parameters = LeapformerForCausalLM(LeapformerConfig(**fields)).num_parameters()
+        parameters = model(LeapformerConfig(**fields)).num_parameters()
     modules = config.num_attention_heads + config.num_key_value_heads if config.leap_per_head else 2
     return hidden_for_share(
         config.leap_share, parameters=parameters, modules=blocks * modules, head_dim=config.head_dim
     )
 
 
-def _new_token_mask(
+def new_token_mask(
     attention_mask: Tensor | dict[str, Tensor] | None, batch: int, tokens: int, past: int
 ) -> Tensor | None:
     """The mask [B, T] bool of the new tokens, or None where all are real."""
@@ -446,7 +480,7 @@ def _new_token_mask(
     return mask
 
 
-def _count_positions(
+def count_positions(
     mask: Tensor | None, cache: LeapformerCache | None, cu_seqlens: Tensor | None, tokens: int, device: torch.device
 ) -> Tensor:
     """Position of every new token, [1 or B, T] int64: how many real tokens its sequence has before it."""
@@ -496,13 +530,12 @@ def _check_model_type(where: str) -> None:
         raise CheckpointError(f"checkpoint {where}: expected model_type 'leapformer', found {found!r}")
 
 
-def _check_loaded(where: str, info: dict, cls: type[PreTrainedModel]) -> None:
+def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]") -> None:
     """Raise on missing or surplus weights, which transformers would fill at random or drop."""
     missing = sorted(info["missing_keys"])
     surplus = sorted(info["unexpected_keys"])
-    if cls is LeapformerModel:
-        # The body alone may be taken out of a model with a head.
-        surplus = [key for key in surplus if not key.startswith("lm_head.")]
+    # The body alone may be taken out of a model with a head.
+    surplus = [key for key in surplus if not key.startswith(cls.heads_left_out)]
     if missing or surplus:
         raise CheckpointError(
             f"checkpoint {where}: expected the weights of {cls.__name__} as its config says, "
