@@ -2,8 +2,9 @@
 
 import pytest
 
-from leapformer.analysis.runs import distinct_labels, load_run
+from leapformer.analysis.runs import ATTENTION_NAMES, distinct_labels, load_run
 from leapformer.errors import LeapformerError
+from leapformer.nn import KINDS
 from tests.analysis.builders import write_run
 
 
@@ -51,3 +52,7 @@ def test_damaged_files_are_named_with_their_line(tmp_path):
     folder.joinpath("results.json").write_text("[]")
     with pytest.raises(LeapformerError, match=r"results\.json: expected a JSON object, found list"):
         load_run(folder)
+
+
+def test_every_attention_has_a_name_that_readers_know():
+    assert set(ATTENTION_NAMES) == set(KINDS)

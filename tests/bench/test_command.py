@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from leapformer.bench import attention, decoding, overhead, training
+from leapformer.bench import attention, decoding, lra, overhead, training
 from leapformer.bench.contenders import build
 from leapformer.bench.timing import timed
 from leapformer.cli import main
@@ -148,7 +148,7 @@ def test_more_threads_count_wall_time(tmp_path, threads):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attenton"], "bench: expected all, attention, decoding, training, overhead"),
+        (["attenton"], "bench: expected all, attention, decoding, training, overhead, lra"),
         (["--lengths", "512,x"], "--lengths: expected whole numbers above 0 such as 512,4096, found '512,x'"),
         (["--lengths", "0"], "--lengths: expected whole numbers above 0"),
         (["--lengths", ""], "--lengths: expected whole numbers above 0"),
@@ -230,6 +230,34 @@ def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, cap
     printed = capsys.readouterr().out
     assert "modules alone" in printed and "Not run: tiny parameters at 32 tokens" in printed
     assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
+
+
+def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        lra, "_memory_apart", lambda name, lengths, threads: {"training": {str(n): 3.0 for n in lengths}}
+    )
+    arguments = ["bench", "lra", "--lengths", "8,16", "--repeats", "2", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "lra.json").read_text())
+    assert [(row["kind"], row["length"]) for row in content["speed"]] == [
+        (kind, length) for length in (8, 16) for kind in ("training", "inference")
+    ]
+    row = content["speed"][0]
+    assert list(row["examples_per_second"]) == list(lra.CONTENDERS) and len(lra.CONTENDERS) == 13
+    assert row["speed_over"]["cosFormer"]["cosFormer"]["median"] == 1.0
+    assert row["parameters"]["LeaPformer"] - row["parameters"]["cosFormer"] == 4 * (34 * 8 + 1)
+    assert [row["contender"] for row in content["memory"]] == list(lra.CONTENDERS)
+    printed = capsys.readouterr().out
+    assert "LeaPformer's training, times as fast as others" in printed and "Peak memory of a train step" in printed
+    for name in ("lra-training.png", "lra-inference.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_memory_of_a_mechanism_in_a_process_of_its_own(monkeypatch):
+    found = lra._memory_apart("LeaPformer", [256], 1)
+    assert set(found) == {"training", "inference"} and found["training"]["256"] > found["inference"]["256"]
+    monkeypatch.setattr("sys.executable", "false")  # a process that dies leaves nothing
+    assert lra._memory_apart("LeaPformer", [256], 1) == {}
 
 
 def test_a_step_over_the_limit_becomes_a_block():

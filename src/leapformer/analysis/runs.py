@@ -10,7 +10,12 @@ from typing import Any
 from leapformer.errors import LeapformerError
 
 # What a reader recognises; the configuration's own words stay in results.json.
-_ATTENTION_NAMES = {"leap": "LeaPformer", "cosformer": "cosFormer", "linear": "linear", "softmax": "softmax"}
+ATTENTION_NAMES = {
+    "softmax": "softmax", "linear": "linear", "linear-relu": "linear, relu", "linear-elu": "linear, elu + 1",
+    "cosformer": "cosFormer", "leap": "LeaPformer", "performer": "Performer", "linformer": "Linformer",
+    "nystromformer": "Nystromformer", "skyformer": "Skyformer", "reformer": "Reformer", "bigbird": "BigBird",
+    "informer": "Informer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class RunRecord:
         """What plots and tables call it: the attention, with the variant and an added convolution where there is one."""
         attention = self.results.get("attention", "")
         parts = attention if isinstance(attention, list) else [attention]
-        label = "+".join(dict.fromkeys(_ATTENTION_NAMES.get(str(part), str(part)) for part in parts)) or self.name
+        label = "+".join(dict.fromkeys(ATTENTION_NAMES.get(str(part), str(part)) for part in parts)) or self.name
         variant, convolution = self.results.get("variant") or "paper", self.results.get("conv_width")
         if variant != "paper":
             return f"{label} ({variant})"

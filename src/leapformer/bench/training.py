@@ -126,14 +126,17 @@ def random_ids(rows: int, length: int, *, vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def train_step(model: Any, ids: torch.Tensor, section: TrainingSection) -> Callable[[], object]:
-    """One step of a model on tokens [B, T]: loss, gradients, clip, update, schedule."""
+def train_step(
+    model: Any, ids: torch.Tensor, section: TrainingSection, *, labels: torch.Tensor | None = None
+) -> Callable[[], object]:
+    """One step of a model on tokens [B, T]: loss, gradients, clip, update, schedule. `labels`: the tokens, unless given."""
+    labels = ids if labels is None else labels
     optimizer = build_optimizer(model, section)
     schedule = build_schedule(optimizer, section)
     model.train()
 
     def step() -> None:
-        model(ids, labels=ids).loss.backward()
+        model(ids, labels=labels).loss.backward()
         if section.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip)
         optimizer.step()

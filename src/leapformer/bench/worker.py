@@ -91,7 +91,7 @@ class Worker:
 def main(job: Mapping[str, Any]) -> None:
     """The worker's end."""
     torch.set_num_threads(job["threads"])
-    _end_me_first()
+    end_me_first()
     name, shape, backward = job["name"], Shape(**job["shape"]), job["backward"]
     run = None
     for line in sys.stdin:
@@ -120,7 +120,7 @@ def call_memory_mib(run: Any) -> float | None:
     return round(after - before, 2)
 
 
-def _end_me_first() -> None:
+def end_me_first() -> None:
     """Where memory runs out, this process is the one to go, not what else the machine is doing."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -22,7 +22,7 @@ from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.training.saving import write_text
 
-BENCHMARKS = ("attention", "decoding", "training", "overhead")
+BENCHMARKS = ("attention", "decoding", "training", "overhead", "lra")
 RESOLUTION = 160  # dots per inch of the pictures
 
 
