@@ -72,3 +72,21 @@ def test_decoding_steps():
 
 def test_a_row_without_a_reason():
     assert Row("a", "b", None, 1.0).met == "not measured"
+
+
+def test_training_of_the_small_model_over_cosformer_and_softmax():
+    def row(length, cosformer, softmax):
+        ratios = {"cosFormer": cosformer, "softmax": softmax, "softmax, no attention dropout": 2.0}
+        return {
+            "kind": "training", "length": length, "impl": "native", "not_run": {}, "contenders": dict.fromkeys(ratios),
+            "speed_over": {name: {"LeaPformer": {"median": ratio}} for name, ratio in ratios.items()},
+        }  # fmt: skip
+
+    content = {"speed": [row(1024, 0.85, 1.5), row(4096, 0.95, 9.0)]}
+    rows = {(line[0], line[1]): line[2:] for line in acceptance_table({"lra": content}).rows}
+    assert rows["LeaPformer (native), training, 1,024 tokens", "cosFormer"] == ["0.85 x", "0.90 x", "-", "no"]
+    assert rows["LeaPformer (native), training, 4,096 tokens", "cosFormer"][-1] == "yes"
+    assert rows["LeaPformer, training, 4,096 tokens", "softmax"] == ["9.00 x", "3.00 x", "-", "yes"]
+    assert rows["LeaPformer, training, 4,096 tokens", "softmax, no attention dropout"][-1] == "no"
+    (missing, *_) = acceptance_table({"lra": {"speed": []}}).rows
+    assert missing[-1] == "not measured: not among the lengths"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -253,10 +255,15 @@ def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
-def test_memory_of_a_mechanism_in_a_process_of_its_own(monkeypatch):
-    found = lra._memory_apart("LeaPformer", [256], 1)
-    assert set(found) == {"training", "inference"} and found["training"]["256"] > found["inference"]["256"]
-    monkeypatch.setattr("sys.executable", "false")  # a process that dies leaves nothing
+def test_memory_of_a_mechanism_in_a_process_of_its_own(capsys, monkeypatch, threads):
+    """The process's own end, here; a process that dies leaves nothing."""
+    monkeypatch.setattr("leapformer.bench.worker.end_me_first", lambda: None)
+    monkeypatch.setattr("sys.argv", ["lra", json.dumps({"name": "LeaPformer", "lengths": [256], "threads": 1})])
+    monkeypatch.delitem(sys.modules, "leapformer.bench.lra")
+    runpy.run_module("leapformer.bench.lra", run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"training", "inference"} and found["training"]["256"] > 0
+    monkeypatch.setattr("sys.executable", "false")
     assert lra._memory_apart("LeaPformer", [256], 1) == {}
 
 

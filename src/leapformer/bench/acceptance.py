@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from leapformer.bench import lra
 from leapformer.bench.contenders import CAUSAL, LEAP, LRA, RESEARCH, SDPA
 from leapformer.bench.result import Table, short
 
@@ -24,6 +25,8 @@ LRA_SPEED = {1024: (3, 5), 4096: (6, 10)}
 LRA_KEPT = 2
 ODD = (0.75, 0.9)
 LONG_GIB, LONG_FLAT = 0.5, 1.1
+SMALL_MODEL = {"native": 0.9, "torch": 0.6}  # of cosFormer's training
+SMALL_MODEL_SOFTMAX = {4096: 3}
 STEP_SPEED, STEP_MICROSECONDS, STEP_FLAT = 3, 20, 1.25
 
 
@@ -56,12 +59,14 @@ class Row(NamedTuple):
 
 
 def acceptance_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The rows that a processor can show, out of the results "attention" and "decoding", either of which may be missing."""
+    """The rows that a processor can show, out of the results "attention", "decoding" and "lra", any of which may be missing."""
     rows = []
     if "attention" in results:
         rows += list(attention_promises(results["attention"]))
     if "decoding" in results:
         rows += list(decoding_promises(results["decoding"]))
+    if "lra" in results:
+        rows += list(lra_promises(results["lra"]))
     lines = []
     for row in rows:
         sign = "at most " if row.at_most else ""
@@ -125,6 +130,23 @@ def decoding_promises(content: Mapping[str, Any]) -> Iterator[Row]:
     slow = max(steps, default=None)
     yield Row("native, slowest decoding step", "-", slow, None, STEP_MICROSECONDS, at_most=True, unit=" us",
               why="no native")  # fmt: skip
+
+
+def lra_promises(content: Mapping[str, Any]) -> Iterator[Row]:
+    """LeaPformer's training of the small model: over cosFormer's at every length, over softmax's, with dropout and without."""
+    rows = {row["length"]: row for row in content.get("speed", []) if row["kind"] == "training"}
+    for length, row in rows.items():
+        work = f"{lra.LEAP} ({row['impl']}), training, {length:,} tokens"
+        measured = _median(row["speed_over"].get(lra.COSFORMER, {}).get(lra.LEAP))
+        yield Row(
+            work, lra.COSFORMER, measured, SMALL_MODEL[row["impl"]], unit=" x", why=_why(row, lra.LEAP, lra.COSFORMER)
+        )
+    for length, accept in SMALL_MODEL_SOFTMAX.items():
+        row = rows.get(length, {})
+        for other in (lra.SOFTMAX, lra.NO_DROPOUT):
+            measured = _median(row.get("speed_over", {}).get(other, {}).get(lra.LEAP))
+            work = f"{lra.LEAP}, training, {length:,} tokens"
+            yield Row(work, other, measured, accept, unit=" x", why=_why(row, lra.LEAP, other))
 
 
 def _long_promises(content: Mapping[str, Any]) -> Iterator[Row]:
