@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch.autograd.profiler import profile
 
 from leapformer.ops import LinearState, Staircase, chunks, linear_state
-from tests.ops.oracle import VISIBILITIES, Case, assert_near, attend, check, make_case, results_and_gradients, takes
+from tests.ops.oracle import (
+    VISIBILITIES,
+    Case,
+    assert_near,
+    attend,
+    check,
+    check_low,
+    make_case,
+    results_and_gradients,
+    takes,
+)
 
 LOW = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -286,10 +296,7 @@ def test_memory_is_linear_in_length(visible):
     assert largest < 4 * 4_096 * 4_096 / 8, "something of the size of [T, S] was allocated"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_random_forms(data):
-    draw = data.draw
+def random_case(draw) -> Case:
     visible = draw(st.sampled_from(VISIBILITIES))
     decay = visible == "causal" and draw(st.booleans())
     groups = draw(st.integers(1, 3))
@@ -298,7 +305,7 @@ def test_random_forms(data):
         "H": groups * draw(st.integers(1, 2)), "G": groups, "K": draw(st.integers(1, 4)), "V": draw(st.integers(1, 4)),
         "R": draw(st.integers(0, 3)), "factor_heads": draw(st.booleans()), "mask": draw(st.booleans()),
         "state": draw(st.booleans()), "decay": decay, "seed": draw(st.integers(0, 99)),
-        "normalize": draw(st.booleans()), "eps": draw(st.sampled_from((1e-6, 0.1, 1.0))),
+        "normalize": draw(st.booleans()), "eps": draw(st.sampled_from((1e-6, 0.1, 1.0))), "relu": draw(st.booleans()),
     }  # fmt: skip
     if draw(st.booleans()):
         n = draw(st.integers(1, 4))
@@ -309,7 +316,14 @@ def test_random_forms(data):
         form.update(T=draw(size), B=draw(st.integers(1, 3)))
         if visible != "causal":
             form["S"] = draw(size)
-    case = make_case(visible, **form)
+    return make_case(visible, **form)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_forms(data):
+    draw = data.draw
+    case = random_case(draw)
     impl = draw(st.sampled_from(("reference", "torch")))
     dtype = draw(st.sampled_from((torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16)))
     if dtype == torch.float64:
@@ -319,7 +333,7 @@ def test_random_forms(data):
     exact = low.to(torch.float64).formula()[0]
     output = low.call(impl).output
     assert output.dtype == dtype
-    assert_near(output, exact, 10 * LOW[dtype] if form["normalize"] else 3 * LOW[dtype])
+    assert_near(output, exact, 10 * LOW[dtype] if case.keywords["normalize"] else 3 * LOW[dtype])
 
 
 BLOCK_FORMS = {
@@ -365,3 +379,13 @@ def test_float16_sums_do_not_overflow(float64_impl):
     for visible in ("all", "causal"):
         output = attend(q, q, torch.ones_like(q), visible=visible, impl=float64_impl).output
         assert_near(output, torch.ones_like(q), 1e-3)
+
+
+@pytest.mark.requires_tool("native library")
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_forms_native(data):
+    """Within 2 x the error of the torch implementation in the same dtype + 4 eps of the dtype, gradients too."""
+    case = random_case(data.draw)
+    dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16)))
+    check_low(case.away_from_zero().to(dtype), "native")

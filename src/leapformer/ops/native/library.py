@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NAME = "libleapformer_native.so"
+ELSEWHERE = "LEAPFORMER_NATIVE"  # environment variable: a library that was built otherwise, as for the sanitizers
 INTERFACE_VERSION = 2
 
 # What csrc/interface.h calls Problem, in its order: 18 integers, eps, and addresses and strides.
@@ -22,7 +23,7 @@ OPENMP = ("libgomp", "libomp", "libiomp5")
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
-    path = Path(__file__).parent / NAME
+    path = Path(os.environ.get(ELSEWHERE) or Path(__file__).parent / NAME)
     if not path.exists():
         return None, "leapformer was installed without its native library (no C++ compiler was found)"
     try:

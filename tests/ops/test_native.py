@@ -1,0 +1,156 @@
+"""What only the native kernels have: instruction sets, the threads of another library, a fork."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from leapformer.ops import Staircase, linear_attention
+from leapformer.ops.native import library
+from tests.ops.oracle import check_low, make_case
+
+pytestmark = pytest.mark.requires_tool("native library")
+
+PREAMBLE = """
+import os, torch
+from leapformer.ops import linear_attention
+from leapformer.ops.native.library import openmp_runtimes
+
+q, k, v = (torch.rand(2, 200, 4, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+
+def attend():
+    return linear_attention(q, k, v, visible="causal", impl="native").output
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and forks")
+
+
+def run(body: str) -> str:
+    """What a fresh process prints; its failure is the test's."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("name", ("baseline", "avx2", "avx512"))
+def test_every_instruction_set_of_this_machine(name):
+    before = library.instruction_set()
+    try:
+        library.use_instruction_set(name)
+    except ValueError as error:
+        assert name != "baseline" and name in str(error)  # every machine runs that one
+        return
+    try:
+        for visible in ("all", "causal", "wait-k"):
+            for dtype in (torch.float32, torch.bfloat16):
+                check_low(make_case(visible, T=70, K=20, V=17, R=2, relu=True).away_from_zero().to(dtype), "native")
+    finally:
+        library.use_instruction_set(before)
+    assert library.instruction_set() == before
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="sse9"):
+        library.use_instruction_set("sse9")
+
+
+@linux
+def test_no_second_thread_pool():
+    """The kernels run on the pool that torch has mapped: no other runtime, and no threads beside those."""
+    printed = run("""
+        torch.set_num_threads(2)
+        before = openmp_runtimes()
+        x = torch.rand(512, 512) @ torch.rand(512, 512)  # torch's own pool is up
+        x.exp_(), torch.rand(2**20).exp_()
+        own = threads()
+        attend()
+        assert openmp_runtimes() == before, (before, openmp_runtimes())
+        assert threads() == own, (own, threads())
+        print(len(before))
+    """)
+    assert printed.strip() == "1"
+
+
+@linux
+def test_one_thread_enters_no_pool():
+    printed = run("""
+        torch.set_num_threads(1)
+        before = threads()
+        attend()
+        print(threads() - before)
+    """)
+    assert printed.strip() == "0"
+
+
+@linux
+def test_fork_after_a_parallel_region():
+    printed = run("""
+        torch.set_num_threads(2)
+        expected = attend()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(attend(), expected) else 3)
+        print(os.waitpid(child, 0)[1], torch.equal(attend(), expected))
+    """)
+    assert printed.split() == ["0", "True"]
+
+
+@linux
+def test_workers_of_a_data_loader():
+    printed = run("""
+        torch.set_num_threads(2)
+        expected = attend()
+
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, i):
+                return attend()
+
+        loader = torch.utils.data.DataLoader(Data(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        print(all(torch.equal(found, expected) for found in loader))
+    """)
+    assert printed.strip() == "True"
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    case = make_case("causal", T=150, B=2, H=4, R=2, relu=True).to(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in case.leaves.items()}
+            output = linear_attention(
+                leaves["q"],
+                leaves["k"],
+                leaves["v"],
+                leaves["q_factors"],
+                leaves["k_factors"],
+                visible="causal",
+                impl="native",
+            ).output
+            output.square().sum().backward()
+            results.append([output, *(t.grad for t in leaves.values() if t is not None)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("visible", ("all", "causal", Staircase.wait_k(3, 2)))
+def test_queries_keys_and_values_that_share_memory(visible):
+    """One tensor for all three, and one row for all tokens: read, never written."""
+    x = torch.rand(1, 70, 2, 16, generator=torch.Generator().manual_seed(0))
+    for shared in (x, x[:, :1].expand(1, 70, 2, 16)):
+        kept = shared.clone()
+        found = linear_attention(shared, shared, shared, visible=visible, impl="native").output
+        expected = linear_attention(*(kept.double() for _ in range(3)), visible=visible, impl="reference").output
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(shared, kept)
