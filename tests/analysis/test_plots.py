@@ -15,6 +15,7 @@ from leapformer.analysis.plots import (
     perplexity_by_position,
     proportions,
     quality_and_speed,
+    ranked,
 )
 from leapformer.analysis.proportions import LayerProportions
 from leapformer.analysis.runs import load_run
@@ -50,6 +51,17 @@ def test_lines_over_length_are_logarithmic_with_lengths_as_people_say_them():
     assert len(looks) == 8  # more lines than colours are still told apart
     ticks = [axes.xaxis.get_major_formatter()(length, 0) for length in (512, 4096, 1048576)]
     assert ticks == ["512", "4k", "1M"]
+
+
+def test_ranked_values_have_the_largest_on_top_and_say_it():
+    values = [("slow", 1.5, 1.0, 2.0), ("fast", 1234.0, 1200.0, 1300.0), ("ours", 30.0, 29.0, 31.0)]
+    (axes,) = ranked(values, title="train step", xlabel="examples a second", marked="ours").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["slow", "ours", "fast"]
+    assert [text.get_text() for text in axes.texts] == ["1.5", "30", "1,234"]
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "examples a second (log scale)"
+    dots = axes.get_lines()[1::2]
+    assert [dot.get_xdata()[0] for dot in dots] == [1.5, 30.0, 1234.0]
+    assert dots[1].get_color() != dots[0].get_color() == dots[2].get_color()
 
 
 def test_perplexity_by_position_averages_over_doubling_ranges(runs):

@@ -76,7 +76,7 @@ def test_a_row_without_a_reason():
 
 def test_training_of_the_small_model_over_cosformer_and_softmax():
     def row(length, cosformer, softmax):
-        ratios = {"cosFormer": cosformer, "softmax": softmax, "softmax, no attention dropout": 2.0}
+        ratios = {"cosFormer": cosformer, "softmax": softmax, "softmax, no dropout": 2.0}
         return {
             "kind": "training", "length": length, "impl": "native", "not_run": {}, "contenders": dict.fromkeys(ratios),
             "speed_over": {name: {"LeaPformer": {"median": ratio}} for name, ratio in ratios.items()},
@@ -87,6 +87,6 @@ def test_training_of_the_small_model_over_cosformer_and_softmax():
     assert rows["LeaPformer (native), training, 1,024 tokens", "cosFormer"] == ["0.85 x", "0.90 x", "-", "no"]
     assert rows["LeaPformer (native), training, 4,096 tokens", "cosFormer"][-1] == "yes"
     assert rows["LeaPformer, training, 4,096 tokens", "softmax"] == ["9.00 x", "3.00 x", "-", "yes"]
-    assert rows["LeaPformer, training, 4,096 tokens", "softmax, no attention dropout"][-1] == "no"
+    assert rows["LeaPformer, training, 4,096 tokens", "softmax, no dropout"][-1] == "no"
     (missing, *_) = acceptance_table({"lra": {"speed": []}}).rows
     assert missing[-1] == "not measured: not among the lengths"

@@ -250,7 +250,10 @@ def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
     assert row["parameters"]["LeaPformer"] - row["parameters"]["cosFormer"] == 4 * (34 * 8 + 1)
     assert [row["contender"] for row in content["memory"]] == list(lra.CONTENDERS)
     printed = capsys.readouterr().out
-    assert "LeaPformer's training, times as fast as others" in printed and "Peak memory of a train step" in printed
+    assert (
+        "LeaPformer's training, times as fast as others" in printed
+        and "Peak memory, train step of 4 examples" in printed
+    )
     for name in ("lra-training.png", "lra-inference.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 

@@ -141,6 +141,29 @@ def lines_over_length(lines: Sequence[Line], *, xlabel: str = "tokens", ylabel: 
     return figure
 
 
+def ranked(values: Sequence[tuple[str, float, float, float]], *, title: str, xlabel: str, marked: str) -> Figure:
+    """Named values with their p20 and p80, the largest on top: dots on a logarithmic axis, `marked` in a colour of its own."""
+    ordered = sorted(values, key=lambda value: value[1])
+    figure, axes = _figure(height=1.1 + 0.26 * len(ordered))
+    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
+    for place, (name, value, low, high) in enumerate(ordered):
+        color = _color(1 if name == marked else 0)
+        axes.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.35)
+        axes.plot([value], [place], color=color, marker="D" if name == marked else "o", markersize=6)
+        label = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axes.annotate(label, (high, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(ordered)), [name for name, *_ in ordered])
+    axes.set_xscale("log")
+    axes.margins(x=0.14)
+    left, right = axes.get_xlim()
+    axes.set_xticks(_round_numbers(left, right))
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"{xlabel} (log scale)")
+    return figure
+
+
 def _length_text(length: float) -> str:
     """512, 4k, 1M: powers of two in the way people say them."""
     for size, letter in ((2**20, "M"), (2**10, "k")):

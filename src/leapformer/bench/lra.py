@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from leapformer.analysis.plots import Line, lines_over_length
+from leapformer.analysis.plots import ranked
 from leapformer.analysis.runs import ATTENTION_NAMES
 from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
 from leapformer.bench.timing import race, spread, timer
@@ -25,8 +25,8 @@ from leapformer.models import LeapformerConfig, LeapformerForSequenceClassificat
 from leapformer.training.recipes import TrainingSection
 
 SOFTMAX, COSFORMER, LEAP = (ATTENTION_NAMES[kind] for kind in ("softmax", "cosformer", "leap"))
-# torch's fast softmax attention on a processor takes no dropout, so softmax is measured in both ways.
-NO_DROPOUT = "softmax, no attention dropout"
+# torch's fast softmax attention on a processor takes no dropout of weights, so softmax is measured in both ways.
+NO_DROPOUT = "softmax, no dropout"
 CONTENDERS: dict[str, dict[str, Any]] = {
     SOFTMAX: {"attention": "softmax"},
     NO_DROPOUT: {"attention": "softmax", "attention_dropout": 0.0},
@@ -153,7 +153,7 @@ def _memory_tables(content: Mapping[str, Any]) -> Iterator[Table]:
             [name, *("-" if mib.get(str(n)) is None else short(mib[str(n)]) for n in lengths)] for name, mib in found.items()
         ]  # fmt: skip
         if lengths:
-            title = f"Peak memory of a {label}, {EXAMPLES} examples, MiB"
+            title = f"Peak memory, {label} of {EXAMPLES} examples, MiB"
             yield Table(title, ["attention", *(f"{n:,}" for n in lengths)], lines)
 
 
@@ -168,17 +168,14 @@ def _leap_table(content: Mapping[str, Any]) -> Table:
 
 
 def lra_pictures(content: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """Examples a second against the length, for train steps and for inference."""
+    """Examples a second at the longest length, for train steps and for inference."""
     for kind, label in STEPS.items():
         rows = [row for row in content.get("speed", []) if row["kind"] == kind]
-        lines = []
-        for name in CONTENDERS:
-            speeds = [(row["length"], row["examples_per_second"].get(name)) for row in rows]
-            points = [(length, s["median"], s["p20"], s["p80"]) for length, s in speeds if s]
-            if points:
-                lines.append(Line(name, points))
-        if any(len(line.points) > 1 for line in lines):
-            yield f"lra-{kind}", lines_over_length(lines, ylabel=f"examples a second, {label}")
+        row = max(rows, key=lambda row: row["length"], default=None)
+        if row and row["examples_per_second"]:
+            values = [(name, s["median"], s["p20"], s["p80"]) for name, s in row["examples_per_second"].items()]
+            title = f"{label}, {row['length']:,} tokens"
+            yield f"lra-{kind}", ranked(values, title=title, xlabel="examples a second", marked=LEAP)
 
 
 if __name__ == "__main__":
