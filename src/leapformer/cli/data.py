@@ -27,8 +27,12 @@ def prepare_data(name: str, *, output: Path, **arguments: Any) -> None:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}" if near else ""
         raise LeapformerError(f"data prepare: expected one of {', '.join(names)}, found {name!r}{hint}")
-    with _progress(name) as progress:
-        card = prepare(name.removeprefix(PREFIX), output, progress=progress, **arguments)
+    try:
+        with _progress(name) as progress:
+            card = prepare(name.removeprefix(PREFIX), output, progress=progress, **arguments)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted; {output} is not complete. The same command goes on.")
+        raise typer.Exit(130) from None
     bad = card["bad_rows"]
     for row in bad[:SHOWN_BAD_ROWS]:
         typer.echo(f"skipped: {row}", err=True)

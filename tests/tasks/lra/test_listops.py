@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from leapformer.errors import LeapformerError
@@ -178,6 +184,27 @@ def test_an_interrupted_preparation_goes_on(small, tmp_path, monkeypatch):
     prepare("listops", tmp_path / "x", **options)
     assert len(made) == 4 and made[2] == made[1]  # the whole shard was taken up, the damaged one made again
     assert (tmp_path / "x" / "train.safetensors").read_bytes() == (small / "train.safetensors").read_bytes()
+
+
+def test_an_interrupt_ends_every_process(small, tmp_path):
+    """As Ctrl-C does it, to all processes of the group."""
+    program = "from leapformer.cli import main; raise SystemExit(main())"
+    options = ["--count", "100000", "--min-length", "100", "--max-length", "300", "--workers", "2"]
+    command = [sys.executable, "-c", program, "data", "prepare", "lra-listops", *options, "--output", tmp_path / "x"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not list((tmp_path / "x").glob(".parts/listops-*")) and process.poll() is None:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130 and b"The same command goes on." in output
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert len(children) >= 2 and [child for child in left if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_fault_in_a_process_is_told(tmp_path):
+    fails("a process of the generator: listops: expected expressions of 2 to 3 tokens, found none", "listops",
+          tmp_path / "x", min_length=2, max_length=3, workers=2)  # fmt: skip
 
 
 def test_what_is_there_is_left_as_it_is(small):

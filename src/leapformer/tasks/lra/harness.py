@@ -97,11 +97,10 @@ def _ids(value: Any, where: str, description: Description) -> np.ndarray:
             f"{where}: expected ids 0 to {description.vocab_size - 1}, found {ids.min()} to {ids.max()}"
         )
     if description.pad_id is not None:
-        text = ids[: np.flatnonzero(ids)[-1] + 1] if ids.any() else ids
-        if not text.all():
-            raise LeapformerError(f"{where}: expected zeros as padding at the end alone, found one before")
         if not ids.any():
             raise LeapformerError(f"{where}: expected a document, found padding alone")
+        if not ids[: np.flatnonzero(ids)[-1]].all():
+            raise LeapformerError(f"{where}: expected zeros as padding at the end alone, found one before")
     return ids.astype(np.int64)
 
 

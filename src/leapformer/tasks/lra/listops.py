@@ -37,6 +37,7 @@ COUNTS = {"train": 96_000, "validation": 2_000, "test": 2_000}
 
 SHARD = 2_000
 _ROOTS = 8_000
+_EMPTY_BATCHES = 100  # without one expression of the right length, there are none
 # Below this many new expressions from a shard, so few are left to find that drawing on would not end.
 _LEAST_NEW = SHARD // 100
 
@@ -161,13 +162,14 @@ def make_shard(path: Path, seed: int, number: int, shortest: int, longest: int) 
     """Write the shard of this number: SHARD expressions, without regard to duplicates."""
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, number)))
     with SplitWriter(path) as writer:
-        for _ in range(10_000):
+        batches = 0
+        while len(writer.labels) < SHARD:
             tokens, lengths, labels = generate(generator, roots=_ROOTS, min_length=shortest, max_length=longest)
             wanted = SHARD - len(writer.labels)
             writer.add_many(tokens[: lengths[:wanted].sum()], lengths[:wanted], labels[:wanted])
-            if len(writer.labels) == SHARD:
-                return
-        raise LeapformerError(f"listops: expected expressions of {shortest} to {longest} tokens, found hardly any")
+            batches += 1
+            if batches == _EMPTY_BATCHES and not writer.labels:
+                raise LeapformerError(f"listops: expected expressions of {shortest} to {longest} tokens, found none")
 
 
 def _generate(job: Job) -> Description:

@@ -13,11 +13,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -303,20 +304,46 @@ def make_shards(make: Callable[..., None], paths: Sequence[Path], arguments: Seq
             done += 1
             job.progress(done, len(paths), "shards")
         return
+    _make_in_processes(make, [(paths[number], *arguments[number]) for number in missing], job, done)
+
+
+def _make_in_processes(make: Callable[..., None], calls: Sequence[tuple], job: Job, done: int) -> None:
+    """Each process has its own calls; however this ends, none of them is left."""
     # "spawn": a fork of a process in which torch has started its threads may hang.
-    pool = ProcessPoolExecutor(
-        min(job.workers, len(missing)), mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts
-    )
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    processes = [
+        context.Process(target=_make_all, args=(make, calls[first :: job.workers], errors), daemon=True)
+        for first in range(min(job.workers, len(calls)))
+    ]
     try:
-        waiting = {pool.submit(make, paths[number], *arguments[number]) for number in missing}
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-                done += 1
-            job.progress(done, len(paths), "shards")
+        for process in processes:
+            process.start()
+        while running := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in running], timeout=0.5)
+            job.progress(done + sum(call[0].is_file() for call in calls), done + len(calls), "shards")
+            for code in filter(None, (process.exitcode for process in processes)):
+                reason = f"ended with code {code}" if errors.empty() else errors.get()
+                raise LeapformerError(f"a process of the generator: {reason}")
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def _make_all(make: Callable[..., None], calls: Sequence[tuple], errors: Any) -> None:
+    # Ctrl-C reaches every process of the terminal; the first one alone decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    try:
+        for call in calls:
+            if parent is None or not parent.is_alive():
+                return
+            make(*call)
+    except LeapformerError as error:
+        errors.put(str(error))
+        sys.exit(1)
 
 
 def _is_whole(path: Path) -> bool:
@@ -327,8 +354,3 @@ def _is_whole(path: Path) -> bool:
     except LeapformerError:
         return False
     return True
-
-
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the first one alone decides what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -105,7 +105,16 @@ def _encode(text: str, encoding: Any) -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+    """And empty bytes as a call without arguments."""
+    if arguments:
+        raise _Refused("bytes of another kind")
+    return b""
+
+
 _ALLOWED = {
+    ("builtins", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): _no_bytes,
     ("numpy", "dtype"): _Kind,
     ("numpy", "ndarray"): _ArrayType,
     ("_codecs", "encode"): _encode,

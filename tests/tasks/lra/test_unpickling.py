@@ -1,0 +1,148 @@
+"""Pickles are read without running what they name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from leapformer.errors import LeapformerError
+from leapformer.tasks.lra.dataset import load
+from leapformer.tasks.lra.preparation import prepare
+from leapformer.tasks.lra.unpickling import read_pickle
+from tests.tasks.lra.builders import fails
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_numbers_text_and_arrays_come_back(tmp_path, protocol):
+    content = {
+        "text": "x", "number": 3, "bytes": b"\x00\xff", "none": None, "list": [1, 2.5],
+        "bytes array": np.arange(6, dtype=np.uint8).reshape(2, 3), "long": np.arange(3), "scalar": np.int64(7),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)), "big": np.arange(3, dtype=">i4"),
+        "empty": np.zeros((0, 3), np.float32),
+    }  # fmt: skip
+    path = tmp_path / "x.pickle"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_pickle(path)
+    assert found.keys() == content.keys()
+    for name, value in content.items():
+        assert np.array_equal(found[name], value)
+        assert getattr(found[name], "dtype", None) == getattr(value, "dtype", None) or name == "scalar"
+
+
+class Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class Names:
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def refused(tmp_path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.pickle"
+    path.write_bytes(content)
+    with pytest.raises(LeapformerError, match=message) as caught:
+        read_pickle(path)
+    assert "\n" not in str(caught.value) and "x.pickle" in str(caught.value)
+
+
+def test_nothing_is_run(tmp_path):
+    refused(tmp_path, pickle.dumps(Runs(tmp_path / "run")), r"found the name pathlib")
+    assert not (tmp_path / "run").exists()
+    refused(tmp_path, pickle.dumps(Names(eval, "1")), "found the name builtins.eval")
+    refused(tmp_path, pickle.dumps(np.random.default_rng(0)), "found the name numpy.random")
+    refused(tmp_path, pickle.dumps(np.array([print], dtype=object)), "found the dtype 'O8'")
+    refused(tmp_path, pickle.dumps(Names(bytes, 1 << 40)), "found bytes of another kind")
+    refused(tmp_path, pickle.dumps(np.array(["a"])), "found the dtype 'U1'")
+
+
+def test_damaged_pickles(tmp_path):
+    whole = pickle.dumps([1, 2, 3, np.arange(100)])
+    refused(tmp_path, whole[:-50], "expected a whole pickle")
+    refused(tmp_path, b"", "expected a whole pickle")
+    refused(tmp_path, b"not a pickle", "expected a whole pickle")
+    with pytest.raises(LeapformerError, match="cannot be read"):
+        read_pickle(tmp_path / "none.pickle")
+
+
+# ---- the research harnesses' files
+
+
+def write_harness(folder: Path, task: str, rows: list) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "dev", "test"):
+        (folder / f"lra-{task}.{split}.pickle").write_bytes(pickle.dumps(rows))
+    return folder
+
+
+def padded(ids: list[int], length: int = 8) -> np.ndarray:
+    return np.array(ids + [0] * (length - len(ids)), dtype=np.int32)
+
+
+def test_text_and_its_padding(tmp_path):
+    rows = [{"input_ids_0": padded([98, 99, 256]), "label": 1}, {"input_ids_0": padded([1]), "label": np.int64(0)}]
+    prepare("text", tmp_path / "x", source=write_harness(tmp_path / "old", "text", rows))
+    dataset = load("text", tmp_path / "x", "validation")
+    assert dataset[0]["input_ids"].tolist() == [98, 99, 256] and dataset[1]["input_ids"].tolist() == [1]
+    assert dataset.labels.tolist() == [1, 0] and dataset.vocab_size == 257
+
+
+def test_two_documents(tmp_path):
+    rows = [{"input_ids_0": padded([5, 6]), "input_ids_1": padded([7]), "label": 1}]
+    prepare("retrieval", tmp_path / "x", source=write_harness(tmp_path / "old", "retrieval", rows))
+    item = load("retrieval", tmp_path / "x", "train")[0]
+    assert item["input_ids"].tolist() == [5, 6] and item["input_ids_1"].tolist() == [7]
+
+
+def test_listops_keeps_the_numbers_of_the_harness(tmp_path):
+    rows = [{"input_ids_0": padded([14, 3, 9]).tolist(), "label": 9}]
+    prepare("listops", tmp_path / "x", source=write_harness(tmp_path / "old", "listops", rows))
+    dataset = load("listops", tmp_path / "x", "train")
+    assert dataset.vocab_size == 15 and dataset[0]["input_ids"].tolist() == [14, 3, 9] and dataset.max_length == 3
+    with pytest.raises(LeapformerError, match="own symbols"):
+        load("listops", tmp_path / "x", "train", brackets=False)
+
+
+@pytest.mark.parametrize(("task", "name"), [("image", "image"), ("pathfinder", "pathfinder32-curv_contour_length_14")])
+def test_pictures_keep_their_black_pixels(tmp_path, task, name):
+    rows = [{"input_ids_0": padded([0, 255], 1024), "label": 1}]
+    prepare(task, tmp_path / "x", source=write_harness(tmp_path / "old", name, rows))
+    dataset = load(task, tmp_path / "x", "train")
+    assert dataset[0]["input_ids"].tolist() == [0, 255] + [0] * 1022 and dataset.pad_id is None
+
+
+BAD = [
+    ("x", "expected input_ids_0 and label, found str"),
+    ({"input_ids_0": [1]}, "found input_ids_0"),
+    ({"input_ids_0": [1], "label": 2}, "expected a label 0 to 1, found '2'"),
+    ({"input_ids_0": [257], "label": 1}, "expected ids 0 to 256, found 257 to 257"),
+    ({"input_ids_0": ["a"], "label": 1}, "expected a list of whole numbers"),
+    ({"input_ids_0": [0, 1], "label": 1}, "expected zeros as padding at the end alone"),
+    ({"input_ids_0": [0, 0], "label": 1}, "found padding alone"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_bad_examples(tmp_path, row, message):
+    source = write_harness(tmp_path / "old", "text", [{"input_ids_0": [1], "label": 0}, row])
+    fails(rf"lra-text\.train\.pickle:1: .*{message}", "text", tmp_path / "x", source=source)
+    card = prepare("text", tmp_path / "y", source=source, skip_bad=True)
+    assert len(card["bad_rows"]) == 3 and card["splits"]["train"]["examples"] == 1
+
+
+def test_files_of_another_kind(tmp_path):
+    source = write_harness(tmp_path / "old", "text", [{"input_ids_0": [1], "label": 0}])
+    (source / "lra-text.dev.pickle").write_bytes(pickle.dumps({}))
+    fails("dev.pickle: expected a list of examples, found dict", "text", tmp_path / "x", source=source)
+    (source / "lra-text.dev.pickle").unlink()
+    fails("expected lra-text.dev.pickle, found none", "text", tmp_path / "x", source=source)
