@@ -173,6 +173,11 @@ def test_wrong_data_is_one_line_and_writes_nothing(tmp_path, capsys, name, conte
     assert not output.exists()
 
 
+def test_a_language_model_that_cannot_be_causal_is_one_line(tmp_path, capsys):
+    arguments = ["train", str(write_recipe(tmp_path)), "attention=bigbird", "--output", str(tmp_path / "runs" / "a")]
+    assert "expected a kind that can be causal, found 'bigbird'" in one_line(capsys, *arguments)
+
+
 def test_a_cut_off_model_is_one_line(runs, tmp_path, capsys):
     weights = runs / "leap-1" / "model" / "model.safetensors"
     whole = weights.read_bytes()

@@ -24,6 +24,7 @@ SETTINGS = {
     "cosformer-gated": {"attention": "cosformer", "variant": "gated"},
     "linear-paper": {"attention": "linear", "feature_map": "elu"},
     "linear-gated": {"attention": "linear", "variant": "gated"},
+    "performer": {"attention": "performer", "attention_features": 8},
     "softmax-paper": {"attention": "softmax"},
     "softmax-conv": {"attention": "softmax", "conv_width": 4},
     "hybrid-gated": {"attention": HYBRID, "variant": "gated"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from leapformer.models import LeapformerConfig
+from leapformer.models import LeapformerConfig, LeapformerForCausalLM, NotCausal
 from tests.models.builders import tiny_config, tiny_model
 
 
@@ -69,3 +69,10 @@ def test_a_configuration_survives_saving(tmp_path):
 def test_a_wrong_value_gets_one_line(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+@pytest.mark.parametrize("kind", ["linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer"])
+def test_a_language_model_refuses_a_bidirectional_kind(kind):
+    message = f"config attention: expected a kind that can be causal, found '{kind}' .it is bidirectional."
+    with pytest.raises(NotCausal, match=message):
+        LeapformerForCausalLM(tiny_config(attention=["leap", kind]))

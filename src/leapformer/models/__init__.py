@@ -11,7 +11,13 @@ from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from leapformer.models.cache import LeapformerCache
 from leapformer.models.classification import LeapformerEncoder, LeapformerForSequenceClassification
 from leapformer.models.configuration import LeapformerConfig
-from leapformer.models.modeling import CheckpointError, LeapformerForCausalLM, LeapformerModel, SequenceTooLong
+from leapformer.models.modeling import (
+    CheckpointError,
+    LeapformerForCausalLM,
+    LeapformerModel,
+    NotCausal,
+    SequenceTooLong,
+)
 
 AutoConfig.register(LeapformerConfig.model_type, LeapformerConfig, exist_ok=True)
 AutoModel.register(LeapformerConfig, LeapformerModel, exist_ok=True)
@@ -28,5 +34,6 @@ __all__ = [
     "LeapformerForCausalLM",
     "LeapformerForSequenceClassification",
     "LeapformerModel",
+    "NotCausal",
     "SequenceTooLong",
 ]

@@ -45,6 +45,10 @@ class SequenceTooLong(LeapformerError, ValueError):
     """A sequence is longer than cosFormer's or learned positions' maximum."""
 
 
+class NotCausal(LeapformerError, ValueError):
+    """A language model was asked for with a mechanism that is bidirectional."""
+
+
 class CheckpointError(LeapformerError, ValueError):
     """A checkpoint is cut off, damaged, or of another model."""
 
@@ -391,7 +395,7 @@ def build_block(
 ) -> EncoderBlock:
     """Block number ``layer``; ``longest``: instead of max_position_embeddings.
 
-    Raises ValueError where it should be causal and its attention can't.
+    Raises NotCausal where it should be causal and its attention can't.
     """
     assert config.intermediate_size is not None
     kind: Any = config.attention_of(layer)
@@ -423,7 +427,7 @@ def build_block(
         impl=config.attention_impl,  # type: ignore[arg-type]
     )
     if causal and not attention.capabilities.causal:
-        raise ValueError(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")
+        raise NotCausal(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")
     block = (DecoderBlock if causal else EncoderBlock)(
         attention,
         hidden_size=config.hidden_size,
