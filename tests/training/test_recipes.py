@@ -13,10 +13,17 @@ from .builders import tiny_content, tiny_recipe, write_recipe
 
 
 def test_every_recipe_of_the_package_is_valid():
-    assert recipe_names() == ["lm/pydocs-tiny", "lm/wikitext103", "lm/wikitext2-base", "lm/wikitext2-small"]
+    arena = [
+        f"lra/{name}{kind}"
+        for name in ("image", "listops", "pathfinder", "retrieval", "text")
+        for kind in ("", "-base", "-cpu")
+    ]
+    language = ["lm/pydocs-tiny", "lm/wikitext103", "lm/wikitext2-base", "lm/wikitext2-small"]
+    assert recipe_names() == sorted(language + arena)
     for name in recipe_names():
         recipe, task = load_recipe(name)
-        assert (recipe.name, recipe.task, task.name) == (name, "lm", "lm")
+        kind = name.split("/")[0]
+        assert (recipe.name, recipe.task, task.name) == (name, kind, kind)
         assert recipe.description
 
 

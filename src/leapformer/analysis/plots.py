@@ -112,6 +112,44 @@ def quality_and_speed(runs: Sequence[RunRecord]) -> Figure:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One mechanism: examples a second, and accuracy in per cent."""
+
+    label: str
+    speed: float
+    quality: float
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in one and equals in the other, slowest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.speed, -p.quality)):
+        if not front or point.quality > front[-1].quality:
+            front.append(point)
+    return front[::-1]
+
+
+def quality_against_speed(points: Sequence[Point]) -> Figure:
+    """Accuracy against examples a second (log scale), each point with its name, the Pareto front as a line."""
+    figure, axes = _figure(height=3.6)
+    front = pareto_front(points)
+    axes.plot([p.speed for p in front], [p.quality for p in front], color=GRID, linewidth=2, zorder=1)
+    for place, point in enumerate(points):
+        best = point in front
+        axes.plot(
+            [point.speed], [point.quality], color=_color(place), marker=_cycle(MARKERS, place), markersize=8,
+            markerfacecolor=_color(place) if best else "none", linestyle="none", zorder=2,
+        )  # fmt: skip
+        axes.annotate(point.label, (point.speed, point.quality), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(0.2)
+    axes.set_xlabel("training examples per second (log scale)")
+    axes.set_ylabel("test accuracy (%)")
+    return figure
+
+
+@dataclass(frozen=True)
 class Line:
     """One line over lengths; each point is (length, value, low, high), low and high drawn as a band."""
 

@@ -7,13 +7,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from leapformer.analysis.runs import RunRecord
 from leapformer.errors import LeapformerError
 
-# Losses in nats per token; memory in MiB.
-COLUMNS = ["model", "seeds", "loss", "bits/byte", "word ppl", "tokens/s", "MiB", "parameters", "of LeaP"]
+# Metrics of a split and figures of a run, as columns: key, heading, digits, factor. Those that no run has are left out.
+# Losses in nats per token or example; memory in MiB.
+_SPLIT = (
+    ("loss", "loss", 4, 1.0), ("bits_per_byte", "bits/byte", 4, 1.0), ("word_perplexity", "word ppl", 1, 1.0),
+    ("accuracy", "accuracy %", 2, 100.0), ("majority_accuracy", "commonest class %", 2, 100.0),
+    ("root_operator_accuracy", "root operator %", 2, 100.0),
+)  # fmt: skip
+_RUN = (
+    ("tokens_per_second", "tokens/s", 0, 1.0), ("examples_per_second", "examples/s", 1, 1.0),
+    ("peak_memory_mib", "MiB", 0, 1.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,15 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
                 f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
             )
     ordered = sorted(_groups(runs).items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
-    rows = [_row(name, members, split) for name, members in ordered]
-    single = [_row(run.folder.name, [run], split) for _, members in ordered for run in members]
+    present = _present(runs, split)
+    rows = [_row(name, members, split, present) for name, members in ordered]
+    single = [_row(run.folder.name, [run], split, present) for _, members in ordered for run in members]
     several = single if len(single) > len(ordered) else []
-    return Comparison(COLUMNS, rows + _baseline_rows(runs), several, _paired_notes(ordered, split))
+    columns = [
+        "model", "seeds", *(heading for _, heading, *_ in present.split), *(heading for _, heading, *_ in present.run),
+        "parameters", "of LeaP",
+    ]  # fmt: skip
+    return Comparison(columns, rows + _baseline_rows(runs, columns), several, _paired_notes(ordered, split))
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -86,43 +100,47 @@ def _recipe_of(members: Mapping[Any, RunRecord]) -> str:
     return str(next(iter(members.values())).results.get("recipe", ""))
 
 
-def _row(name: str, members: Sequence[RunRecord], split: str) -> list[str]:
-    def column(values: Sequence[float | None], digits: int) -> str:
-        known = [value for value in values if value is not None]
+class _Columns(NamedTuple):
+    split: list[tuple[str, str, int, float]]
+    run: list[tuple[str, str, int, float]]
+
+
+def _present(runs: Sequence[RunRecord], split: str) -> _Columns:
+    """The columns that some run has a value for; memory and speed always have one."""
+    return _Columns(
+        [column for column in _SPLIT if any(run.split(split).get(column[0]) is not None for run in runs)],
+        [column for column in _RUN if any(column[0] in run.results for run in runs)],
+    )
+
+
+def _row(name: str, members: Sequence[RunRecord], split: str, present: _Columns) -> list[str]:
+    def column(values: Sequence[float | None], digits: int, factor: float) -> str:
+        known = [value * factor for value in values if value is not None]
         if not known:
             return "-"
         deviation = f" ± {_plain(statistics.stdev(known), digits)}" if len(known) > 1 else ""
         return f"{_plain(_mean(known), digits)}{deviation}"
-
-    def of_split(key: str) -> list[float | None]:
-        return [run.split(split).get(key) for run in members]
-
-    def of_run(key: str) -> list[float | None]:
-        return [run.results.get(key) for run in members]
 
     first = members[0].results
     seeds = ", ".join(str(seed) for seed in sorted({run.results.get("seed") for run in members}, key=str))
     return [
         name,
         seeds,
-        column(of_split("loss"), 4),
-        column(of_split("bits_per_byte"), 4),
-        column(of_split("word_perplexity"), 1),
-        column(of_run("tokens_per_second"), 0),
-        column(of_run("peak_memory_mib"), 0),
+        *(column([run.split(split).get(key) for run in members], digits, by) for key, _, digits, by in present.split),
+        *(column([run.results.get(key) for run in members], digits, by) for key, _, digits, by in present.run),
         f"{first.get('parameters', 0):,}",
         f"{first.get('parameters_leap', 0):,}",
     ]
 
 
-def _baseline_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+def _baseline_rows(runs: Sequence[RunRecord], columns: Sequence[str]) -> list[list[str]]:
     """The counted baselines, where all runs have the same."""
     found = {tuple(sorted((run.results.get("baselines") or {}).items())) for run in runs}
     if len(found) != 1:
         return []
     names = {key: key.removesuffix("_word_perplexity").replace("_", " ") for key, _ in next(iter(found))}
     return [
-        [f"counted {names[key]}", "", "", "", _plain(value, 1), "", "", "", ""]
+        [f"counted {names[key]}", *(_plain(value, 1) if column == "word ppl" else "" for column in columns[1:])]
         for key, value in sorted(next(iter(found)), key=lambda item: item[1])
         if key.endswith("word_perplexity")
     ]

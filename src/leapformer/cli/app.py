@@ -124,6 +124,31 @@ def generate(
     )
 
 
+@app.command()
+def lra(
+    tasks: Annotated[
+        str, typer.Option(help="all, or names with commas: listops,text,retrieval,image,pathfinder.")
+    ] = "all",
+    attention: Annotated[str, typer.Option(help="all twelve, or names with commas such as softmax,leap.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1 of each.")] = 1,
+    budget: Annotated[int | None, typer.Option(min=1, help="Steps of a run; default: the recipe's.")] = None,
+    size: Annotated[
+        str, typer.Option(help="small: lra/TASK; cpu: reduced, lra/TASK-cpu; base: lra/TASK-base.")
+    ] = "small",
+    data: Annotated[Path, typer.Option(help="Folder of the prepared data, lra-TASK in it.")] = Path("data"),
+    output: Annotated[Path, typer.Option(help="Folder of the runs, the table and the page.")] = Path("runs/lra"),
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to every recipe.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train what is missing of Long-Range Arena, resume what was interrupted, and write one table and one page."""
+    _work("leapformer.cli.lra", "long_range_arena", "lra")(
+        tasks=tasks, attention=attention, seeds=seeds, budget=budget, size=size, data=data, output=output,
+        changes=change or [], threads=threads,
+    )  # fmt: skip
+
+
 @plot.command("proportions")
 def plot_proportions(
     folder: RunFolder,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -23,12 +24,23 @@ def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, 
         command = shlex.join(["leapformer", "train", recipe, *overrides, "--output", str(folder)])
         typer.echo(f"Interrupted after step {outcome.step} of {resolved.training.max_steps}. To go on: {command}")
         raise typer.Exit(130)
-    metrics = outcome.results["splits"]["validation"]
-    typer.echo(
-        f"validation: loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
-        f"word perplexity {metrics['word_perplexity']:.1f}; {outcome.results['tokens_per_second']:.0f} tokens/s"
-    )
+    typer.echo(f"validation: {describe(outcome.results)}")
     typer.echo(f"Written to {folder}: model/, metrics.jsonl, results.json, checkpoints/, tensorboard/")
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """The main figures of a finished run in one line."""
+    metrics = results["splits"]["validation"]
+    if "accuracy" in metrics:
+        quality = (
+            f"accuracy {metrics['accuracy']:.2%} ± {metrics['accuracy_error']:.2%} (the commonest class "
+            f"{metrics['majority_accuracy']:.2%}), loss {metrics['loss']:.4f} nats"
+        )
+        return f"{quality}; {results['examples_per_second']:.1f} examples/s"
+    return (
+        f"loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
+        f"word perplexity {metrics['word_perplexity']:.1f}; {results['tokens_per_second']:.0f} tokens/s"
+    )
 
 
 def default_name(recipe: str, overrides: Sequence[str]) -> str:

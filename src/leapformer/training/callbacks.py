@@ -18,12 +18,14 @@ class MetricsFile(TrainerCallback):
 
     Arguments:
         run: the folder of the run.
-        progress: returns the tokens and the seconds of training so far.
+        progress: returns the targets (tokens, examples) and the seconds of training so far.
+        unit: what the targets are called.
     """
 
-    def __init__(self, run: Run, progress: Callable[[], tuple[int, float]]) -> None:
+    def __init__(self, run: Run, progress: Callable[[], tuple[int, float]], unit: str = "tokens") -> None:
         self.run = run
         self.progress = progress
+        self.unit = unit
         self.writer: Any = None
 
     def on_train_begin(
@@ -43,9 +45,9 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
-        tokens, seconds = self.progress()
+        targets, seconds = self.progress()
         values = {name: value for name, value in logs.items() if name != "epoch"}
-        self.run.log({"step": state.global_step, **values, "tokens": tokens, "seconds": round(seconds, 3)})
+        self.run.log({"step": state.global_step, **values, self.unit: targets, "seconds": round(seconds, 3)})
         if self.writer is not None:
             for name, value in values.items():
                 group = "eval" if name.startswith("eval_") else "train"
@@ -63,12 +65,14 @@ class ProgressBar(TrainerCallback):
 
     Arguments:
         label: what is trained.
-        progress: returns the tokens and the seconds of training so far.
+        progress: returns the targets (tokens, examples) and the seconds of training so far.
+        unit: what the targets are called.
     """
 
-    def __init__(self, label: str, progress: Callable[[], tuple[int, float]]) -> None:
+    def __init__(self, label: str, progress: Callable[[], tuple[int, float]], unit: str = "tokens") -> None:
         self.label = label
         self.progress = progress
+        self.unit = unit
         self.bar: Any = None
         self.shown: dict[str, str] = {}
 
@@ -99,9 +103,9 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         names = {"loss": "loss", "eval_loss": "validation"}
         self.shown.update({names[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in names})
-        tokens, seconds = self.progress()
+        targets, seconds = self.progress()
         if seconds:
-            self.shown["tokens/s"] = f"{tokens / seconds:,.0f}"
+            self.shown[f"{self.unit}/s"] = f"{targets / seconds:,.0f}"
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
 

@@ -9,8 +9,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from leapformer.errors import LeapformerError
-from leapformer.models import LeapformerForCausalLM
+from leapformer.models import LeapformerForCausalLM, LeapformerForSequenceClassification
 from leapformer.training.saving import check_weights
+
+# Which class a configuration's `architectures` may name.
+_CLASSES = {kind.__name__: kind for kind in (LeapformerForCausalLM, LeapformerForSequenceClassification)}
 
 
 def load_model(folder: str | Path) -> Any:
@@ -20,10 +23,10 @@ def load_model(folder: str | Path) -> Any:
         LeapformerError: there is none, its weights are cut off, or they are those of another model.
     """
     folder = Path(folder)
-    _check_configuration(folder / "config.json")
+    kind = _class_of(folder / "config.json")
     check_weights(folder / "model.safetensors")
     try:
-        model, report = LeapformerForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
     except (RuntimeError, ValueError) as error:
         raise LeapformerError(
             f"{folder}: the weights do not fit the configuration beside them ({_first_line(error)})"
@@ -50,7 +53,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise LeapformerError(f"{folder}: no tokenizer could be loaded ({_first_line(error)})") from error
 
 
-def _check_configuration(path: Path) -> None:
+def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None where its task has none."""
+    return load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").is_file() else None
+
+
+def _class_of(path: Path) -> type:
+    """What config.json says the weights are of."""
     if not path.is_file():
         raise LeapformerError(f"{path}: expected the configuration of a model, found no such file")
     try:
@@ -60,6 +69,10 @@ def _check_configuration(path: Path) -> None:
     found = content.get("model_type") if isinstance(content, dict) else None
     if found != "leapformer":
         raise LeapformerError(f"{path}: expected a model of type 'leapformer', found {found!r}")
+    (name, *_) = content.get("architectures") or [LeapformerForCausalLM.__name__]
+    if name not in _CLASSES:
+        raise LeapformerError(f"{path}: architectures: expected one of {', '.join(_CLASSES)}, found {name!r}")
+    return _CLASSES[name]
 
 
 def _first_line(error: Exception) -> str:

@@ -61,6 +61,7 @@ class TrainingSection(Section):
     momentum: float = Field(default=0.95, ge=0, lt=1, description="of Nesterov's SGD and of Muon")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on biases and norms")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
+    clip_values: float = Field(default=0.0, ge=0, description="largest size of each of its values; 0 for none")
     log_every: int = Field(default=50, ge=1, description="steps")
     eval_every: int = Field(default=500, ge=1, description="steps between evaluations on a part of the validation set")
     eval_tokens: int = Field(default=32_768, ge=1, description="size of that part, in tokens of the model")

@@ -16,13 +16,18 @@ from leapformer.training.recipes import Recipe
 class TaskData(ABC):
     """The prepared data of one recipe."""
 
-    tokenizer: PreTrainedTokenizerBase
+    unit: str  # what the loss is a mean over, in the plural: "tokens" or "examples"
+    tokenizer: PreTrainedTokenizerBase | None = None  # saved beside the model, where there is one
     train_dataset: Dataset
     collator: Callable[[list[Any]], dict[str, Any]]
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
         """A model with fresh weights, drawn from torch's global generator."""
+
+    @abstractmethod
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """How many of them a collated batch has."""
 
     @abstractmethod
     def quick_metrics(self, model: PreTrainedModel) -> dict[str, float]:

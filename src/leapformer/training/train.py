@@ -53,11 +53,11 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
     trainer: LeapformerTrainer
 
     def progress() -> tuple[int, float]:
-        return trainer.tokens_seen, trainer.clock.seconds
+        return trainer.targets_seen, trainer.clock.seconds
 
-    callbacks: list[Any] = [MetricsFile(run, progress), stop]
+    callbacks: list[Any] = [MetricsFile(run, progress, data.unit), stop]
     if progress_bar:
-        callbacks.append(ProgressBar(run.name, progress))
+        callbacks.append(ProgressBar(run.name, progress, data.unit))
     trainer = LeapformerTrainer(
         model=model,
         data=data,
@@ -84,7 +84,7 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
     model = load_model(run.model_path).to(choose_device(recipe.training))
     evaluation = trainer.data.evaluate(model, split="validation")
     config = model.config
-    seconds = trainer.clock.seconds
+    seconds, unit = trainer.clock.seconds, trainer.data.unit
     return {
         "name": run.name,
         "recipe": recipe.name,
@@ -96,9 +96,9 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
         "parameters": model.num_parameters(),
         "parameters_leap": model.num_parameters_added_by_leap(),
         "steps": trainer.state.global_step,
-        "tokens": trainer.tokens_seen,
+        unit: trainer.targets_seen,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(trainer.tokens_seen / max(seconds, 1e-9), 1),
+        f"{unit}_per_second": round(trainer.targets_seen / max(seconds, 1e-9), 1),
         "peak_memory_mib": peak_memory,
         "splits": {"validation": evaluation.pop("metrics")},
         **evaluation,

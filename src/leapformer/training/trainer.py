@@ -71,7 +71,7 @@ class LeapformerTrainer(Trainer):
         self.data = data
         self.section = section
         self.run = run
-        self.tokens_seen = 0
+        self.targets_seen = 0
         self.clock = StepClock()
         super().__init__(
             model=model,
@@ -105,17 +105,18 @@ class LeapformerTrainer(Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The batches of one step and the number of tokens the loss is taken over.
-
-        Labels are shifted inside the model, so the first of every row is not counted. The Trainer's own count differs
-        between versions of transformers.
-        """
+        """The batches of one step and the number of targets; the Trainer's own count differs between versions."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        count = torch.tensor(sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches), device=device)
+        count = torch.tensor(sum(self.data.count_targets(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
-        self.tokens_seen += int(count)
+        self.targets_seen += int(count)
         return batches, count if self.model_accepts_loss_kwargs else None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.section.clip_values:
+            torch.nn.utils.clip_grad_value_(model.parameters(), self.section.clip_values)
+        return super()._clip_grad_norm(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics on a part of the validation set; the best model so far is saved for use."""
@@ -142,9 +143,10 @@ class LeapformerTrainer(Trainer):
                 self._save(str(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights, configuration and tokenizer; not the pickled arguments that the Trainer adds."""
+        """Weights, configuration and a tokenizer where there is one; not the pickled arguments that the Trainer adds."""
         self.unwrapped.save_pretrained(output_dir, state_dict=state_dict)
-        self.data.tokenizer.save_pretrained(str(output_dir))
+        if self.data.tokenizer is not None:
+            self.data.tokenizer.save_pretrained(str(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Everything to resume from, written beside the checkpoints before and renamed when it is whole."""
@@ -156,7 +158,7 @@ class LeapformerTrainer(Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(folder / PROGRESS_NAME, {"tokens": self.tokens_seen, "seconds": self.clock.seconds})
+            write_json(folder / PROGRESS_NAME, {"targets": self.targets_seen, "seconds": self.clock.seconds})
         self.remove_old_checkpoints()
 
     def remove_old_checkpoints(self) -> None:
@@ -167,7 +169,7 @@ class LeapformerTrainer(Trainer):
     def resume(self, checkpoint: Path) -> None:
         """Take up the counts of a checkpoint; the Trainer itself restores the rest when it trains."""
         progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
-        self.tokens_seen = progress["tokens"]
+        self.targets_seen = progress["targets"]
         self.clock.seconds = progress["seconds"]
         self.run.rewind(checkpoint_step(checkpoint))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,17 +22,11 @@ from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
+from leapformer.tasks.model_section import build_config, model_fields
 from leapformer.training.recipes import Recipe, Section, expand_path
 from leapformer.training.saving import staged_folder
 from leapformer.training.task import Task, TaskData
 
-# Fields of the configuration that the tokenizer decides, or that say nothing about training.
-SET_BY_TASK = {"model_type", "vocab_size", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
-MODEL_FIELDS = {
-    name: kind
-    for name, kind in LeapformerConfig.__annotations__.items()
-    if name not in SET_BY_TASK and not isinstance(kind, str)
-}
 POSITION_BINS = 16
 
 
@@ -102,19 +95,10 @@ def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
     return build_config(fields, vocab_size=2**31)
 
 
-def build_config(fields: dict[str, Any], *, vocab_size: int) -> LeapformerConfig:
-    """The configuration of a model section; a fault is a one-line ValueError that begins with the key."""
-    try:
-        return LeapformerConfig(**fields, vocab_size=vocab_size)
-    except StrictDataclassError as error:
-        raise ValueError("model." + " ".join(str(error.__cause__ or error).split())) from error
-    except ValueError as error:
-        raise ValueError(str(error).replace("config ", "model.", 1)) from error
-
-
 class LanguageModelData(TaskData):
     """The encoded corpus of one recipe."""
 
+    unit = "tokens"
     tokenizer: PreTrainedTokenizerFast
 
     def __init__(
@@ -157,6 +141,10 @@ class LanguageModelData(TaskData):
 
     def build_model(self) -> LeapformerForCausalLM:
         return LeapformerForCausalLM(build_config(self.recipe.model, vocab_size=len(self.tokenizer)))
+
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> int:
+        """Labels are shifted inside the model, so the first of every row is not counted."""
+        return int((batch["labels"][..., 1:] != -100).sum())
 
     def quick_metrics(self, model: Any) -> dict[str, float]:
         """Loss in nats per token on blocks spread evenly over the validation set."""
@@ -223,7 +211,7 @@ class LanguageModelTask(Task):
 
     name = "lm"
     recipe_type = LanguageModelRecipe
-    model_fields = MODEL_FIELDS
+    model_fields = model_fields()
 
     def prepare(
         self, recipe: LanguageModelRecipe, *, cache: Path, tokenizer: PreTrainedTokenizerFast | None = None
