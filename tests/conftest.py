@@ -31,6 +31,7 @@ TOOLS: dict[str, Callable[[], bool]] = {
     "c++ compiler": has_cpp_compiler,
     "native library": has_native_library,
     "cmake": lambda: shutil.which("cmake") is not None,
+    "triton": lambda: find_spec("triton") is not None,
     "scikit-build-core": lambda: find_spec("scikit_build_core") is not None,
 }
 

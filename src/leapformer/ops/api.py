@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.ops import native, reference, torch_impl
+from leapformer.ops import native, reference, torch_impl, triton_impl
 from leapformer.ops.autocast import without_autocast
-from leapformer.ops.checks import check_arguments, check_leap, expect
+from leapformer.ops.checks import Call, check_arguments, check_leap, expect
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
-Impl = Literal["auto", "reference", "torch", "native"]
+Impl = Literal["auto", "reference", "torch", "native", "triton"]
 
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -83,8 +83,8 @@ def linear_attention(
         normalize: False returns the numerator.
         eps: clamp of the normaliser; below it the normaliser gets no gradient.
         relu: use relu(q) and relu(k) in place of q and k, without making copies of that size.
-        impl: "reference" (quadratic oracle), "torch" (linear), "native" (kernels for the CPU), or "auto", which takes
-            the first of native and torch that can run.
+        impl: "reference" (quadratic oracle), "torch" (linear), "native" (kernels for the CPU), "triton" (kernels for a
+            GPU), or "auto", which takes the kernels of the tensors' device, or torch where they can't run.
 
     Returns:
         ``AttentionOutput(output [B, T, H, V], state)``. A query without features or visible keys gets exactly 0.
@@ -103,7 +103,8 @@ def linear_attention(
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
         if k_factors is not None and k_factors.shape[2] > 1:
             k_factors = _for_query_heads(k_factors, q.shape[2])
-    run = _implementation(impl, q).attend
+    rank = 1 if q_factors is None else q_factors.shape[-1]
+    run = _implementation(impl, Call(q, v, rank, 0, initial_state)).attend
     with without_autocast(q.device.type):
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -142,7 +143,8 @@ def leap_attention(
     """
     check_leap("q_leap", q, q_leap)
     check_leap("k_leap", k, k_leap)
-    fused = _implementation(impl, q).attend_leap
+    hidden = max(0 if w.w1 is None else w.w1.shape[1] for w in (q_leap, k_leap))
+    fused = _implementation(impl, Call(q, v, 2, hidden, initial_state)).attend_leap
     if fused is None or (log_decay is not None and q.shape[2] != k.shape[2]):
         if key_mask is not None and key_mask.shape == k.shape[:2]:
             k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
@@ -277,42 +279,46 @@ def _run_reference(
 
 
 class _Implementation(NamedTuple):
-    """Who computes it; ``reasons`` says why it can't run here (None) or for ``q``, and is empty where it can."""
+    """Who computes it; ``reasons`` says why it can't run here (None) or for a call, and is empty where it can."""
 
     attend: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    reasons: Callable[[Tensor | None], list[str]]
+    reasons: Callable[[Call | None], list[str]]
     attend_leap: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # with ReLU and the LeaP modules in it
 
 
-def _no_reasons(q: Tensor | None) -> list[str]:
+def _no_reasons(call: Call | None) -> list[str]:
     return []
+
+
+def _native_reasons(call: Call | None) -> list[str]:
+    return native.reasons(None if call is None else call.q)
 
 
 _IMPLEMENTATIONS = {
     "reference": _Implementation(_run_reference, _no_reasons),
     "torch": _Implementation(torch_impl.attend, _no_reasons),
-    "native": _Implementation(native.attend, native.reasons, native.attend_leap),
+    "native": _Implementation(native.attend, _native_reasons, native.attend_leap),
+    "triton": _Implementation(triton_impl.attend, triton_impl.reasons, triton_impl.attend_leap),
 }
-_PREFERRED = ("native", "torch")  # what "auto" tries, in this order
 
 
-def _implementation(impl: str, q: Tensor) -> _Implementation:
+def _implementation(impl: str, call: Call) -> _Implementation:
     if impl == "auto":
-        return _chosen(q)
+        return _chosen(call)
     if impl not in _IMPLEMENTATIONS:
         known = ", ".join(repr(name) for name in ("auto", *_IMPLEMENTATIONS))
         raise ValueError(f"impl: expected one of {known}, got {impl!r}")
-    reasons = _IMPLEMENTATIONS[impl].reasons(q)
+    reasons = _IMPLEMENTATIONS[impl].reasons(call)
     if reasons:
         raise ValueError(f"impl: expected one that can run, got {impl!r}, which can't: {'; '.join(reasons)}")
     return _IMPLEMENTATIONS[impl]
 
 
-def _chosen(q: Tensor) -> _Implementation:
-    """The first implementation that can run, logged when it is chosen for the first time."""
+def _chosen(call: Call) -> _Implementation:
+    """The kernels of the device, or torch; logged when it is chosen for the first time."""
     refused = []
-    for name in _PREFERRED:
-        reasons = _IMPLEMENTATIONS[name].reasons(q)
+    for name in ("triton" if call.q.device.type == "cuda" else "native", "torch"):
+        reasons = _IMPLEMENTATIONS[name].reasons(call)
         if reasons:
             refused.append(f"{name}: {'; '.join(reasons)}")
             continue

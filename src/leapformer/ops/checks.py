@@ -7,6 +7,8 @@ and would cost more than the step of one token.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+class Call(NamedTuple):
+    """What an implementation may refuse a call for: tensors, rank, hidden size of the LeaP modules in it, and state."""
+
+    q: Tensor
+    v: Tensor
+    rank: int = 1
+    hidden: int = 0
+    state: LinearState | None = None
 
 
 def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> None:

@@ -1,0 +1,252 @@
+"""What the Triton kernels are compared on. As a program: runs every case in Triton's interpreter, prints errors as JSON.
+
+A process of its own, because Triton decides at import whether its functions are interpreted:
+
+    TRITON_INTERPRET=1 python -m tests.ops.triton_cases
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
+from leapformer.ops.triton_impl import CUSTOM_OPS, step_
+from tests.ops.oracle import Case, make_case, results_and_gradients
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Errors = dict[str, tuple[float, float]]
+
+# Chunks are of 16 tokens here and segments of 32: lengths above 32 go through all of it.
+SMALL = {"B": 1, "H": 1}
+FORMS: dict[str, tuple[str, torch.dtype, dict]] = {
+    "plain": ("causal", F32, {"T": 41, **SMALL}),
+    "bfloat16": ("causal", BF16, {"T": 41, "R": 2, **SMALL}),
+    "float16": ("causal", F16, {"T": 21, "R": 2, "K": 16, **SMALL}),
+    "grouped heads": ("causal", F32, {"T": 20, "B": 1, "H": 4, "G": 2, "R": 2}),
+    "rank 3, shared factors": ("causal", BF16, {"T": 20, "B": 1, "H": 2, "G": 1, "R": 3, "factor_heads": False}),
+    "mask and state": ("causal", F32, {"T": 36, "B": 2, "H": 1, "R": 2, "mask": True, "state": True}),
+    "numerator": ("causal", F32, {"T": 20, "normalize": False, "state": True, **SMALL}),
+    "relu": ("causal", F32, {"T": 36, "R": 2, "relu": True, "mask": True, "decay": True, **SMALL}),
+    "relu, without factors": ("all", BF16, {"T": 20, "S": 35, "relu": True, "B": 1, "H": 2, "G": 1}),
+    "clamped": ("causal", F32, {"T": 20, "eps": 2.0, **SMALL}),
+    "wide": ("causal", F32, {"T": 17, "K": 33, "V": 40, "R": 2, **SMALL}),
+    "packed": ("causal", F32, {"lengths": [3, 0, 35, 1], "H": 1, "R": 2, "state": True}),
+    "decay": ("causal", F32, {"T": 41, "decay": True, "R": 2, "mask": True, "state": True, **SMALL}),
+    "decay, grouped": ("causal", BF16, {"T": 18, "decay": True, "B": 1, "H": 2, "G": 1, "R": 2}),
+    "decay, packed": ("causal", F32, {"lengths": [18, 0, 3], "decay": True, "H": 1, "state": True}),
+    "decay, numerator": ("causal", F32, {"T": 18, "decay": True, "normalize": False, **SMALL}),
+    "all": ("all", BF16, {"T": 21, "S": 37, "B": 1, "H": 2, "G": 1, "R": 2, "mask": True, "state": True}),
+    "all, packed": ("all", F32, {"lengths": [3, 0, 18], "key_lengths": [34, 2, 0], "H": 1, "R": 2}),
+    "no keys": ("all", F32, {"T": 3, "S": 0, "state": True, **SMALL}),
+    "no queries": ("all", F32, {"T": 0, "S": 3, **SMALL}),
+    "blocks": ("blocks", F32, {"T": 37, "S": 39, "R": 2, **SMALL}),
+    "wait-k": ("wait-k", BF16, {"T": 21, "S": 53, "R": 2, "state": True, "mask": True, **SMALL}),
+    "late, grouped": ("late", F32, {"T": 37, "S": 30, "B": 1, "H": 2, "G": 1}),
+    "per sample": ("per sample", F32, {"T": 20, "S": 37, "B": 2, "H": 1, "R": 2}),
+    "tensor": ("tensor", F32, {"T": 37, "S": 41, "B": 2, "H": 1}),
+    "blocks, packed": ("blocks", F32, {"lengths": [3, 0, 35], "key_lengths": [20, 2, 18], "H": 1, "state": True}),
+}
+
+
+def random_form(seed: int) -> tuple[str, torch.dtype, dict]:
+    """Shapes, visibility, masks and dtype by chance. A factor of rank 1 cancels in the output: its gradient is noise."""
+    chance = random.Random(seed)
+    visible = chance.choice(("all", "causal", "causal", "blocks", "wait-k", "negative phase", "per sample", "tensor"))
+    G = chance.choice((1, 1, 2))
+    form = {
+        "B": chance.choice((1, 2)), "H": G * chance.choice((1, 1, 2)), "G": G, "T": chance.randint(1, 40),
+        "K": chance.randint(1, 20), "V": chance.randint(1, 20), "R": chance.choice((0, 2, 3)), "mask": chance.random() < 0.5,
+        "state": chance.random() < 0.5, "factor_heads": chance.random() < 0.7, "seed": seed,
+    }  # fmt: skip
+    if visible == "causal":
+        form["decay"] = chance.random() < 0.5
+    else:
+        form["S"] = chance.randint(1, 50)
+    return visible, chance.choice((F32, F32, BF16)), form
+
+
+SEEDS = range(6)
+
+
+def relative(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each result against its scale; infinite where a value is not finite."""
+    errors = {}
+    for name, right in expected.items():
+        got = actual[name].double()
+        assert got.shape == right.shape, f"{name}: {tuple(got.shape)}, expected {tuple(right.shape)}"
+        error = (got - right).abs().max().item() / max(1.0, right.abs().max().item()) if right.numel() else 0.0
+        errors[name] = error if error == error else float("inf")
+    return errors
+
+
+def compare(run: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]], expected) -> Errors:
+    """(error of triton, error of torch) of each output and gradient, against float64."""
+    pairs = []
+    for impl in ("triton", "torch"):
+        results, gradients = run(impl)
+        grads = {f"gradient of {n}": g for n, g in gradients.items()}
+        pairs.append(relative(results | grads, expected[0] | {f"gradient of {n}": g for n, g in expected[1].items()}))
+    return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
+
+
+def linear(visible: str, dtype: torch.dtype, form: dict) -> Errors:
+    """``linear_attention`` against the explicit formula of the same, rounded, numbers."""
+    case = make_case(visible, **form).to(dtype)
+    expected = results_and_gradients(case.to(torch.float64), Case.formula)
+    return compare(lambda impl: results_and_gradients(case, lambda c: c.call(impl)), expected)
+
+
+LEAPS = {
+    "leap": {"T": 36, "H": 2, "G": 1, "per_head": False, "r": 3, "dtype": F32, "visible": "causal"},
+    "leap of each head": {"T": 18, "H": 2, "G": 2, "per_head": True, "r": 3, "dtype": BF16, "visible": "causal"},
+    "leap without hidden layer": {"T": 18, "H": 2, "G": 1, "per_head": True, "r": 0, "dtype": F32, "visible": "all"},
+    "leap with staircase": {"T": 18, "H": 1, "G": 1, "per_head": False, "r": 3, "dtype": F32, "visible": "wait-k"},
+    "leap with wide heads": {
+        "T": 18,
+        "H": 2,
+        "G": 1,
+        "per_head": True,
+        "r": 17,
+        "K": 18,
+        "dtype": F32,
+        "visible": "all",
+    },
+    "leap with decay": {"T": 18, "H": 2, "G": 1, "per_head": True, "r": 2, "dtype": F32, "visible": "decay"},
+}
+
+
+def leap(T: int, H: int, G: int, per_head: bool, r: int, dtype: torch.dtype, visible: str, K: int = 5) -> Errors:
+    """``leap_attention`` with its modules in the kernels, a mask, and the gradients of all weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (x + 0.05 * x.sign()).to(dtype)  # away from 0, where relu has no derivative
+
+    def weights(heads):
+        n = heads if per_head else 1
+        hidden = (random_(n, r, K), random_(n, r)) if r else (None, None)
+        return [w if w is None else w.float() for w in (*hidden, random_(n, r or K), random_(n))]
+
+    tensors = [random_(1, T, H, K), random_(1, T, G, K), random_(1, T, G, 6), *weights(H), *weights(G)]
+    decay = -torch.rand(1, T, H, generator=generator) if visible == "decay" else None
+    key_mask = torch.rand(1, T, generator=generator) > 0.3
+    where = Staircase.wait_k(2, 1) if visible == "wait-k" else "causal" if visible == "decay" else visible
+    probe = torch.randn(1, T, H, 6, generator=generator, dtype=torch.float64)
+
+    def run(impl, dtype=None):
+        x = [t if t is None else t.to(dtype or t.dtype).detach().requires_grad_() for t in tensors]
+        result = leap_attention(
+            *x[:3], LeapWeights(*x[3:7]), LeapWeights(*x[7:]), visible=where, key_mask=key_mask, log_decay=decay,
+            return_state=True, eps=0.1, impl=impl,
+        )  # fmt: skip
+        state = result.state
+        loss = (result.output.double() * probe).sum() + state.kv.double().sum() + state.z.double().square().sum()
+        leaves = {str(n): t for n, t in enumerate(x) if t is not None}
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {"output": result.output.detach(), "kv": state.kv.detach()}, dict(zip(leaves, grads, strict=True))
+
+    return compare(run, run("reference", torch.float64))
+
+
+STEPS = {
+    "step": {"dtype": F32, "H": 4, "G": 2, "R": 2, "decay": False, "leap": False},
+    "step with decay": {"dtype": BF16, "H": 2, "G": 2, "R": 1, "decay": True, "leap": False},
+    "step with leap": {"dtype": F32, "H": 2, "G": 1, "R": 2, "decay": False, "leap": True},
+}
+
+
+def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool) -> Errors:
+    """Three tokens one by one, the state updated in place."""
+    case = make_case("causal", T=3, B=2, H=H, G=G, K=5, V=20, R=0 if R == 1 or leap else R, decay=decay).to(dtype)
+    x = case.leaves
+    weights = [torch.randn(1, *s, generator=torch.Generator().manual_seed(1)) for s in ((3, 5), (3,), (3,), ())]
+    modules = LeapWeights(*weights)
+    state = LinearState.zeros(2, G, 2 if leap else R, 5, 20, decay_heads=H if decay else None)
+    outputs, names = [], ("q", "k", "v", "q_factors", "k_factors")
+    for t in range(3):
+        at = {name: None if value is None else value[:, t : t + 1] for name, value in x.items()}
+        options = {"q_leap": modules, "k_leap": modules} if leap else {}
+        before = state.clone()
+        outputs.append(step_(*(at[n] for n in names), state, log_decay=at["log_decay"], **options))
+        with torch.no_grad():  # the same kernel, with a state of its own
+            y = (at["q"], at["k"], at["v"], modules, modules) if leap else [at[n] for n in names]
+            again = (leap_attention if leap else linear_attention)(
+                *y, visible="causal", log_decay=at["log_decay"], initial_state=before, return_state=True, impl="triton"
+            )
+        if H == G or not decay:
+            for a, b in zip((again.output, *again.state), (outputs[-1], *state), strict=True):
+                assert a is b or torch.equal(a, b)
+    got = {"output": torch.cat(outputs, 1), "kv": state.kv, "z": state.z}
+
+    def whole(impl, dtype):
+        y = {name: None if t is None else t.to(dtype) for name, t in x.items()}
+        if leap:
+            both = LeapWeights(*(w if dtype != torch.float64 else w.to(dtype) for w in weights))
+            result = leap_attention(y["q"], y["k"], y["v"], both, both, visible="causal", return_state=True, impl=impl)
+        else:
+            result = linear_attention(
+                y["q"], y["k"], y["v"], y["q_factors"], y["k_factors"], visible="causal", log_decay=y["log_decay"],
+                return_state=True, impl=impl,
+            )  # fmt: skip
+        return {"output": result.output, "kv": result.state.kv, "z": result.state.z}
+
+    expected = whole("reference", torch.float64)
+    triton, torch_ = relative(got, expected), relative(whole("torch", dtype), expected)
+    return {name: (triton[name], torch_[name]) for name in expected}
+
+
+def operator() -> Errors:
+    """torch's own checks of the two operators; raises where one fails."""
+    case = make_case("causal", T=3, B=1, H=1, R=2, state=True).to(F32)
+    x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
+    tensors = (x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], None, x["kv"], x["z"], *[None] * 12)
+    torch.library.opcheck(
+        CUSTOM_OPS[0], (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
+    )
+    return {}
+
+
+CASES: dict[str, Callable[[], Errors]] = {
+    **{name: (lambda form=form: linear(*form)) for name, form in FORMS.items()},
+    **{f"random {seed}": (lambda seed=seed: linear(*random_form(seed))) for seed in SEEDS},
+    **{name: (lambda form=form: leap(**form)) for name, form in LEAPS.items()},
+    **{name: (lambda form=form: one_step(**form)) for name, form in STEPS.items()},
+    "operator": operator,
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype whose tolerance a case has."""
+    if name in FORMS:
+        return FORMS[name][1]
+    if name.startswith("random"):
+        return random_form(int(name.split()[1]))[1]
+    return (LEAPS | STEPS).get(name, {"dtype": F32})["dtype"]
+
+
+def main(names: list[str]) -> None:
+    import tests.ops.triton_interpreter  # noqa: F401
+
+    torch.set_num_threads(1)
+    # Every torch.empty is NaN, so that what a kernel leaves out shows.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    for name in names or CASES:
+        try:
+            result: object = CASES[name]()
+        except Exception:
+            result = traceback.format_exc()[-3000:]
+        print(json.dumps({name: result}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
