@@ -90,28 +90,32 @@ def bytes_needed(name: str, shape: Shape, length: int, *, backward: bool) -> flo
     return shape.batch * shape.heads * length**2 * 4 * (5 if backward else 3)
 
 
-def build(name: str, shape: Shape, length: int, *, backward: bool) -> Callable[[], object]:
+def build(
+    name: str, shape: Shape, length: int, *, backward: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
     """One call of a contender: forward without gradients, or forward and backward with a dense random cotangent.
 
-    Each contender starts from float32 tensors in the layout it likes best. Ours and the research code start from plain
+    Each contender starts from tensors of ``dtype`` in the layout it likes best. Ours and the research code start from plain
     queries and keys, as SDPA does, and a proportion for each: ReLU, sines and cosines are inside.
     """
+    random = _Random(backward, device, dtype)
     if name == SDPA:
-        return _sdpa(shape, length, backward)
+        return _sdpa(shape, length, random)
     if name == FAST_TRANSFORMERS:
-        return _fast_transformers(shape, length, backward)
+        return _fast_transformers(shape, length, random)
+    if name == FLA:
+        return _fla(shape, length, random)
     if name == RESEARCH:
-        return _research(shape, length, backward)
-    return _ours(name.removesuffix(LEAP), shape, length, backward, leap=name.endswith(LEAP))
+        return _research(shape, length, random)
+    return _ours(name.removesuffix(LEAP), shape, length, random, leap=name.endswith(LEAP))
 
 
-def _ours(impl: str, shape: Shape, length: int, backward: bool, *, leap: bool) -> Callable[[], object]:
+def _ours(impl: str, shape: Shape, length: int, random: _Random, *, leap: bool) -> Callable[[], object]:
     B, N, H, G, K = shape.batch, length, shape.heads, shape.kv_heads, shape.width
-    random = _Random(backward)
     q, k, v = random.leaf(B, N, H, K), random.leaf(B, N, G, K), random.leaf(B, N, G, K)
     keywords: dict = {"visible": Staircase.wait_k(3, 1) if shape.visible == "wait-k" else shape.visible, "impl": impl}
     if shape.masked:  # one key in eight is padding, at the end
-        keywords["key_mask"] = (torch.arange(N) < N - N // 8).expand(B, N)
+        keywords["key_mask"] = (torch.arange(N, device=random.device) < N - N // 8).expand(B, N)
     if leap:
         q_leap, k_leap = random.leap(shape), random.leap(shape)
         leaves = [q, k, v, *q_leap, *k_leap]
@@ -128,18 +132,16 @@ def _ours(impl: str, shape: Shape, length: int, backward: bool, *, leap: bool) -
     return random.call(attend, [q, k, v, p_q, p_k], (B, N, H, K))
 
 
-def _sdpa(shape: Shape, length: int, backward: bool) -> Callable[[], object]:
-    random = _Random(backward)
+def _sdpa(shape: Shape, length: int, random: _Random) -> Callable[[], object]:
     size = (shape.batch, shape.heads, length, shape.width)
     q, k, v = (random.leaf(*size) for _ in range(3))
     causal = shape.visible == "causal"
     return random.call(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal), [q, k, v], size)
 
 
-def _research(shape: Shape, length: int, backward: bool) -> Callable[[], object]:
+def _research(shape: Shape, length: int, random: _Random) -> Callable[[], object]:
     """The formula as published code computes it: causal over all N x N pairs, bidirectional by plain tensor products."""
     rows, N, K = shape.batch * shape.heads, length, shape.width
-    random = _Random(backward)
     q, k, v = (random.leaf(rows, N, K) for _ in range(3))
     if shape.leap:
         q_leap, k_leap = random.leap(shape), random.leap(shape)
@@ -158,7 +160,7 @@ def _research(shape: Shape, length: int, backward: bool) -> Callable[[], object]
             return features(queries, _module(queries, q_leap)), features(keys, _module(keys, k_leap))
         return features(queries, p_q), features(keys, p_k)
 
-    future = torch.ones(N, N, dtype=torch.bool).triu(1) if shape.visible == "causal" else None
+    future = torch.ones(N, N, dtype=torch.bool, device=random.device).triu(1) if shape.visible == "causal" else None
 
     def attend() -> Tensor:
         queries, keys = both_features()
@@ -172,7 +174,16 @@ def _research(shape: Shape, length: int, backward: bool) -> Callable[[], object]
     return random.call(attend, [q, k, v, *sources], (rows, N, K))
 
 
-def _fast_transformers(shape: Shape, length: int, backward: bool) -> Callable[[], object]:
+def _fla(shape: Shape, length: int, random: _Random) -> Callable[[], object]:
+    """Its plain linear attention: ReLU and no re-weighting, so half the width of our features."""
+    from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
+
+    size = (shape.batch, length, shape.heads, shape.width)
+    q, k, v = (random.leaf(*size) for _ in range(3))
+    return random.call(lambda: chunk_linear_attn(q.relu(), k.relu(), v, scale=1.0, normalize=True)[0], [q, k, v], size)
+
+
+def _fast_transformers(shape: Shape, length: int, random: _Random) -> Callable[[], object]:
     """Its linear attention over the features [q cos, q sin], [k cos, k sin], with the layout [B, N, H, 2K] it takes."""
     from fast_transformers.attention.causal_linear_attention import (  # type: ignore[import-not-found]
         CausalLinearAttention,
@@ -181,7 +192,6 @@ def _fast_transformers(shape: Shape, length: int, backward: bool) -> Callable[[]
     from fast_transformers.masking import FullMask, TriangularCausalMask  # type: ignore[import-not-found]
 
     B, N, H, K = shape.batch, length, shape.heads, shape.width
-    random = _Random(backward)
     q, k, v = (random.leaf(B, N, H, K) for _ in range(3))
     p_q, p_k = random.proportion(B, N, H), random.proportion(B, N, H)
     causal = shape.visible == "causal"
@@ -221,20 +231,20 @@ def _module(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 class _Random:
     """Inputs of one call, the same for the same order of requests, and the call itself."""
 
-    def __init__(self, backward: bool) -> None:
-        self.backward = backward
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, backward: bool, device: str, dtype: torch.dtype) -> None:
+        self.backward, self.device, self.dtype = backward, device, dtype
+        self.generator = torch.Generator(device).manual_seed(0)
 
     def leaf(self, *size: int) -> Tensor:
-        return torch.randn(*size, generator=self.generator).requires_grad_(self.backward)
+        return self._normal(*size).to(self.dtype).requires_grad_(self.backward)
 
     def proportion(self, *size: int) -> Tensor:
-        return torch.rand(*size, generator=self.generator).requires_grad_(self.backward)
+        return torch.rand(*size, generator=self.generator, device=self.device).requires_grad_(self.backward)
 
     def leap(self, shape: Shape) -> list[Tensor]:
         """w1, b1, w2, b2 of one module."""
         r, K = shape.hidden, shape.width
-        scaled = [torch.randn(*size, generator=self.generator) / K**0.5 for size in ((1, r, K), (1, r), (1, r), (1,))]
+        scaled = [self._normal(*size) / K**0.5 for size in ((1, r, K), (1, r), (1, r), (1,))]
         return [weight.requires_grad_(self.backward) for weight in scaled]
 
     def call(self, attend: Callable[[], Tensor], leaves: list[Tensor], size: tuple[int, ...]) -> Callable[[], object]:
@@ -245,5 +255,8 @@ class _Random:
                     return attend()
 
             return forward
-        cotangent = torch.randn(*size, generator=self.generator)
+        cotangent = self._normal(*size).to(self.dtype)
         return lambda: torch.autograd.grad(attend(), leaves, cotangent)
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator, device=self.device)

@@ -1,0 +1,441 @@
+"""`benchmarks/gpu.sh`: the Triton kernels on a GPU. Right first, then how fast, against FlashAttention and others.
+
+Needs PyTorch, Triton and pytest alone, so nothing here imports the libraries of the models or of the command.
+Letters: B batch, N tokens, H heads, K key and value width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leapformer.bench.contenders import FLA, LEAP, SDPA, Shape, build
+from leapformer.bench.result import Result, Settings, Table, ratio_text, short
+from leapformer.bench.timing import Race, Sample, Timer, race, spread
+from leapformer.nn import DecoderBlock, SinusoidalPositions, build_attention
+from leapformer.ops import LeapWeights, LinearState, available_impls, leap_attention, linear_attention
+from leapformer.ops.triton_impl import step_
+
+SECONDS = 8 * 60  # the whole run; what does not fit is named as not run
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+CONTEXTS = (1024, 8192, 65536, 131072)
+TOKENS = 32768  # in a call: shorter sequences come in larger batches, so that the GPU has work
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PASSES = {False: "forward", True: "forward + backward"}
+HEADS, WIDTH, HIDDEN = 8, 64, 16
+CACHED, IN_PLACE = f"{SDPA} with a cache", "triton, in place"
+
+# The model of the recipe lm/wikitext103 (a test compares them): its vocabulary is that of the text, 267,744 words.
+WIKITEXT103: dict[str, Any] = {
+    "vocab_size": 267744, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16,
+    "num_attention_heads": 8, "leap_hidden": 32, "adaptive_cutoffs": [20000, 60000], "adaptive_factor": 4,
+    "adaptive_dropout": 0.2, "hidden_dropout": 0.3, "attention_dropout": 0.1, "activation_dropout": 0.1,
+    "max_position_embeddings": 513,
+}  # fmt: skip
+BATCH, BLOCK = 8, 513
+MODELS = {
+    "softmax": ("softmax", "auto"),
+    "LeaPformer, triton": ("leap", "triton"),
+    "LeaPformer, torch": ("leap", "torch"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs everything on the GPU; 0, or 1 where a result is wrong, or 2 where there is no GPU to run on."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh", description="Correctness and speed of the Triton kernels."
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the JSON file")
+    output = parser.parse_args(argv).output
+    reasons = available_impls()["triton"]
+    if reasons:
+        print(f"benchmarks/gpu.sh: expected a GPU that Triton's kernels can run on, found: {'; '.join(reasons)}")
+        return 2
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    result = Result(f"gpu-{name}", Settings(output=output, threads=torch.get_num_threads()))
+    result.content["settings"]["clock"] = "wall"
+    bench = Bench(result, device="cuda", timed=gpu_timer, until=time.monotonic() + SECONDS)
+    wrong = check(bench)
+    if not wrong:
+        measure_attention(bench)
+        measure_decoding(bench)
+        measure_training(bench)
+        result.finish()
+    for table in tables(result.content):
+        print(table.markdown())
+    print(f"Written to {result.path}")
+    for line in wrong:
+        print(f"wrong: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+class Bench(NamedTuple):
+    """Where a run happens: its result, device and clock, and when it has to end (of `time.monotonic`)."""
+
+    result: Result
+    device: str
+    timed: Callable[[Callable[[], object]], Timer]
+    until: float
+    limit: float = 4.0  # seconds of one call
+
+    def race(self, runs: Mapping[str, Callable[[], Callable[[], object]]], repeats: int = 5) -> Race:
+        """Contenders take turns; `runs` makes each one, which may fail for want of memory or of an installed library."""
+        timers, not_run = {}, {}
+        for name, make in runs.items():
+            if time.monotonic() > self.until:
+                not_run[name] = "the time is up"
+                continue
+            try:
+                run = make()
+                run()
+                timers[name] = self.timed(run)
+            except (RuntimeError, ImportError, TypeError) as error:  # out of memory is a RuntimeError
+                not_run[name] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        outcome = race(timers, repeats=repeats, clock="wall", limit=self.limit)
+        outcome.not_run.update(not_run)
+        return outcome
+
+    def row(self, outcome: Race, *against: str) -> dict[str, Any]:
+        """What a race leaves in the file: milliseconds, ratios and what did not run."""
+        over = {
+            other: {n: spread(ratios) for n in outcome.samples if (ratios := outcome.ratios(other, n, "wall"))}
+            for other in against
+        }
+        return {"contenders": outcome.as_dict(), "not_run": outcome.not_run, "speed_over": over}
+
+
+def gpu_timer(run: Callable[[], object]) -> Timer:
+    """Times calls by events on the GPU's own stream, which no work of before is in."""
+
+    def timed(calls: int) -> Sample:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        cpu = time.process_time()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        cpu = time.process_time() - cpu
+        end.synchronize()
+        return Sample(cpu / calls, start.elapsed_time(end) / 1e3 / calls)
+
+    return timed
+
+
+# ---- right -----------------------------------------------------------------------------------------------------------
+
+
+CHECKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "bidirectional": {"visible": "all", "S": 333},
+    "decay": {"decay": True},
+    "packed": {"bounds": [0, 130, 130, 401, 700]},
+    "grouped heads": {"G": 2, "K": 32},
+    "leap": {"leap": 16},
+    "leap, 128 wide": {"leap": 32, "K": 128, "V": 128, "only": "bfloat16"},
+    "leap with decay": {"leap": 16, "decay": True},
+    "numerator": {"normalize": False, "K": 48, "V": 40},
+}
+
+
+def check(bench: Bench, impl: str = "triton", tokens: int = 700) -> list[str]:
+    """Outputs, states and gradients against the reference in float64; what is further off than twice torch + 4 eps."""
+    wrong = []
+    for name, form in CHECKS.items():
+        form = dict(form)
+        only = form.pop("only", None)
+        for label, dtype in DTYPES.items():
+            if only not in (None, label):
+                continue
+            case = _case(bench.device, dtype, tokens=tokens, **form)
+            exact = _results(case, "reference", torch.float64)
+            off, allowed = {}, {}
+            ours, torchs = _results(case, impl, None), _results(case, "torch", None)
+            for what, right in exact.items():
+                scale = max(1.0, right.abs().max().item())
+                off[what], theirs = ((x[what].double() - right).abs().max().item() / scale for x in (ours, torchs))
+                allowed[what] = 2 * theirs + 4 * torch.finfo(dtype).eps
+            worst = max(off, key=lambda what: off[what] / allowed[what])
+            row = {"case": name, "dtype": label, "worst": worst, "error": off[worst], "allowed": allowed[worst]}
+            bench.result.add("checks", row)
+            wrong += [
+                f"{name}, {label}: {w}: {off[w]:.1e}, allowed {allowed[w]:.1e}" for w in off if not off[w] <= allowed[w]
+            ]
+    return wrong
+
+
+def _case(
+    device: str, dtype: torch.dtype, *, tokens: int, K: int = 64, V: int = 64, H: int = 4, G: int = 4, S: int | None = None,
+    visible: str = "causal", decay: bool = False, leap: int = 0, bounds: list[int] | None = None, normalize: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    """(tensors by name, keywords) of one call."""
+    generator = torch.Generator(device).manual_seed(0)
+    B, S = 1 if bounds else 2, S or tokens
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    x = {"q": normal(B, tokens, H, K), "k": normal(B, S, G, K), "v": normal(B, S, G, V)}
+    x = {n: t.to(dtype) for n, t in x.items()}
+    for side, heads, length in (("q", H, tokens), ("k", G, S)):
+        if leap:
+            sizes = {"w1": (1, leap, K), "b1": (1, leap), "w2": (1, leap), "b2": (1,)}
+            x |= {f"{side}_{n}": normal(*size) / K**0.5 for n, size in sizes.items()}
+        else:
+            x[f"{side}_factors"] = torch.rand(B, length, heads, 2, generator=generator, device=device)
+    if decay:
+        x["log_decay"] = -torch.rand(B, tokens, H, generator=generator, device=device)
+    keywords: dict[str, Any] = {"visible": visible, "normalize": normalize, "eps": 1e-2}
+    if bounds:
+        keywords["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device) * tokens // bounds[-1]
+    else:
+        keywords["key_mask"] = torch.rand(B, S, generator=generator, device=device) > 0.2
+    return x, keywords
+
+
+def _results(case: tuple[dict[str, Tensor], dict[str, Any]], impl: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Output, state and the gradients of a random sum of them."""
+    tensors, keywords = case
+    x = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in tensors.items()}
+    keywords = keywords | {"log_decay": x.get("log_decay"), "return_state": True, "impl": impl}
+    if "q_w2" in x:
+        leaps = (LeapWeights(*(x[f"{side}_{n}"] for n in ("w1", "b1", "w2", "b2"))) for side in "qk")
+        output, state = leap_attention(x["q"], x["k"], x["v"], *leaps, **keywords)
+    else:
+        output, state = linear_attention(x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], relu=True, **keywords)
+    assert state is not None
+    found = {"output": output, "kv": state.kv, "z": state.z}
+    generator = torch.Generator(output.device).manual_seed(1)
+    loss = output.double().new_zeros(())
+    for t in found.values():
+        loss = (
+            loss + (t.double() * torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)).sum()
+        )
+    gradients = torch.autograd.grad(loss, list(x.values()))
+    return {n: t.detach() for n, t in found.items()} | {
+        f"gradient of {n}": g for n, g in zip(x, gradients, strict=True)
+    }
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def measure_attention(
+    bench: Bench, lengths: Sequence[int] = LENGTHS, impls: Sequence[str] = ("triton", "torch")
+) -> None:
+    """Causal and bidirectional, in both dtypes, by length."""
+    for dtype in DTYPES:
+        for visible in ("causal", "all"):
+            for length in lengths:
+                for backward in (False, True):
+                    bench.result.add("attention", _attention_row(bench, visible, dtype, length, backward, impls))
+
+
+def _attention_row(
+    bench: Bench, visible: Any, dtype: str, length: int, backward: bool, impls: Sequence[str]
+) -> dict[str, Any]:
+    shape = Shape(visible, batch=max(1, TOKENS // length), heads=HEADS, width=WIDTH, visible=visible, hidden=HIDDEN)
+    names = [impls[0] + LEAP, *impls, SDPA]
+    if visible == "causal" and importlib.util.find_spec("fla"):
+        names.append(FLA)
+    keywords = {"backward": backward, "device": bench.device, "dtype": DTYPES[dtype]}
+    runs = {name: partial(build, name, shape, length, **keywords) for name in names}
+    outcome = bench.race(runs)
+    about = {"visible": visible, "dtype": dtype, "length": length, "batch": shape.batch, "pass": PASSES[backward]}
+    return {**about, **bench.row(outcome, SDPA, FLA)}
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def measure_decoding(
+    bench: Bench, contexts: Sequence[int] = CONTEXTS, impls: Sequence[str] = ("triton", "torch"), in_place: bool = True
+) -> None:
+    """One token of one layer's attention with its LeaP modules, by the length of what came before it."""
+    for dtype in DTYPES:
+        for batch in (1, 16):
+            for context in contexts:
+                names = [*impls, *((IN_PLACE,) if in_place else ())]
+                runs: dict[str, Callable[[], Callable[[], object]]] = {
+                    name: partial(_our_step, bench, batch, dtype, name) for name in names
+                }
+                runs[CACHED] = partial(_cached_step, bench, batch, dtype, context)
+                row = {"dtype": dtype, "batch": batch, "context": context}
+                bench.result.add("decoding", row | bench.row(bench.race(runs), CACHED, impls[-1]))
+
+
+def _one_token(bench: Bench, batch: int, dtype: str) -> list[Tensor]:
+    shape = (3, batch, 1, HEADS, WIDTH)
+    return list(torch.randn(shape, device=bench.device).to(DTYPES[dtype]).unbind())
+
+
+def _our_step(bench: Bench, batch: int, dtype: str, impl: Any) -> Callable[[], object]:
+    """The state is as large after any context, so its numbers do not matter."""
+    q, k, v = _one_token(bench, batch, dtype)
+    state = LinearState.zeros(batch, HEADS, 2, WIDTH, WIDTH, device=torch.device(bench.device))
+    sizes = ((1, HIDDEN, WIDTH), (1, HIDDEN), (1, HIDDEN), (1,))
+    weights = [LeapWeights(*(torch.randn(size, device=bench.device) / 8 for size in sizes)) for _ in "qk"]
+
+    def in_place() -> object:
+        with torch.no_grad():
+            return step_(q, k, v, None, None, state, q_leap=weights[0], k_leap=weights[1])
+
+    def step() -> object:
+        with torch.no_grad():
+            return leap_attention(
+                q, k, v, *weights, visible="causal", initial_state=state, return_state=True, impl=impl
+            )  # fmt: skip
+
+    return in_place if impl == IN_PLACE else step
+
+
+def _cached_step(bench: Bench, batch: int, dtype: str, context: int) -> Callable[[], object]:
+    """The new key and value go into the last place of a cache that is there already, so nothing is copied."""
+    keys, values = torch.randn(2, batch, HEADS, context, WIDTH, device=bench.device, dtype=DTYPES[dtype])
+    query, key, value = (x.transpose(1, 2) for x in _one_token(bench, batch, dtype))
+
+    def step() -> object:
+        with torch.no_grad():
+            keys[:, :, -1:], values[:, :, -1:] = key, value
+            return F.scaled_dot_product_attention(query, keys, values)
+
+    return step
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """The recipe's model out of the package's layers, without the library around them that a GPU machine may not have."""
+
+    def __init__(self, config: Mapping[str, Any], kind: Any, impl: Any) -> None:
+        super().__init__()
+        adaptive = _adaptive()
+        sizes = {"cutoffs": config["adaptive_cutoffs"]}
+        vocabulary, width = config["vocab_size"], config["hidden_size"]
+        self.embedding = adaptive.AdaptiveEmbedding(vocabulary, width, factor=config["adaptive_factor"], **sizes)
+        self.positions = SinusoidalPositions(width)
+        self.dropout = nn.Dropout(config["hidden_dropout"])
+        self.blocks = nn.ModuleList(self._block(config, kind, impl) for _ in range(config["num_hidden_layers"]))
+        self.softmax = adaptive.AdaptiveSoftmax(vocabulary, width, dropout=config["adaptive_dropout"], **sizes)
+
+    def _block(self, config: Mapping[str, Any], kind: Any, impl: Any) -> DecoderBlock:
+        attention = build_attention(
+            kind, hidden_size=config["hidden_size"], num_heads=config["num_attention_heads"], impl=impl,
+            leap_hidden=config["leap_hidden"], dropout=config["attention_dropout"],
+            max_positions=config["max_position_embeddings"],
+        )  # fmt: skip
+        return DecoderBlock(
+            attention, hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],
+            activation="relu", dropout=config["hidden_dropout"], activation_dropout=config["activation_dropout"],
+        )  # fmt: skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The mean loss of the next tokens of ids [B, N]."""
+        positions = torch.arange(ids.shape[1] - 1, device=ids.device)[None]
+        hidden = self.embedding(ids[:, :-1]) / 0.02
+        hidden = self.dropout(hidden + self.positions(positions).to(hidden.dtype))
+        for block in self.blocks:
+            hidden, _ = block(hidden)
+        losses = self.softmax.token_losses(hidden.flatten(0, 1), ids[:, 1:].flatten(), self.embedding.weights())
+        return losses.mean()
+
+
+def _adaptive() -> Any:
+    """The module leapformer.models.adaptive, also where the package around it cannot be imported for want of transformers."""
+    if importlib.util.find_spec("transformers") is None and "leapformer.models" not in sys.modules:
+        package = types.ModuleType("leapformer.models")
+        package.__path__ = [str(Path(__file__).parents[1] / "models")]
+        sys.modules["leapformer.models"] = package
+    return importlib.import_module("leapformer.models.adaptive")
+
+
+def measure_training(bench: Bench, config: Mapping[str, Any] = WIKITEXT103, models: Mapping[str, Any] = MODELS) -> None:
+    """One step, as the recipe takes it: bfloat16 autocast, gradients, clip, Nesterov's momentum."""
+    ids = torch.randint(
+        config["vocab_size"], (BATCH, min(BLOCK, config["max_position_embeddings"])), device=bench.device
+    )
+
+    def make(kind: str, impl: str) -> Callable[[], object]:
+        with torch.device(bench.device):
+            model = LanguageModel(config, kind, impl)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-7, momentum=0.99, nesterov=True)
+
+        def step() -> object:
+            with torch.autocast(bench.device, torch.bfloat16):
+                loss = model(ids)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    runs = {name: partial(make, *which) for name, which in models.items()}
+    outcome = bench.race(runs)
+    row = {"recipe": "lm/wikitext103", "tokens": ids.shape[0] * (ids.shape[1] - 1), "batch": BATCH}
+    bench.result.add("training", row | bench.row(outcome, next(iter(models))))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(content: Mapping[str, Any]) -> list[Table]:
+    """What a run says, ratios first."""
+    gpu = content["machine"]["gpu"] or content["machine"]["processor"]
+    found = [_check_table(content, gpu)]
+    kinds = dict.fromkeys((r["dtype"], r["visible"], r["pass"]) for r in content.get("attention", []))
+    for dtype, visible, name in kinds:
+        rows = [r for r in content["attention"] if (r["dtype"], r["visible"], r["pass"]) == (dtype, visible, name)]
+        title = f"{gpu}: {'causal' if visible == 'causal' else 'bidirectional'}, {name}, {dtype}"
+        found.append(_race_table(title, "tokens", [(f"{r['length']:,} x {r['batch']}", r) for r in rows], SDPA, "ms"))
+    for dtype, batch in dict.fromkeys((r["dtype"], r["batch"]) for r in content.get("decoding", [])):
+        rows = [r for r in content["decoding"] if (r["dtype"], r["batch"]) == (dtype, batch)]
+        title = f"{gpu}: one token, batch {batch}, {dtype}"
+        found.append(_race_table(title, "context", [(f"{r['context']:,}", r) for r in rows], CACHED, "ms"))
+    for row in content.get("training", []):
+        title = f"{gpu}: one training step of {row['recipe']}, {row['tokens']:,} tokens"
+        found.append(_race_table(title, "batch", [(str(row["batch"]), row)], next(iter(row["speed_over"])), "ms"))
+    return [table for table in found if table.rows]
+
+
+def _check_table(content: Mapping[str, Any], gpu: str) -> Table:
+    rows = [
+        [r["case"], r["dtype"], r["worst"], f"{r['error']:.1e}", f"{r['allowed']:.1e}"] for r in content.get("checks", [])
+    ]  # fmt: skip
+    return Table(f"{gpu}: errors against float64", ["case", "dtype", "nearest to its limit", "error", "allowed"], rows)
+
+
+def _race_table(title: str, first: str, rows: list[tuple[str, Mapping[str, Any]]], against: str, unit: str) -> Table:
+    """Times as fast as ``against``, and milliseconds."""
+    names = list(dict.fromkeys(name for _, row in rows for name in (*row["contenders"], *row["not_run"])))
+    lines = []
+    for label, row in rows:
+        cells = []
+        for name in names:
+            if name not in row["contenders"]:
+                cells.append("not run")
+                continue
+            ratio = row["speed_over"].get(against, {}).get(name)
+            cells.append(f"{ratio_text(ratio)}, {short(row['contenders'][name]['wall_ms']['median'])} {unit}")
+        lines.append([label, *cells])
+    reasons = dict.fromkeys(f"Not run: {name} ({why})." for _, row in rows for name, why in row["not_run"].items())
+    return Table(f"{title}; times as fast as {against}", [first, *names], lines, tuple(reasons))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
