@@ -32,6 +32,18 @@ def test_numbers_text_and_arrays_come_back(tmp_path, protocol):
         assert getattr(found[name], "dtype", None) == getattr(value, "dtype", None) or name == "scalar"
 
 
+def test_a_pickle_of_python_2(tmp_path):
+    """As CIFAR-10's own: text is bytes, and numpy's modules have their old names. Written out by hand."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+    kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    state = b"(K\x01(K\x02K\x03t" + kind + b"\x89T\x06\x00\x00\x00abc\x00\xffftb"
+    path = tmp_path / "x.pickle"
+    path.write_bytes(b"\x80\x02}(U\x04data" + array + state + b"U\x06labels](K\x01K\x02eu.")
+    found = read_pickle(path)
+    assert found["data"].tolist() == [[97, 98, 99], [0, 255, 102]] and found["data"].dtype == np.uint8
+    assert found["labels"] == [1, 2]
+
+
 class Runs:
     def __init__(self, path: Path) -> None:
         self.path = path

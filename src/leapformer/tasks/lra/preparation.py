@@ -180,10 +180,12 @@ def prepare(
     }
     if _is_there(output, made):
         return read_card(output)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or _processors()
     bad = BadRows(skip_bad)
     job = Job(output, Path(source) if source is not None else None, seed, workers, count, options, bad, progress)
     (output / PARTS).mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:  # an interrupted preparation may have been of other data
+        (output / PARTS / f"{split}.safetensors").unlink(missing_ok=True)
     description = module.prepare(job)
     card = _card(output, made, description, bad.found)
     for split in SPLITS:
@@ -193,6 +195,11 @@ def prepare(
     write_json(output / CARD, card)
     shutil.rmtree(output / PARTS)
     return card
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked_options(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +271,7 @@ def _split_facts(file: Path, num_classes: int) -> dict[str, Any]:
         "examples": len(arrays["labels"]),
         "examples_by_label": np.bincount(arrays["labels"], minlength=num_classes).tolist(),
         "documents": len(lengths),
-        "shortest": int(lengths.min(initial=0)) if not len(lengths) else int(lengths.min()),
+        "shortest": int(lengths.min()) if len(lengths) else 0,
         "mean_length": round(float(lengths.mean()), 2) if len(lengths) else 0.0,
         "longest": int(lengths.max(initial=0)),
         "bytes": file.stat().st_size,
@@ -341,7 +348,7 @@ def _make_all(make: Callable[..., None], calls: Sequence[tuple], errors: Any) ->
             if parent is None or not parent.is_alive():
                 return
             make(*call)
-    except LeapformerError as error:
+    except (LeapformerError, OSError) as error:
         errors.put(str(error))
         sys.exit(1)
 
