@@ -188,7 +188,9 @@ def test_an_interrupted_preparation_goes_on(small, tmp_path, monkeypatch):
 
 def test_an_interrupt_ends_every_process(small, tmp_path):
     """As Ctrl-C does it, to all processes of the group."""
-    program = "from leapformer.cli import main; raise SystemExit(main())"
+    # What a shell starts in the background ignores Ctrl-C, and hands that on.
+    handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{handler}; from leapformer.cli import main; raise SystemExit(main())"
     options = ["--count", "100000", "--min-length", "100", "--max-length", "300", "--workers", "2"]
     command = [sys.executable, "-c", program, "data", "prepare", "lra-listops", *options, "--output", tmp_path / "x"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
