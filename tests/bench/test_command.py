@@ -236,7 +236,13 @@ def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, cap
 
 def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        lra, "_memory_apart", lambda name, lengths, threads: {"training": {str(n): 3.0 for n in lengths}}
+        lra,
+        "_memory_apart",
+        lambda name, lengths, threads: (
+            {"mib": {}, "not_run": "a reason"}
+            if name == "Reformer"
+            else {"mib": {"training": {str(n): 3.0 for n in lengths}}, "not_run": None}
+        ),
     )
     arguments = ["bench", "lra", "--lengths", "8,16", "--repeats", "2", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -253,21 +259,22 @@ def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
     assert (
         "LeaPformer's training, times as fast as others" in printed
         and "Peak memory, train step of 4 examples" in printed
+        and "Not run: Reformer (a reason)." in printed
     )
     for name in ("lra-training.png", "lra-inference.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
 def test_memory_of_a_mechanism_in_a_process_of_its_own(capsys, monkeypatch, threads):
-    """The process's own end, here; a process that dies leaves nothing."""
+    """The process's own end, here; of a process that dies it is told how."""
     monkeypatch.setattr("leapformer.bench.worker.end_me_first", lambda: None)
     monkeypatch.setattr("sys.argv", ["lra", json.dumps({"name": "LeaPformer", "lengths": [256], "threads": 1})])
     monkeypatch.delitem(sys.modules, "leapformer.bench.lra")
     runpy.run_module("leapformer.bench.lra", run_name="__main__")
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"training", "inference"} and found["training"]["256"] > 0
-    monkeypatch.setattr("sys.executable", "false")
-    assert lra._memory_apart("LeaPformer", [256], 1) == {}
+    found = lra._memory_apart("no such mechanism", [256], 1)
+    assert found == {"mib": {}, "not_run": "the measuring process ended with code 1: KeyError: 'no such mechanism'"}
 
 
 def test_a_step_over_the_limit_becomes_a_block():

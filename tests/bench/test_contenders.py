@@ -101,5 +101,15 @@ def test_a_worker_times_and_tells_its_memory():
 def test_a_dead_worker_is_told():
     with Worker("torch", replace(CAUSAL, heads=2, width=8), 64, backward=True, threads=1) as worker:
         worker.process.kill()
-        with pytest.raises(RuntimeError, match="the measuring process ended"):
+        with pytest.raises(RuntimeError, match="the measuring process was ended by signal 9"):
             worker.time(1)
+
+
+def test_a_worker_that_fails_says_why():
+    with (
+        Worker("no such implementation", CAUSAL, 64, backward=False, threads=1) as worker,
+        pytest.raises(
+            RuntimeError, match=r"ended with code 1: ValueError: impl: expected one of .*no such implementation"
+        ),
+    ):
+        worker.time(1)

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from leapformer.bench import gpu
-from leapformer.bench.contenders import LEAP, SDPA
+from leapformer.bench.contenders import FLA, LEAP, SDPA
 from leapformer.bench.result import Result, Settings
 from leapformer.bench.timing import timer
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
@@ -35,8 +36,8 @@ def test_without_a_gpu_it_says_so_and_exits_with_2():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     run = subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    (line,) = (run.stdout + run.stderr).splitlines()
-    assert line.startswith("benchmarks/gpu.sh: expected a GPU") and "no GPU" in line
+    (line,) = run.stderr.splitlines()
+    assert run.stdout == "" and line.startswith("benchmarks/gpu.sh: expected a GPU") and "no GPU" in line
 
 
 def test_without_pytorch_it_says_so_and_exits_with_2(tmp_path):
@@ -95,6 +96,20 @@ def test_what_agrees_with_the_reference_is_not_wrong(bench):
     assert all(row["error"] <= row["allowed"] for row in rows)
 
 
+def test_a_kernel_that_fails_is_wrong(bench, monkeypatch):
+    right = gpu._results
+
+    def results(case, impl, dtype):
+        if impl == "ours":
+            raise RuntimeError("Triton Error [CUDA]: illegal address\nmore")
+        return right(case, impl, dtype)
+
+    monkeypatch.setattr(gpu, "_results", results)
+    monkeypatch.setattr(gpu, "CHECKS", {"causal": {}})
+    wrong = gpu.check(bench, impl="ours", tokens=30)
+    assert wrong == [f"causal, {d}: RuntimeError: Triton Error [CUDA]: illegal address" for d in gpu.DTYPES]
+
+
 @pytest.mark.parametrize("harm", (100.0, float("nan")))
 def test_what_does_not_is_named(bench, monkeypatch, harm):
     right = gpu._results
@@ -122,11 +137,26 @@ def test_a_run_and_its_tables(bench, monkeypatch):
     assert all("times as fast as" in title for title in titles)
 
 
-def test_what_cannot_run_is_named(bench):
-    def fails():
-        raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
+def raises(error):
+    def make():
+        raise error
 
-    outcome = bench.race({"works": lambda: lambda: None, "fails": fails}, repeats=3)
-    assert outcome.not_run == {"fails": "CUDA out of memory. Tried to allocate"}
-    late = bench._replace(until=0.0).race({"works": lambda: lambda: None})
+    return make
+
+
+def test_what_cannot_run_is_named_and_ours_is_a_fault(bench):
+    runs = {
+        "works": lambda: lambda: None,
+        "large": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")),
+        FLA: raises(TypeError("unexpected keyword 'normalize'")),
+        "triton": raises(ValueError("no such tile")),
+    }
+    outcome = bench.race(runs, repeats=3)
+    assert outcome.not_run == {
+        "large": "OutOfMemoryError: CUDA out of memory. Tried to allocate",
+        FLA: "TypeError: unexpected keyword 'normalize'",
+        "triton": "ValueError: no such tile",
+    }
+    assert bench.failed == ["triton: ValueError: no such tile"]
+    late = replace(bench, until=0.0).race({"works": lambda: lambda: None})
     assert late.not_run == {"works": "the time is up"} and late.samples == {}

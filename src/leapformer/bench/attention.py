@@ -140,6 +140,7 @@ def _memory_row(shape: Shape, length: int, settings: Settings, result: Result, s
     """Peak memory of one forward + backward of every contender that was timed at this length."""
     (timed,) = result.rows("time", shape=shape.name, length=length, **{"pass": PASSES[True]})
     found: dict[str, float | None] = {}
+    not_run = dict(timed["not_run"])
     for name in timed["contenders"]:
         if name in (PRODUCT, KEPT):
             continue
@@ -147,10 +148,10 @@ def _memory_row(shape: Shape, length: int, settings: Settings, result: Result, s
         with Worker(name, shape, length, backward=True, threads=settings.threads) as worker:
             try:
                 found[name] = worker.memory_mib()
-            except RuntimeError:  # too little memory
-                found[name] = None
+            except RuntimeError as error:
+                found[name], not_run[name] = None, str(error)
     over = {name: mib / found[SDPA] for name, mib in found.items() if mib is not None and found.get(SDPA)}  # type: ignore[operator]
-    return {"shape": shape.name, "length": length, "memory_mib": found, "over_sdpa": over, "not_run": timed["not_run"]}
+    return {"shape": shape.name, "length": length, "memory_mib": found, "over_sdpa": over, "not_run": not_run}
 
 
 def _odd_row(impl: str, settings: Settings, say: Say) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def _memory(content: Mapping[str, Any], shape: Shape) -> Table:
             cells.append("not run" if mib is None else short(mib) + (f" ({over:.2f})" if over else ""))
         lines.append([f"{row['length']:,}", *cells])
     title = f"{shape.name} attention: MiB at the peak of a forward + backward, gradients included (in SDPA's)"
-    return Table(title, ["tokens", *names], lines)
+    return Table(title, ["tokens", *names], lines, _not_run_notes(rows))
 
 
 def _exponents(content: Mapping[str, Any]) -> Table:
@@ -296,7 +297,7 @@ def _shape_text(shape: Shape) -> str:
 
 def _not_run_notes(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(
-        f"Not run at {row['length']:,}, {row['pass']}: {name} ({reason})."
+        f"Not run at {row['length']:,}, {row.get('pass', 'memory')}: {name} ({reason})."
         for row in rows
         for name, reason in row["not_run"].items()
     )

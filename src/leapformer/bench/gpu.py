@@ -14,9 +14,10 @@ import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ MODELS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs everything on the GPU; 0, or 1 where a result is wrong, or 2 where there is no GPU to run on."""
+    """Runs everything on the GPU; 0, or 1 where a result is wrong or ours failed, or 2 where there is no GPU to run on."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh", description="Correctness and speed of the Triton kernels."
     )
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     output = parser.parse_args(argv).output
     reasons = available_impls()["triton"]
     if reasons:
-        print(f"benchmarks/gpu.sh: expected a GPU that Triton's kernels can run on, found: {'; '.join(reasons)}")
+        found = "; ".join(reasons)
+        print(f"benchmarks/gpu.sh: expected a GPU that Triton's kernels can run on, found: {found}", file=sys.stderr)
         return 2
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     result = Result(f"gpu-{name}", Settings(output=output, threads=torch.get_num_threads()))
@@ -77,12 +79,14 @@ def main(argv: Sequence[str]) -> int:
     for table in tables(result.content):
         print(table.markdown())
     print(f"Written to {result.path}")
-    for line in wrong:
-        print(f"wrong: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    faults = [f"wrong: {line}" for line in wrong] + [f"failed: {line}" for line in bench.failed]
+    for line in faults:
+        print(line, file=sys.stderr)
+    return 1 if faults else 0
 
 
-class Bench(NamedTuple):
+@dataclass
+class Bench:
     """Where a run happens: its result, device and clock, and when it has to end (of `time.monotonic`)."""
 
     result: Result
@@ -90,9 +94,11 @@ class Bench(NamedTuple):
     timed: Callable[[Callable[[], object]], Timer]
     until: float
     limit: float = 4.0  # seconds of one call
+    failed: list[str] = field(default_factory=list)  # contenders that ended in an error other than a want of memory
 
     def race(self, runs: Mapping[str, Callable[[], Callable[[], object]]], repeats: int = 5) -> Race:
-        """Contenders take turns; `runs` makes each one, which may fail for want of memory or of an installed library."""
+        """Contenders take turns; `runs` makes each one. One that fails is not run, and unless it was for want of memory, or
+        it is another's library that may be broken or too new, it is a fault of the run."""
         timers, not_run = {}, {}
         for name, make in runs.items():
             if time.monotonic() > self.until:
@@ -102,8 +108,10 @@ class Bench(NamedTuple):
                 run = make()
                 run()
                 timers[name] = self.timed(run)
-            except (RuntimeError, ImportError, TypeError) as error:  # out of memory is a RuntimeError
-                not_run[name] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            except Exception as error:  # the others must have their turn; nothing is lost, see `failed`
+                not_run[name] = _first_line(error)
+                if name != FLA and not isinstance(error, torch.OutOfMemoryError):
+                    self.failed.append(f"{name}: {not_run[name]}")
         outcome = race(timers, repeats=repeats, clock="wall", limit=self.limit)
         outcome.not_run.update(not_run)
         return outcome
@@ -115,6 +123,10 @@ class Bench(NamedTuple):
             for other in against
         }
         return {"contenders": outcome.as_dict(), "not_run": outcome.not_run, "speed_over": over}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def gpu_timer(run: Callable[[], object]) -> Timer:
@@ -161,14 +173,18 @@ def check(bench: Bench, impl: str = "triton", tokens: int = 700) -> list[str]:
             if only not in (None, label):
                 continue
             case = _case(bench.device, dtype, tokens=tokens, **form)
-            exact = _results(case, "reference", torch.float64)
+            exact, torchs = _results(case, "reference", torch.float64), _results(case, "torch", None)
+            try:
+                ours = _results(case, impl, None)
+            except Exception as error:  # the other cases must have their turn
+                wrong.append(f"{name}, {label}: {_first_line(error)}")
+                continue
             off, allowed = {}, {}
-            ours, torchs = _results(case, impl, None), _results(case, "torch", None)
             for what, right in exact.items():
                 scale = max(1.0, right.abs().max().item())
                 off[what], theirs = ((x[what].double() - right).abs().max().item() / scale for x in (ours, torchs))
                 allowed[what] = 2 * theirs + 4 * torch.finfo(dtype).eps
-            worst = max(off, key=lambda what: off[what] / allowed[what])
+            worst = max(off, key=lambda what: (not off[what] <= allowed[what], off[what] / allowed[what]))  # NaN first
             row = {"case": name, "dtype": label, "worst": worst, "error": off[worst], "allowed": allowed[worst]}
             bench.result.add("checks", row)
             wrong += [

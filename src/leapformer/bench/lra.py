@@ -20,7 +20,7 @@ from leapformer.analysis.runs import ATTENTION_NAMES
 from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
 from leapformer.bench.timing import race, spread, timer
 from leapformer.bench.training import random_ids, train_step
-from leapformer.bench.worker import call_memory_mib, end_me_first
+from leapformer.bench.worker import call_memory_mib, end_me_first, how_it_ended
 from leapformer.models import LeapformerConfig, LeapformerForSequenceClassification
 from leapformer.training.recipes import TrainingSection
 
@@ -73,7 +73,7 @@ def measure_lra(settings: Settings, result: Result, say: Say) -> None:
         del models, runs
     for name in QUICK_MEMORY if settings.quick else CONTENDERS:
         say(f"memory: {name}")
-        result.add("memory", {"contender": name, "mib": _memory_apart(name, lengths, settings.threads)})
+        result.add("memory", {"contender": name, **_memory_apart(name, lengths, settings.threads)})
 
 
 def small_model(name: str, length: int) -> LeapformerForSequenceClassification:
@@ -106,12 +106,15 @@ def implementation() -> str:
     return "native" if not available_impls()["native"] else "torch"
 
 
-def _memory_apart(name: str, lengths: list[int], threads: int) -> dict[str, dict[str, float | None]]:
-    """MiB that a step needs at its peak, by kind and length, measured in a process of its own; empty if that died."""
+def _memory_apart(name: str, lengths: list[int], threads: int) -> dict[str, Any]:
+    """ "mib": MiB that a step needs at its peak, by kind and length, measured in a process of its own; where that died it is
+    empty, and "not_run" says why."""
     job = json.dumps({"name": name, "lengths": lengths, "threads": threads})
     command = [sys.executable, "-m", "leapformer.bench.lra", job]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    return json.loads(ran.stdout) if ran.returncode == 0 else {}
+    if ran.returncode:
+        return {"mib": {}, "not_run": how_it_ended(ran.returncode, ran.stderr)}
+    return {"mib": json.loads(ran.stdout), "not_run": None}
 
 
 def memory_of_steps(name: str, lengths: list[int]) -> dict[str, dict[str, float | None]]:
@@ -146,6 +149,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 def _memory_tables(content: Mapping[str, Any]) -> Iterator[Table]:
     rows = content.get("memory", [])
+    notes = tuple(f"Not run: {row['contender']} ({row['not_run']})." for row in rows if row["not_run"])
     for kind, label in STEPS.items():
         found = {row["contender"]: row["mib"].get(kind, {}) for row in rows}
         lengths = sorted({int(n) for mib in found.values() for n in mib})
@@ -154,7 +158,7 @@ def _memory_tables(content: Mapping[str, Any]) -> Iterator[Table]:
         ]  # fmt: skip
         if lengths:
             title = f"Peak memory, {label} of {EXAMPLES} examples, MiB"
-            yield Table(title, ["attention", *(f"{n:,}" for n in lengths)], lines)
+            yield Table(title, ["attention", *(f"{n:,}" for n in lengths)], lines, notes)
 
 
 def _leap_table(content: Mapping[str, Any]) -> Table:

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,11 +51,12 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         job = {"name": name, "shape": asdict(shape), "length": length, "backward": backward, "threads": threads}
+        self.errors = tempfile.TemporaryFile("w+")  # a file never fills up, as a pipe that nobody reads does
         self.process = subprocess.Popen(
             [sys.executable, "-m", "leapformer.bench.worker", json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends the worker
@@ -66,6 +68,7 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
+        self.errors.close()
 
     def time(self, calls: int) -> Sample:
         """A `Timer`. Raises RuntimeError if the worker died, of too little memory for instance."""
@@ -84,8 +87,18 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise RuntimeError(f"the measuring process ended with code {self.process.wait()}")
+            code = self.process.wait()
+            self.errors.seek(0)
+            raise RuntimeError(how_it_ended(code, self.errors.read()))
         return json.loads(answer)
+
+
+def how_it_ended(code: int, errors: str) -> str:
+    """Why a measuring process gave no answer: the signal that ended it, or its code and the last line of its errors."""
+    if code < 0:
+        return f"the measuring process was ended by signal {-code}"
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "no word of why")
+    return f"the measuring process ended with code {code}: {last[:200]}"
 
 
 def main(job: Mapping[str, Any]) -> None:
