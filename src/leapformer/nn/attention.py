@@ -6,7 +6,7 @@ Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,28 @@ class Decay(nn.Module):
         return log_decay if key_mask is None else log_decay.masked_fill(~key_mask[..., None], 0)
 
 
+class Shared(TypedDict, total=False):
+    """Arguments of ``AttentionLayer`` that a mechanism passes on."""
+
+    num_kv_heads: int | None
+    head_dim: int | None
+    conv_width: int
+    bias: bool
+    dropout: float
+
+
 class AttentionLayer(nn.Module):
-    """Projections, short convolution and state handling that all mechanisms share; a mechanism writes ``attend``."""
+    """Projections, short convolution and state handling that all mechanisms share; a mechanism writes ``attend``.
+
+    Args:
+        hidden_size, num_heads, num_kv_heads (None: num_heads), head_dim (None: hidden_size / num_heads): D, H, G, K.
+        conv_width: width of the short causal convolution on the layer's input, 0 for none.
+        share_qk: keys are the queries; then num_kv_heads is num_heads.
+        bias: of the projections. dropout: where it is, the mechanism says.
+
+    Raises:
+        ValueError: heads that do not divide each other or the width.
+    """
 
     capabilities: Capabilities
 
@@ -173,8 +193,6 @@ class LinearAttention(AttentionLayer):
         hidden_size: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         feature_map: str = "relu",
         proportion: Literal["position", "learned"] | None = "learned",
         reweighting: str = "cosine",
@@ -184,17 +202,12 @@ class LinearAttention(AttentionLayer):
         leap_bins: int | None = None,
         leap_start: Start = "default",
         decay: bool = False,
-        conv_width: int = 0,
         output_norm: bool = False,
-        bias: bool = True,
-        dropout: float = 0.0,
         eps: float = 1e-6,
         impl: Impl = "auto",
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.feature_map = _named(FEATURE_MAPS, feature_map, "feature_map")
         self.reweighting = _named(REWEIGHTINGS, reweighting, "reweighting")()
         self.q_proportion, self.k_proportion, self.position_proportion = None, None, None

@@ -5,12 +5,20 @@ Letters: B batch, T queries, S keys, H query heads, G key/value heads, K head wi
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from leapformer.nn.attention import AttentionLayer
+from leapformer.nn.attention import AttentionLayer, Shared
 from leapformer.nn.state import LayerState
 from leapformer.ops.api import Visible
+
+
+class SharedBidirectional(Shared, total=False):
+    """Those of ``BidirectionalAttention``."""
+
+    seed: int
 
 
 class BidirectionalAttention(AttentionLayer):
@@ -30,18 +38,11 @@ class BidirectionalAttention(AttentionLayer):
         hidden_size: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
         share_qk: bool = False,
-        bias: bool = True,
-        dropout: float = 0.0,
         seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width,
-            share_qk=share_qk, bias=bias, dropout=dropout,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, share_qk=share_qk, **shared)
         self.seed = seed
 
     def attend(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention, lengths
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
 
 WINDOW = (-1, 0, 1)
 
@@ -33,17 +35,9 @@ class BigBirdAttention(BidirectionalAttention):
         *,
         block_size: int = 64,
         random_blocks: int = 3,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.block_size, self.random_blocks = block_size, random_blocks
         self._scores = torch.empty(num_heads, 0, 0)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention, lengths
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
 
 
 class InformerAttention(BidirectionalAttention):
@@ -33,17 +34,9 @@ class InformerAttention(BidirectionalAttention):
         *,
         num_features: int = 128,
         max_positions: int = 2048,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.factor = math.ceil(num_features / math.log(max(max_positions, 3)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

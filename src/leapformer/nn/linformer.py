@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional
 
 
 class LinformerAttention(BidirectionalAttention):
@@ -30,17 +32,9 @@ class LinformerAttention(BidirectionalAttention):
         *,
         num_features: int = 128,
         max_positions: int = 2048,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.max_positions = max_positions
         self.key_projection = nn.Parameter(torch.empty(num_features, max_positions))
         self.value_projection = nn.Parameter(torch.empty(num_features, max_positions))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention, lengths
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
 from leapformer.ops.autocast import without_autocast
 
 
@@ -34,17 +36,9 @@ class NystromformerAttention(BidirectionalAttention):
         num_features: int = 128,
         iterations: int = 6,
         conv_kernel: int = 33,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         if conv_kernel and conv_kernel % 2 == 0:
             raise ValueError(f"nystromformer attention: expected an odd conv_kernel or 0, got {conv_kernel}")
         self.num_landmarks, self.iterations = num_features, iterations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.attention import AttentionLayer, Capabilities
+from leapformer.nn.attention import AttentionLayer, Capabilities, Shared
 from leapformer.nn.state import LayerState
 from leapformer.ops import linear_attention
 from leapformer.ops.api import Impl, Visible
@@ -34,17 +36,10 @@ class PerformerAttention(AttentionLayer):
         num_heads: int,
         *,
         num_features: int = 128,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
         impl: Impl = "auto",
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.features = RandomFeatures(self.head_dim, num_features)
         self.impl: Impl = impl
 

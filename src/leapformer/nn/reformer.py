@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention, lengths
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
 
 NORM_EPS = 1e-6
 ALONE = -1e5  # a token looks at itself only where nothing else is seen
@@ -35,17 +37,9 @@ class ReformerAttention(BidirectionalAttention):
         *,
         num_hashes: int = 2,
         block_size: int = 64,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, share_qk=True,
-            bias=bias, dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, share_qk=True, **shared)
         self.num_hashes, self.block_size = num_hashes, block_size
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.attention import Capabilities
-from leapformer.nn.bidirectional import BidirectionalAttention, lengths
+from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
 from leapformer.nn.nystromformer import pseudo_inverse
 from leapformer.ops.autocast import without_autocast
 
@@ -36,17 +38,9 @@ class SkyformerAttention(BidirectionalAttention):
         num_features: int = 128,
         gamma: float = 0.1,
         iterations: int = 6,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        conv_width: int = 0,
-        bias: bool = True,
-        dropout: float = 0.0,
-        seed: int = 0,
+        **shared: Unpack[SharedBidirectional],
     ) -> None:
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, conv_width=conv_width, bias=bias,
-            dropout=dropout, seed=seed,
-        )  # fmt: skip
+        super().__init__(hidden_size, num_heads, **shared)
         self.num_landmarks, self.gamma, self.iterations = max(1, num_features // 2), gamma, iterations
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
