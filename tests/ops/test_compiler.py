@@ -15,7 +15,7 @@ from leapformer.ops import (
 )
 from tests.ops.oracle import assert_near, make_case
 
-OPERATORS = {"torch": (torch_impl.CUSTOM_OPS, torch.float64), "native": (native.CUSTOM_OPS[0], torch.float32)}
+OPERATORS = {"torch": (torch_impl.OPERATOR, torch.float64), "native": (native.OPERATOR, torch.float32)}
 NATIVE = pytest.param("native", marks=pytest.mark.requires_tool("native library"))
 
 
@@ -25,8 +25,8 @@ def forward_arguments(visible="causal", *, dtype, **form):
     counts = case.visible if isinstance(case.visible, torch.Tensor) else None
     packing = case.cu.get("cu_seqlens")
     return (
-        x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], x["log_decay"], x["kv"], x["z"], case.key_mask, counts,
-        packing, case.cu.get("cu_seqlens_k", packing), visible == "causal", True, 1e-6,
+        x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], x["log_decay"], x["kv"], x["z"],
+        *[None] * 8, case.key_mask, counts, packing, case.cu.get("cu_seqlens_k", packing), visible == "causal", True, 1e-6,
         case.keywords.get("relu", False),
     )  # fmt: skip
 
@@ -45,26 +45,26 @@ OPERATOR_FORMS = {
 @pytest.mark.parametrize("form", OPERATOR_FORMS)
 @pytest.mark.parametrize("name", ("torch", NATIVE))
 def test_opcheck(name, form):
-    (forward, _), dtype = OPERATORS[name]
+    operator, dtype = OPERATORS[name]
     arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
     dynamic = "absorb" not in form and "read" not in form
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if dynamic:
         tests = (*tests, "test_aot_dispatch_dynamic")
-    torch.library.opcheck(forward, arguments, test_utils=tests)
+    torch.library.opcheck(operator.forward_op, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("form", ("causal", "decay", "packed", "all"))
 @pytest.mark.parametrize("name", ("torch", NATIVE))
 def test_opcheck_backward(name, form):
-    (forward, backward), dtype = OPERATORS[name]
+    operator, dtype = OPERATORS[name]
     arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    results = forward(*arguments)
+    results = operator.forward_op(*arguments)
     gradients = [torch.rand_like(t) for t in results[:3]]
     torch.library.opcheck(
-        backward,
-        (*arguments[:12], *results, *gradients, *arguments[12:]),
+        operator.backward_op,
+        (*arguments[:20], *results, *gradients, *arguments[20:]),
         test_utils=("test_schema", "test_faketensor"),
     )
 

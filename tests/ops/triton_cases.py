@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
-from leapformer.ops.triton_impl import CUSTOM_OPS, step_
+from leapformer.ops.triton_impl import OPERATOR, step_
 from tests.ops.oracle import Case, make_case, results_and_gradients
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -209,7 +209,7 @@ def operator() -> Errors:
     x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
     tensors = (x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], None, x["kv"], x["z"], *[None] * 12)
     torch.library.opcheck(
-        CUSTOM_OPS[0], (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
+        OPERATOR.forward_op, (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
     )
     return {}
 

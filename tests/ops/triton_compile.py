@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from leapformer.ops import triton_impl
+from leapformer.ops.arguments import Arguments
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
@@ -96,7 +97,7 @@ def compile_case(
     def zeros(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype)
 
-    def module() -> triton_impl.Module:
+    def module() -> tuple[torch.Tensor | None, ...]:
         if leap == 1:
             return None, None, zeros(1, K), zeros(1)
         return zeros(1, leap, K), zeros(1, leap), zeros(1, leap), zeros(1)
@@ -108,16 +109,16 @@ def compile_case(
     key_mask = torch.ones(1, T, dtype=torch.bool) if mask else None
     counts = torch.zeros(1, T, dtype=torch.int64) if visible == "counts" else None
     bounds = torch.tensor([0, T // 2, T], dtype=torch.int32) if packed else None
-    tensors = (q, k, v, *factors, log_decay, None, None, *leaps, key_mask, counts, bounds, bounds)
+    tensors: list[Any] = [q, k, v, *factors, log_decay, None, None, *leaps, key_mask, counts, bounds, bounds]
     options = (visible == "causal", True, 1e-6, relu or leap > 0)
-    output, kv, z, *saved = triton_impl._forward(*tensors, *options)
-    triton_impl._backward(*tensors, output, *saved, torch.zeros_like(output), kv, z, *options)
+    x = Arguments(*tensors, *options)
+    results = triton_impl._forward(x)
+    triton_impl._backward(x, results, *(torch.zeros_like(t) for t in results[:3]))
+    _, kv, z, *_ = results
     one = [t if t is None else t[:, :1] for t in (q, k, v, *factors)]
-    x = triton_impl.Inputs(
-        *one, log_decay, kv[:1], z[:1], leaps[:4] if leap else None, leaps[4:] if leap else None, key_mask, None, None, None,
-        options[-1],
-    )  # fmt: skip
-    triton_impl._step(x, True, 1e-6)
+    triton_impl._step(
+        Arguments(*one, log_decay, kv[:1], z[:1], *leaps, key_mask, None, None, None, True, True, 1e-6, options[-1])
+    )
 
 
 def main(names: list[str]) -> None:

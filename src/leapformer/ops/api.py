@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops import native, reference, torch_impl, triton_impl
+from leapformer.ops.arguments import LeapWeights
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import Call, check_arguments, check_leap, expect
 from leapformer.ops.state import LinearState
@@ -32,19 +33,6 @@ class AttentionOutput(NamedTuple):
 
     output: Tensor
     state: LinearState | None
-
-
-class LeapWeights(NamedTuple):
-    """Weights of one LeaP module: proportion = sigmoid(w2 . relu(w1 x + b1) + b2) for each head's ReLU'd vector x.
-
-    ``w1`` [1 or H, r, K], ``b1`` [1 or H, r], ``w2`` [1 or H, r], ``b2`` [1 or H]. Without a hidden layer (r = 1 in the
-    paper's count) w1 and b1 are None and w2 is [1 or H, K]. For keys the head axis is 1 or G. (arXiv 2405.13046, sec. 3)
-    """
-
-    w1: Tensor | None
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor
 
 
 def linear_attention(
@@ -296,9 +284,9 @@ def _native_reasons(call: Call | None) -> list[str]:
 
 _IMPLEMENTATIONS = {
     "reference": _Implementation(_run_reference, _no_reasons),
-    "torch": _Implementation(torch_impl.attend, _no_reasons),
-    "native": _Implementation(native.attend, _native_reasons, native.attend_leap),
-    "triton": _Implementation(triton_impl.attend, triton_impl.reasons, triton_impl.attend_leap),
+    "torch": _Implementation(torch_impl.OPERATOR.attend, _no_reasons),
+    "native": _Implementation(native.OPERATOR.attend, _native_reasons, native.OPERATOR.attend_leap),
+    "triton": _Implementation(triton_impl.OPERATOR.attend, triton_impl.reasons, triton_impl.OPERATOR.attend_leap),
 }
 
 

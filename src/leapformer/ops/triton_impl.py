@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import NO_MODULE, Arguments, LeapWeights
 from leapformer.ops.checks import Call
+from leapformer.ops.operator import Operator
 from leapformer.ops.state import LinearState
 
 INSTALLED = find_spec("triton") is not None
@@ -70,9 +73,6 @@ def _kernels() -> Any:
 # ---- sizes of blocks -------------------------------------------------------------------------------------------------
 
 
-Module = tuple[Tensor | None, ...]  # w1, b1, w2, b2 of a LeaP module
-
-
 class Tiles(NamedTuple):
     """chunk C, tiles of K and V, and Triton's warps per program and stages of loads under way."""
 
@@ -114,59 +114,33 @@ def segment_tokens(tokens: int, heads: int, device: torch.device) -> int:
 # ---- one plan --------------------------------------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-    """Tensors of one plan as in ``linear_attention``; ``q_leap``, ``k_leap`` (w1, b1, w2, b2) or None each."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-    q_leap: tuple[Tensor | None, ...] | None
-    k_leap: tuple[Tensor | None, ...] | None
-    key_mask: Tensor | None
-    counts: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    relu: bool = False
-
-    @property
-    def rank(self) -> int:
-        if self.q_leap is not None:
-            return 2
-        return 1 if self.q_factors is None else self.q_factors.shape[-1]
-
-
 class Plan:
     """What forward and backward share: sides, spans, visibility and compile-time arguments."""
 
-    def __init__(self, x: Inputs, causal: bool, normalize: bool, eps: float) -> None:
+    def __init__(self, x: Arguments) -> None:
         B, T, H, K = x.q.shape
         S, G, V = x.k.shape[1], x.k.shape[2], x.v.shape[3]
-        self.x, self.normalize, self.eps = x, normalize, eps
+        self.x, self.normalize, self.eps = x, x.normalize, x.eps
         self.B, self.T, self.S, self.H, self.G, self.K, self.V, self.R = B, T, S, H, G, K, V, x.rank
         self.D = self.R * K * (V + 1)
         kernels = _kernels()
-        self.visible = kernels.CAUSAL if causal else kernels.ALL if x.counts is None else kernels.COUNTS
+        self.visible = kernels.CAUSAL if x.causal else kernels.ALL if x.counts is None else kernels.COUNTS
         self.counts, self.count_stride = None, 0
         if x.counts is not None:
             self.counts = x.counts.to(torch.int32).contiguous()
             self.count_stride = 0 if x.counts.shape[0] == 1 else self.counts.stride(0)
         packed = x.cu_seqlens is not None
-        self.N = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+        self.N = x.sequences
         heads = H if packed else B * H
         self.queries = _span(T, self.N, segment_tokens(T, heads, x.q.device), x.cu_seqlens)
         # Causal sweeps meet chunk by chunk, so both sides have the same segments.
-        self.keys = self.queries if causal else _span(S, self.N, segment_tokens(S, heads, x.q.device), x.cu_seqlens_k)
+        self.keys = self.queries if x.causal else _span(S, self.N, segment_tokens(S, heads, x.q.device), x.cu_seqlens_k)
         self.read = read_tiles(K, V, self.R, x.q.dtype)
         self.features = feature_tiles(K, V, self.R, x.q.dtype)
         self.hidden = 16
         for weights in (x.q_leap, x.k_leap):
-            if weights is not None and weights[0] is not None:
-                self.hidden = max(self.hidden, power_of_two(weights[0].shape[1]))
+            if weights is not None and weights.w1 is not None:
+                self.hidden = max(self.hidden, power_of_two(weights.w1.shape[1]))
         self.mask = None if x.key_mask is None else x.key_mask.contiguous().view(torch.uint8)
 
     def constants(self, tiles: Tiles) -> dict[str, Any]:
@@ -339,97 +313,55 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-def _inputs(tensors: tuple[Tensor | None, ...], relu: bool) -> Inputs:
-    """The operator's flat list: 8 tensors, 4 + 4 weights, then mask, counts and boundaries."""
-    q_leap, k_leap = tensors[8:12], tensors[12:16]
-    leaps = (None if weights[2] is None else weights for weights in (q_leap, k_leap))
-    return Inputs(*tensors[:8], *leaps, *tensors[16:], relu)  # type: ignore[arg-type]
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, log_decay: Tensor | None,
-    kv: Tensor | None, z: Tensor | None, q_w1: Tensor | None, q_b1: Tensor | None, q_w2: Tensor | None,
-    q_b2: Tensor | None, k_w1: Tensor | None, k_b1: Tensor | None, k_w2: Tensor | None, k_b2: Tensor | None,
-    key_mask: Tensor | None, counts: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, normalize: bool, eps: float, relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
     """(output, kv, z, normaliser, states at the segments' starts, proportions of queries, and of keys)."""
-    x = _inputs((q, k, v, q_factors, k_factors, log_decay, kv, z, q_w1, q_b1, q_w2, q_b2, k_w1, k_b1, k_w2, k_b2, key_mask,
-                 counts, cu_seqlens, cu_seqlens_k), relu)  # fmt: skip
-    plan = Plan(x, causal, normalize, eps)
+    plan, q = Plan(x), x.q
     leap = x.q_leap is not None
     q_angle = q.new_empty((plan.B, plan.H, plan.T) if leap else (0,), dtype=torch.float32)
     k_angle = q.new_empty((plan.B, plan.G, plan.S) if leap else (0,), dtype=torch.float32)
     output = q.new_empty(plan.B, plan.T, plan.H, plan.V)
-    normaliser = q.new_empty((plan.B, plan.H, plan.T) if normalize else (0,), dtype=torch.float32)
+    normaliser = q.new_empty((plan.B, plan.H, plan.T) if x.normalize else (0,), dtype=torch.float32)
     with _on(q):
         keys = plan.run_module(plan.key_side(angle=k_angle if leap else None, leap=x.k_leap))
-        states, final_kv, final_z = plan.run_states(keys, plan.keys, kv, z, reverse=False, heads=1, aux=True)
+        states, final_kv, final_z = plan.run_states(keys, plan.keys, x.kv, x.z, reverse=False, heads=1, aux=True)
         keys = keys._replace(w2=None)  # by now its proportions are stored
         queries = plan.run_module(plan.query_side(angle=q_angle if leap else None, leap=x.q_leap))
         spans = plan.queries, plan.keys
-        plan.run_read(queries, keys, spans, states, output, normaliser if normalize else None, reverse=False)
+        plan.run_read(queries, keys, spans, states, output, normaliser if x.normalize else None, reverse=False)
     return output, final_kv, final_z, normaliser, states, q_angle, k_angle
 
 
-forward_op = torch.library.custom_op("leapformer::triton_linear_attention", _forward, mutates_args=())
-
-
-@forward_op.register_fake
-def _forward_fake(
-    q, k, v, q_factors, k_factors, log_decay, kv, z, q_w1, q_b1, q_w2, q_b2, k_w1, k_b1, k_w2, k_b2, key_mask, counts,
-    cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
-):  # fmt: skip
-    B, T, H, K = q.shape
-    S, G, V = k.shape[1], k.shape[2], v.shape[3]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    leap = q_w2 is not None
-    R = 2 if leap else 1 if q_factors is None else q_factors.shape[-1]
-    M = segment_tokens(S, H if cu_seqlens is not None else B * H, q.device)
-    slots = (S // M if cu_seqlens is not None else N * (-(-S // M))) + N
-    if cu_seqlens is not None:
+def _empty(x: Arguments) -> tuple[Tensor, ...]:
+    (B, T, H, K), q = x.q.shape, x.q
+    S, G, V = x.k.shape[1], x.k.shape[2], x.v.shape[3]
+    packed, N, R, leap = x.cu_seqlens is not None, x.sequences, x.rank, x.q_w2 is not None
+    M = segment_tokens(S, H if packed else B * H, q.device)
+    slots = (S // M if packed else N * (-(-S // M))) + N
+    if packed:
         slots = slots + N
 
     def float32(*shape):
         return q.new_empty(*shape, dtype=torch.float32)
 
     return (
-        q.new_empty(B, T, H, V), float32(N, G, R, K, V), float32(N, G, R, K), float32(*((B, H, T) if normalize else (0,))),
+        q.new_empty(B, T, H, V), float32(N, G, R, K, V), float32(N, G, R, K), float32(*((B, H, T) if x.normalize else (0,))),
         float32(slots, G, R * K * (V + 1)), float32(*((B, H, T) if leap else (0,))), float32(*((B, G, S) if leap else (0,))),
     )  # fmt: skip
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, log_decay: Tensor | None,
-    kv: Tensor | None, z: Tensor | None, q_w1: Tensor | None, q_b1: Tensor | None, q_w2: Tensor | None,
-    q_b2: Tensor | None, k_w1: Tensor | None, k_b1: Tensor | None, k_w2: Tensor | None, k_b2: Tensor | None,
-    key_mask: Tensor | None, counts: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    output: Tensor, normaliser: Tensor, states: Tensor, q_angle: Tensor, k_angle: Tensor, grad: Tensor,
-    grad_kv: Tensor | None, grad_z: Tensor | None, causal: bool, normalize: bool, eps: float, relu: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of those of the first sixteen arguments that are there, in their order."""
-    tensors = (q, k, v, q_factors, k_factors, log_decay, kv, z, q_w1, q_b1, q_w2, q_b2, k_w1, k_b1, k_w2, k_b2)
-    x = _inputs((*tensors, key_mask, counts, cu_seqlens, cu_seqlens_k), relu)
-    with _on(q):
-        grads = _gradients(
-            x, output, normaliser, states, q_angle, k_angle, grad, grad_kv, grad_z, causal, normalize, eps
-        )
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, tensors, strict=True) if t is not None and g is not None]
-
-
-backward_op = torch.library.custom_op("leapformer::triton_linear_attention_backward", _backward, mutates_args=())
-
-
-@backward_op.register_fake
-def _backward_fake(*arguments):
-    return [t.new_empty(t.shape) for t in arguments[:16] if t is not None]
+    x: Arguments, results: Sequence[Tensor], grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None
+) -> list[Tensor | None]:
+    output, _kv, _z, normaliser, states, q_angle, k_angle = results
+    with _on(x.q):
+        return _gradients(x, output, normaliser, states, q_angle, k_angle, grad, grad_kv, grad_z)
 
 
 def _gradients(
-    x: Inputs, output: Tensor, normaliser: Tensor, states: Tensor, q_angle: Tensor, k_angle: Tensor, grad: Tensor,
-    grad_kv: Tensor | None, grad_z: Tensor | None, causal: bool, normalize: bool, eps: float,
+    x: Arguments, output: Tensor, normaliser: Tensor, states: Tensor, q_angle: Tensor, k_angle: Tensor, grad: Tensor,
+    grad_kv: Tensor | None, grad_z: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    plan, kernels = Plan(x, causal, normalize, eps), _kernels()
+    plan, kernels, normalize, eps = Plan(x), _kernels(), x.normalize, x.eps
     leap, share = x.q_leap is not None, plan.H // plan.G
     grad, scale, aux = dense(grad), None, None
     if normalize:
@@ -516,62 +448,13 @@ def _leap_gradients(
     return shaped
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, causal, normalize, eps, relu = inputs
-    out, _kv, _z, normaliser, states, q_angle, k_angle = output
-    ctx.save_for_backward(*tensors, out, normaliser, states, q_angle, k_angle)
-    ctx.mark_non_differentiable(normaliser, states, q_angle, k_angle)
-    ctx.set_materialize_grads(False)  # nobody asks for the final state in training
-    ctx.options = (causal, normalize, eps, relu)
+def _direct(x: Arguments) -> tuple[Tensor, ...]:
+    return _step(x) if x.is_step else _forward(x)
 
 
-def _autograd(ctx, grad, grad_kv, grad_z, *_):
-    tensors = ctx.saved_tensors
-    inputs, saved = tensors[:20], tensors[20:]
-    grad = torch.zeros_like(saved[0]) if grad is None else grad
-    grads = iter(backward_op(*inputs, *saved, grad, grad_kv, grad_z, *ctx.options))
-    return (*(None if t is None else next(grads) for t in inputs[:16]), *[None] * 8)
-
-
-forward_op.register_autograd(_autograd, setup_context=_save)
-
-CUSTOM_OPS = (forward_op, backward_op)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, *, causal: bool,
-    counts: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    log_decay: Tensor | None, initial_state: LinearState | None, normalize: bool, eps: float, relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output [B, T, H, V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
-    x = Inputs(q, k, v, q_factors, k_factors, log_decay, *_fields(initial_state), None, None, key_mask, counts, cu_seqlens,
-               cu_seqlens_k, relu)  # fmt: skip
-    return _attend(x, causal, normalize, eps)
-
-
-def attend_leap(
-    q: Tensor, k: Tensor, v: Tensor, q_leap: Module, k_leap: Module, *, causal: bool, counts: Tensor | None,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, normalize: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same from plain q and k: ReLU and the modules (w1, b1, w2, b2) run in the kernels, on what they load."""
-    x = Inputs(q, k, v, None, None, log_decay, *_fields(initial_state), q_leap, k_leap, key_mask, counts, cu_seqlens,
-               cu_seqlens_k, True)  # fmt: skip
-    return _attend(x, causal, normalize, eps)
-
-
-def _fields(state: LinearState | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if state is None else (state.kv, state.z)
-
-
-def _attend(x: Inputs, causal: bool, normalize: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    direct = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if direct and x.q.shape[1] == x.k.shape[1] == 1 and x.counts is None and x.cu_seqlens is None:
-        return _step(x, normalize, eps)
-    leaps = (*(x.q_leap or (None,) * 4), *(x.k_leap or (None,) * 4))
-    run: Any = _forward if direct else forward_op
-    tensors = (x.q, x.k, x.v, x.q_factors, x.k_factors, x.log_decay, x.kv, x.z, *leaps)
-    return run(*tensors, x.key_mask, x.counts, x.cu_seqlens, x.cu_seqlens_k, causal, normalize, eps, x.relu)[:3]
+OPERATOR = Operator(
+    "triton_linear_attention", forward=_forward, empty=_empty, backward=_backward, direct=_direct, results=7
+)
 
 
 # ---- one token -------------------------------------------------------------------------------------------------------
@@ -580,24 +463,24 @@ def _attend(x: Inputs, causal: bool, normalize: bool, eps: float) -> tuple[Tenso
 def step_(
     q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, state: LinearState, *,
     log_decay: Tensor | None = None, key_mask: Tensor | None = None, normalize: bool = True, eps: float = 1e-6,
-    relu: bool = False, q_leap: Module | None = None, k_leap: Module | None = None,
+    relu: bool = False, q_leap: LeapWeights | None = None, k_leap: LeapWeights | None = None,
 ) -> Tensor:  # fmt: skip
     """One causal token: q [B, 1, H, K] after k [B, 1, G, K], v [B, 1, G, V] were added to ``state`` (float32, dense) in place.
 
     One kernel for the whole batch and all heads, LeaP modules included; no gradient. Returns [B, 1, H, V].
     """
-    x = Inputs(q, k, v, q_factors, k_factors, log_decay, state.kv, state.z, q_leap, k_leap, key_mask, None, None, None,
-               relu or q_leap is not None)  # fmt: skip
+    x = Arguments(
+        q, k, v, q_factors, k_factors, log_decay, state.kv, state.z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE),
+        key_mask, None, None, None, True, normalize, eps, relu or q_leap is not None,
+    )  # fmt: skip
     if log_decay is not None and state.log_decay is not None:
         state.log_decay.add_(log_decay[:, 0])
-    return _step(x, normalize, eps, state.kv, state.z)[0]
+    return _step(x, state.kv, state.z)[0]
 
 
-def _step(
-    x: Inputs, normalize: bool, eps: float, new_kv: Tensor | None = None, new_z: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _step(x: Arguments, new_kv: Tensor | None = None, new_z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output and state of one token, the state written where it is told."""
-    plan = Plan(x, True, normalize, eps)
+    plan = Plan(x)
     shape = (plan.B, plan.G, plan.R, plan.K)
     if new_kv is None or new_z is None:
         new_kv = x.q.new_empty(*shape, plan.V, dtype=torch.float32)
@@ -610,7 +493,7 @@ def _step(
         launch(
             _kernels().step, (plan.B, plan.G), plan.query_side(angle=angle, leap=x.q_leap),
             plan.key_side(angle=angle, leap=x.k_leap), kv, z, new_kv, new_z, output, _strides(output), plan.G,
-            plan.H // plan.G, eps, plan.K, plan.V, NORMALIZE=normalize, DECAY=x.log_decay is not None, R=plan.R,
+            plan.H // plan.G, x.eps, plan.K, plan.V, NORMALIZE=x.normalize, DECAY=x.log_decay is not None, R=plan.R,
             BH=plan.hidden, BK=BK, BV=max(16, min(power_of_two(plan.V), 4096 // BK)), num_warps=4,
         )  # fmt: skip
     return output, new_kv, new_z

@@ -8,75 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import Arguments, LeapWeights
 from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
 
 CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * SUPER in csrc
 TINIEST = 1.2e-38  # the smallest float32 whose inverse is finite
 
 
-class Module(NamedTuple):
-    """Weights of one LeaP module as `LeapWeights` has them."""
-
-    w1: Tensor | None
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor
-
-
-class Inputs(NamedTuple):
-    """What one call attends over; shapes as in ``linear_attention``, with ``counts`` int64 [B or 1, T] for g."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    q_leap: Module | None
-    k_leap: Module | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-    key_mask: Tensor | None
-    counts: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    causal: bool
-    normalize: bool
-    eps: float
-    relu: bool  # of q and k; always with LeaP modules
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def rank(self) -> int:
-        if self.q_leap is not None:
-            return 2
-        return 1 if self.q_factors is None else self.q_factors.shape[-1]
-
-    @property
-    def slots(self) -> int:
-        """Pieces of work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
-        units = self.sequences * self.k.shape[2]
-        return units if self.q_leap is None else min(units, 64)
-
-    def checkpoints(self) -> tuple[int, int, int]:
-        """Shape of the states that the backward pass starts from."""
-        (B, S, G, K), V = self.k.shape, self.v.shape[-1]
-        # Two more than needed: a graph would depend on whether there are none, or one.
-        rows = (1 if self.cu_seqlens is not None else B) * (S // CHECKPOINT) + 2
-        return (rows if self.causal or self.counts is not None else 0), G, self.rank * K * (V + 1)
-
-
 class Outputs(NamedTuple):
-    """output [B, T, H, V]; final kv, z; normaliser [B, T, H]; checkpoints, or None where no gradient will be asked for."""
+    """output [B, T, H, V]; final kv, z; normaliser [B, T, H]; checkpoints, empty
+    where no gradient will be asked for."""
 
     output: Tensor
     kv: Tensor
     z: Tensor
     normaliser: Tensor
-    checkpoints: Tensor | None
+    checkpoints: Tensor
 
 
 class Gradients(NamedTuple):
@@ -102,6 +49,20 @@ class Incoming(NamedTuple):
     z: Tensor | None
 
 
+def slots(x: Arguments) -> int:
+    """Pieces of work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
+    units = x.sequences * x.k.shape[2]
+    return units if x.q_w2 is None else min(units, 64)
+
+
+def checkpoints(x: Arguments) -> tuple[int, int, int]:
+    """Shape of the states that the backward pass starts from."""
+    (B, S, G, K), V = x.k.shape, x.v.shape[-1]
+    # Two more than needed: a graph would depend on whether there are none, or one.
+    rows = (1 if x.cu_seqlens is not None else B) * (S // CHECKPOINT) + 2
+    return (rows if x.causal or x.counts is not None else 0), G, x.rank * K * (V + 1)
+
+
 def incoming(output: Tensor, kv: Tensor | None, z: Tensor | None, saved: Outputs) -> Incoming:
     """Zeros for one half of the state where only the other got a gradient."""
     if kv is None and z is None:
@@ -111,7 +72,7 @@ def incoming(output: Tensor, kv: Tensor | None, z: Tensor | None, saved: Outputs
     )
 
 
-def run(name: str, x: Inputs, out: Outputs, given: Incoming | None = None, grads: Gradients | None = None) -> None:
+def run(name: str, x: Arguments, out: Outputs, given: Incoming | None = None, grads: Gradients | None = None) -> None:
     """Calls ``leapformer_<name>``. Whatever is made here for the call lives until it returns."""
     assert LIBRARY is not None
     B, T, H, K = x.q.shape
@@ -126,7 +87,7 @@ def run(name: str, x: Inputs, out: Outputs, given: Incoming | None = None, grads
     passed_state = [None if t is None else _wide(t).contiguous() for t in passed[1:]]  # type: ignore[union-attr]
     integers = (
         x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
-        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), x.slots, 1,
+        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x), 1,
         x.relu,
     )  # fmt: skip
     mask = x.key_mask
@@ -151,7 +112,7 @@ def _bounds(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
     return cu_seqlens.to(torch.int64).contiguous()
 
 
-def _visibility(x: Inputs, bounds: list[Tensor | None]) -> tuple[bool, Tensor | None]:
+def _visibility(x: Arguments, bounds: list[Tensor | None]) -> tuple[bool, Tensor | None]:
     """(causal, counts): the kernels' causal path wants as many keys as queries in each packed sequence."""
     queries, keys = bounds
     if not x.causal or queries is None or keys is None or torch.equal(queries, keys):
@@ -183,14 +144,14 @@ def _wide(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float32 else t.to(torch.float32)
 
 
-def _module(m: Module | None) -> Module | None:
+def _module(m: LeapWeights | None) -> LeapWeights | None:
     if m is None:
         return None
     b1 = m.w2.new_zeros(m.w1.shape[:2]) if m.w1 is not None and m.b1 is None else m.b1
-    return Module(*(None if t is None else t.to(torch.float32).contiguous() for t in (m.w1, b1, m.w2, m.b2)))  # type: ignore[arg-type]
+    return LeapWeights(*(None if t is None else t.to(torch.float32).contiguous() for t in (m.w1, b1, m.w2, m.b2)))  # type: ignore[arg-type]
 
 
-def _leap(m: Module | None, gradient: Tensor | None) -> tuple[int, ...]:
+def _leap(m: LeapWeights | None, gradient: Tensor | None) -> tuple[int, ...]:
     if m is None:
         return 0, 0, 0, 0, 0, 0, 0
     return *_addresses(*m, gradient), m.w2.shape[0], 0 if m.w1 is None else m.w1.shape[1]

@@ -1,0 +1,94 @@
+"""What one call of attention is given, checked and lowered: the form in which every implementation gets it.
+
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank of the re-weighting, r hidden units of a LeaP
+module, K key width, V value width, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LeapWeights(NamedTuple):
+    """Weights of one LeaP module: proportion = sigmoid(w2 . relu(w1 x + b1) + b2) for each head's ReLU'd vector x.
+
+    ``w1`` [1 or H, r, K], ``b1`` [1 or H, r], ``w2`` [1 or H, r], ``b2`` [1 or H]. Without a hidden layer (r = 1 in the
+    paper's count) w1 and b1 are None and w2 is [1 or H, K]. For keys the head axis is 1 or G. (arXiv 2405.13046, sec. 3)
+    """
+
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor
+
+
+class Arguments(NamedTuple):
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], log_decay [B,T,H] (then G = H),
+    kv [N,G,R,K,V] and z [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no factors),
+    key_mask [B,S] (True = real), counts int64 [B or 1,T] of the keys each query sees (None: all, or ``causal``), cu_seqlens
+    and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factors: Tensor | None
+    k_factors: Tensor | None
+    log_decay: Tensor | None
+    kv: Tensor | None
+    z: Tensor | None
+    q_w1: Tensor | None
+    q_b1: Tensor | None
+    q_w2: Tensor | None
+    q_b2: Tensor | None
+    k_w1: Tensor | None
+    k_b1: Tensor | None
+    k_w2: Tensor | None
+    k_b2: Tensor | None
+    key_mask: Tensor | None
+    counts: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    causal: bool
+    normalize: bool
+    eps: float
+    relu: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The first sixteen, which may have a gradient."""
+        return self[:DIFFERENTIABLE]
+
+    @property
+    def q_leap(self) -> LeapWeights | None:
+        return (
+            None if self.q_w2 is None or self.q_b2 is None else LeapWeights(self.q_w1, self.q_b1, self.q_w2, self.q_b2)
+        )
+
+    @property
+    def k_leap(self) -> LeapWeights | None:
+        return (
+            None if self.k_w2 is None or self.k_b2 is None else LeapWeights(self.k_w1, self.k_b1, self.k_w2, self.k_b2)
+        )
+
+    @property
+    def sequences(self) -> int:
+        """N, which is B where nothing is packed."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def rank(self) -> int:
+        if self.q_w2 is not None:
+            return 2
+        return 1 if self.q_factors is None else self.q_factors.shape[-1]
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is one token after another's state."""
+        return self.q.shape[1] == self.k.shape[1] == 1 and self.counts is None and self.cu_seqlens is None
+
+
+NO_MODULE = (None, None, None, None)  # in place of the four weights of a LeaP module
+DIFFERENTIABLE = 16
+TENSORS = 20  # of the fields; the others are numbers
