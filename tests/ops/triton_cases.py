@@ -207,9 +207,9 @@ def operator() -> Errors:
     """torch's own checks of the two operators; raises where one fails."""
     case = make_case("causal", T=3, B=1, H=1, R=2, state=True).to(F32)
     x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
-    tensors = (x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], None, x["kv"], x["z"], *[None] * 12)
+    tensors = (x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], None, x["kv"], x["z"], *[None] * 4)
     torch.library.opcheck(
-        OPERATOR.forward_op, (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
+        OPERATOR.linear.forward_op, (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
     )
     return {}
 

@@ -16,12 +16,19 @@ from leapformer.ops.autocast import without_autocast
 from leapformer.ops.state import LinearState
 
 _ALWAYS = ("q", "k", "v")
-_INPUTS = ", ".join(("Tensor " if name in _ALWAYS else "Tensor? ") + name for name in Arguments._fields[:TENSORS])
 _OPTIONS = "bool causal, bool normalize, float eps, bool relu"
+_MODULES = tuple(name for name in Arguments._fields if name.startswith(("q_w", "q_b", "k_w", "k_b")))
+_FACTORS = ("q_factors", "k_factors")
+_NUMBERS = Arguments._fields[TENSORS:]
+
+Forward = Callable[[Arguments], Sequence[Tensor]]
+Backward = Callable[..., Sequence[Tensor | None]]
 
 
 class Operator:
-    """Two custom operators, ``leapformer::NAME`` and that of its gradient, and the doors to them.
+    """The custom operator ``leapformer::NAME`` and the doors to it; ``leapformer::NAME_leap`` where it takes LeaP modules.
+
+    Two, because every argument of an operator costs some microseconds a call, given or not.
 
     Args:
         name: in the namespace "leapformer".
@@ -31,34 +38,16 @@ class Operator:
             ``Arguments.differentiable``. Those of kv and z are None where nothing depends on the state.
         direct: from ``Arguments`` to (output, kv, z) where no gradient is asked for and no compiler looks on. The operator's
             dispatch costs more than the arithmetic of one token.
+        takes_leap: whether it computes LeaP modules itself.
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        forward: Callable[[Arguments], Sequence[Tensor]],
-        empty: Callable[[Arguments], Sequence[Tensor]],
-        backward: Callable[..., Sequence[Tensor | None]],
-        direct: Callable[[Arguments], Sequence[Tensor]],
-        results: int,
-    ) -> None:
+        self, name: str, *, forward: Forward, empty: Forward, backward: Backward, direct: Forward, results: int,
+        takes_leap: bool,
+    ) -> None:  # fmt: skip
         self._direct = direct
-        self._backward = backward
-        tensors = ", ".join(["Tensor"] * results)
-        saved = ", ".join(f"Tensor result{i}" for i in range(results))
-        gradients = "Tensor grad, Tensor? grad_kv, Tensor? grad_z"
-        self.forward_op = torch.library.custom_op(
-            f"leapformer::{name}", lambda *given: tuple(forward(Arguments(*given))), mutates_args=(),
-            schema=f"({_INPUTS}, {_OPTIONS}) -> ({tensors})",
-        )  # fmt: skip
-        self.forward_op.register_fake(lambda *given: tuple(empty(Arguments(*given))))
-        self.backward_op = torch.library.custom_op(
-            f"leapformer::{name}_backward", self._gradients, mutates_args=(),
-            schema=f"({_INPUTS}, {saved}, {gradients}, {_OPTIONS}) -> Tensor[]",
-        )  # fmt: skip
-        self.backward_op.register_fake(_like_inputs)
-        self.forward_op.register_autograd(self._autograd, setup_context=_save)
+        self.linear = Form(name, _MODULES, forward, empty, backward, results)
+        self.leap = Form(f"{name}_leap", _FACTORS, forward, empty, backward, results) if takes_leap else None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, *, causal: bool,
@@ -69,10 +58,11 @@ class Operator:
         """Output [B, T, H, V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
         kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
         x = Arguments(
-            q, k, v, q_factors, k_factors, log_decay, kv, z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE), key_mask, counts, cu_seqlens, cu_seqlens_k, causal,
-            normalize, eps, relu,
+            q, k, v, q_factors, k_factors, log_decay, kv, z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE), key_mask, counts,
+            cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
         )  # fmt: skip
-        output, kv, z, *_ = self.forward_op(*x) if _needs_operator(x) else self._direct(x)
+        form = self.linear if q_leap is None or self.leap is None else self.leap
+        output, kv, z, *_ = form(x) if _needs_operator(x) else self._direct(x)
         return output, kv, z
 
     def attend_leap(
@@ -81,35 +71,73 @@ class Operator:
         """The same from plain projections q and k and the weights of two LeaP modules; other keywords but relu."""
         return self.attend(q, k, v, None, None, relu=True, q_leap=q_leap, k_leap=k_leap, **keywords)
 
+
+class Form:
+    """One pair of custom operators, forward and backward, that takes all of ``Arguments`` but the fields ``without``."""
+
+    def __init__(
+        self, name: str, without: Sequence[str], forward: Forward, empty: Forward, backward: Backward, results: int
+    ) -> None:
+        self._backward = backward
+        self.tensors = [n for n in Arguments._fields[:TENSORS] if n not in without]
+        taken = [*self.tensors, *_NUMBERS]
+        self._taken = [Arguments._fields.index(n) for n in taken]
+        self._places = [taken.index(n) if n in taken else None for n in Arguments._fields]
+        self.differentiable = sum(n in self.tensors for n in Arguments._fields[:DIFFERENTIABLE])
+        inputs = ", ".join(("Tensor " if n in _ALWAYS else "Tensor? ") + n for n in self.tensors)
+        saved = ", ".join(f"Tensor result{i}" for i in range(results))
+        gradients = "Tensor grad, Tensor? grad_kv, Tensor? grad_z"
+        self.forward_op = torch.library.custom_op(
+            f"leapformer::{name}", lambda *given: tuple(forward(self.arguments(given))), mutates_args=(),
+            schema=f"({inputs}, {_OPTIONS}) -> ({', '.join(['Tensor'] * results)})",
+        )  # fmt: skip
+        self.forward_op.register_fake(lambda *given: tuple(empty(self.arguments(given))))
+        self.backward_op = torch.library.custom_op(
+            f"leapformer::{name}_backward", self._gradients, mutates_args=(),
+            schema=f"({inputs}, {saved}, {gradients}, {_OPTIONS}) -> Tensor[]",
+        )  # fmt: skip
+        self.backward_op.register_fake(self._like_inputs)
+        self.forward_op.register_autograd(self._autograd, setup_context=self._save)
+
+    def __call__(self, x: Arguments) -> Sequence[Tensor]:
+        return self.forward_op(*self.given(x))
+
+    def given(self, x: Arguments) -> Sequence[Any]:
+        """What the operator is called with."""
+        return [x[place] for place in self._taken]
+
+    def arguments(self, given: Sequence[Any]) -> Arguments:
+        """What it was called with."""
+        return Arguments._make([None if place is None else given[place] for place in self._places])
+
     def _gradients(self, *given: Any) -> list[Tensor]:
-        """Of those of ``Arguments.differentiable`` that are there, in their order."""
-        options = len(Arguments._fields) - TENSORS
-        x = Arguments(*given[:TENSORS], *given[-options:])
-        *results, grad, grad_kv, grad_z = given[TENSORS:-options]
+        """Of the differentiable arguments that are there, in their order."""
+        n, options = len(self.tensors), len(_NUMBERS)
+        x = self.arguments((*given[:n], *given[-options:]))
+        *results, grad, grad_kv, grad_z = given[n:-options]
         with without_autocast(x.q.device.type):
             gradients = self._backward(x, results, grad, grad_kv, grad_z)
         pairs = zip(gradients, x.differentiable, strict=True)
         return [g.to(t.dtype).contiguous() for g, t in pairs if g is not None and t is not None]
 
+    def _like_inputs(self, *given: Any) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t in given[: self.differentiable] if t is not None]
+
+    def _save(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        n = len(self.tensors)
+        ctx.save_for_backward(*inputs[:n], *output)
+        ctx.mark_non_differentiable(*output[3:])
+        # Else every result that got no gradient would get one of zeros, as large as it is itself.
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[n:]
+
     def _autograd(self, ctx: Any, grad: Tensor | None, grad_kv: Tensor | None, grad_z: Tensor | None, *_: Any) -> tuple:
-        tensors = ctx.saved_tensors  # once: under checkpointing a second reading is an error
-        inputs, results = tensors[:TENSORS], tensors[TENSORS:]
+        tensors, n = ctx.saved_tensors, len(self.tensors)  # once: under checkpointing a second reading is an error
+        inputs, results = tensors[:n], tensors[n:]
         grad = torch.zeros_like(results[0]) if grad is None else grad
         gradients = iter(self.backward_op(*inputs, *results, grad, grad_kv, grad_z, *ctx.options))
-        found = [None if t is None else next(gradients) for t in inputs[:DIFFERENTIABLE]]
-        return (*found, *[None] * (len(Arguments._fields) - DIFFERENTIABLE))
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:TENSORS], *output)
-    ctx.mark_non_differentiable(*output[3:])
-    # Else every result that got no gradient would get one of zeros, as large as it is itself.
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[TENSORS:]
-
-
-def _like_inputs(*given: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in given[:DIFFERENTIABLE] if t is not None]
+        found = [None if t is None else next(gradients) for t in inputs[: self.differentiable]]
+        return (*found, *[None] * (n - self.differentiable + len(_NUMBERS)))
 
 
 def _needs_operator(x: Arguments) -> bool:

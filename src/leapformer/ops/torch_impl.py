@@ -49,5 +49,6 @@ def _split(x: Arguments) -> tuple[Inputs, Options]:
 
 
 OPERATOR = Operator(
-    "linear_attention", forward=_forward, empty=_empty, backward=_backward, direct=_forward, results=4
+    "linear_attention", forward=_forward, empty=_empty, backward=_backward, direct=_forward, results=4,
+    takes_leap=False,
 )  # fmt: skip

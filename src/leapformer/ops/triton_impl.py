@@ -453,7 +453,13 @@ def _direct(x: Arguments) -> tuple[Tensor, ...]:
 
 
 OPERATOR = Operator(
-    "triton_linear_attention", forward=_forward, empty=_empty, backward=_backward, direct=_direct, results=7
+    "triton_linear_attention",
+    forward=_forward,
+    empty=_empty,
+    backward=_backward,
+    direct=_direct,
+    results=7,
+    takes_leap=True,
 )
 
 

@@ -100,5 +100,5 @@ def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> lis
 
 OPERATOR = Operator(
     "native_linear_attention", forward=_forward, empty=_empty_outputs, backward=_backward, direct=_direct,
-    results=5,
+    results=5, takes_leap=True,
 )  # fmt: skip
