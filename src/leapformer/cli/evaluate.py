@@ -8,6 +8,7 @@ import typer
 
 from leapformer.cli.train import use_threads
 from leapformer.tasks.registry import load_recipe
+from leapformer.training.callbacks import evaluation_bar
 from leapformer.training.loading import load_model, saved_tokenizer
 from leapformer.training.run import Run
 
@@ -25,6 +26,7 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
     own, _ = load_recipe(run.recipe_path)
     recipe, task = load_recipe(run.recipe_path, overrides)
     data = task.prepare(recipe, cache=run.cache_path, tokenizer=saved_tokenizer(run.model_path))
+    data.progress = evaluation_bar
     found = data.evaluate(model, split=split)
     for name, value in {**found["metrics"], **found.get("baselines", {})}.items():
         typer.echo(f"{name:28} {value:.5g}" if isinstance(value, float) else f"{name:28} {value}")

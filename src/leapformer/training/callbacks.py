@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,16 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def evaluation_bar(batches: Sequence[int], what: str) -> Iterable[int]:
+    """The batches of an evaluation under a bar on the error stream that goes when they are through; see ``TaskData``."""
+    from tqdm import tqdm
+
+    return tqdm(
+        batches, desc=f"evaluating {what}", unit="batch", leave=False, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    )  # fmt: skip
 
 
 class ProgressBar(TrainerCallback):

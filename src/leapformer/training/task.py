@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ class TaskData(ABC):
     unit: str  # what the loss is a mean over, in the plural: "tokens" or "examples"
     tokenizer: PreTrainedTokenizerBase | None = None  # saved beside the model, where there is one
     train_dataset: Dataset
+    # Wraps the batches of an evaluation of a whole split, told what it is; a command puts a bar here.
+    progress: Callable[[Sequence[int], str], Iterable[int]] = staticmethod(lambda batches, what: batches)
     collator: Callable[[list[Any]], dict[str, Any]]
 
     @abstractmethod

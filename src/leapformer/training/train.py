@@ -9,7 +9,7 @@ from typing import Any
 from transformers import set_seed
 
 from leapformer.training.arguments import choose_device, training_arguments
-from leapformer.training.callbacks import MetricsFile, ProgressBar, Stop, interruptible
+from leapformer.training.callbacks import MetricsFile, ProgressBar, Stop, evaluation_bar, interruptible
 from leapformer.training.loading import load_model
 from leapformer.training.machine import git_revision, machine, peak_memory_mib, reset_peak_memory, versions
 from leapformer.training.recipes import Recipe
@@ -57,6 +57,7 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
 
     callbacks: list[Any] = [MetricsFile(run, progress, data.unit), stop]
     if progress_bar:
+        data.progress = evaluation_bar
         callbacks.append(ProgressBar(run.name, progress, data.unit))
     trainer = LeapformerTrainer(
         model=model,

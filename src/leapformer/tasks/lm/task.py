@@ -158,7 +158,7 @@ class LanguageModelData(TaskData):
         """Metrics, perplexity by position and the counted baselines of a whole split."""
         encoded = self.encoded(split)
         dataset = self.packed(split, context=self.recipe.data.context_window)
-        losses = self.losses(model, dataset, range(len(dataset)))
+        losses = self.losses(model, dataset, range(len(dataset)), told=f"the {split} split")
         return {
             "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
             "perplexity_by_position": losses.perplexity(bins=POSITION_BINS),
@@ -183,12 +183,12 @@ class LanguageModelData(TaskData):
         return found
 
     @torch.no_grad()
-    def losses(self, model: Any, dataset: PackedDataset, blocks: Iterable[int]) -> LossByPosition:
-        """Summed nats of some blocks by position, with the model in evaluation mode."""
+    def losses(self, model: Any, dataset: PackedDataset, blocks: Iterable[int], *, told: str = "") -> LossByPosition:
+        """Summed nats of some blocks by position, with the model in evaluation mode; ``told``: to ``progress``."""
         was_training = model.training
         model.eval()
         summed = LossByPosition(dataset.block_size - 1)
-        for batch in self._batches(dataset, blocks):
+        for batch in self._batches(dataset, blocks, told):
             inputs = {
                 name: batch[name].to(model.device)
                 for name in ("input_ids", "labels", "attention_mask", "cu_seqlens")
@@ -199,10 +199,11 @@ class LanguageModelData(TaskData):
         model.train(was_training)
         return summed
 
-    def _batches(self, dataset: PackedDataset, blocks: Iterable[int]) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, dataset: PackedDataset, blocks: Iterable[int], told: str) -> Iterator[dict[str, torch.Tensor]]:
         size = max(1, self.recipe.training.eval_batch_tokens // dataset.block_size)
         indices = list(blocks)
-        for start in range(0, len(indices), size):
+        starts = range(0, len(indices), size)
+        for start in self.progress(starts, told) if told else starts:
             yield self.collator([dataset[index] for index in indices[start : start + size]])
 
 

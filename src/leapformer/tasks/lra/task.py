@@ -107,7 +107,7 @@ class LraData(TaskData):
     def evaluate(self, model: Any, *, split: str) -> dict[str, Any]:
         """Metrics and trivial baselines of a whole split."""
         dataset = self.split(split)
-        found = self.metrics(model, dataset, range(len(dataset)))
+        found = self.metrics(model, dataset, range(len(dataset)), told=f"the {split} split")
         return {"metrics": {**found, **self.baselines(split)}}
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -119,14 +119,15 @@ class LraData(TaskData):
         return found
 
     @torch.no_grad()
-    def metrics(self, model: Any, dataset: LraDataset, indices: Iterable[int]) -> dict[str, float]:
-        """Mean loss in nats, accuracy and its standard error, with the model in evaluation mode."""
+    def metrics(self, model: Any, dataset: LraDataset, indices: Iterable[int], *, told: str = "") -> dict[str, float]:
+        """Mean loss in nats, accuracy and its standard error, with the model in evaluation mode; ``told``: to ``progress``."""
         was_training = model.training
         model.eval()
         nats, right, count = 0.0, 0, 0
         size = max(1, self.recipe.training.eval_batch_tokens // dataset.max_length)
         indices = list(indices)
-        for start in range(0, len(indices), size):
+        starts = range(0, len(indices), size)
+        for start in self.progress(starts, told) if told else starts:
             batch = self.collator([dataset[index] for index in indices[start : start + size]])
             labels = batch.pop("labels").to(model.device)
             logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits.float()  # [B, N]
