@@ -11,6 +11,7 @@ implementation makes in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -282,13 +283,13 @@ def check(case: Case, impl: str, tolerance: float = 1e-10) -> None:
         assert_near(actual_gradients[name], expected_gradients[name], tolerance, f"gradient of {name}")
 
 
-def check_low(case: Case, impl: str) -> None:
+def check_low(case: Case, impl: str, formula: Callable[[Case], Any] = Case.formula) -> None:
     """Below float64: errors against float64 are at most twice those of torch in the same dtype, plus 4 eps of the dtype.
 
     Errors are relative to the scale of all results, or of all gradients, of the case. Where terms cancel, as in gradients
     of a query that sees few keys, the error is that of the terms, and a single result's is a matter of luck.
     """
-    exact = named_results(case.to(torch.float64), Case.formula)
+    exact = named_results(case.to(torch.float64), formula)
     theirs, ours = (named_results(case, lambda c, impl=impl: c.call(impl)) for impl in ("torch", impl))
     assert ours.keys() == exact.keys()
     errors: list[dict[str, float]] = [{}, {}]

@@ -49,9 +49,22 @@ class Incoming(NamedTuple):
     z: Tensor | None
 
 
+def pieces(x: Arguments) -> int:
+    """Into how many parts each sequence of each key head is cut, so that few of them still use all threads.
+
+    The states that the parts start from are summed up first, which costs about a third of the forward pass again, so it
+    is done where the threads would stand idle for longer than that.
+    """
+    units, n = x.sequences * x.k.shape[2], threads()
+    if units == 0 or x.is_step or n * -(-units // n) <= 1.4 * units:
+        return 1
+    longest = max(x.q.shape[1], x.k.shape[1]) * x.q.shape[0] // x.sequences
+    return max(1, min(-(-4 * n // units), longest // CHECKPOINT))
+
+
 def slots(x: Arguments) -> int:
-    """Pieces of work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
-    units = x.sequences * x.k.shape[2]
+    """Parts of the work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
+    units = x.sequences * x.k.shape[2] * pieces(x)
     return units if x.q_w2 is None else min(units, 64)
 
 
@@ -87,8 +100,8 @@ def run(name: str, x: Arguments, out: Outputs, given: Incoming | None = None, gr
     passed_state = [None if t is None else _wide(t).contiguous() for t in passed[1:]]  # type: ignore[union-attr]
     integers = (
         x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
-        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x), 1,
-        x.relu,
+        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x),
+        pieces(x), x.relu,
     )  # fmt: skip
     mask = x.key_mask
     fields = (

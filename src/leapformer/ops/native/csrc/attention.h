@@ -51,17 +51,22 @@ struct Buffers {
     }
 };
 
+// Floats of a state on its way between the pieces of a sequence, and of the decay over one of them.
+inline long handed_size(const Shape& s) { return s.state() + 1; }
+
 struct Attention : Buffers {
     const Problem& p;
     const Plan& plan;
     const Shape s;
+    float* between;  // [units, pieces, 2, handed_size]: states on their way
     Sequence seq;
     long g, key_tile = -1;
     int keys = 0;       // of the key tile that is loaded
     float all_decay;    // exp of the decay of the whole tile
     bool empty;         // the state is zero
 
-    Attention(const Plan& plan, float* memory, bool backward) : p(plan.p), plan(plan), s(plan.p) {
+    Attention(const Plan& plan, float* memory, bool backward, float* between)
+        : p(plan.p), plan(plan), s(plan.p), between(between) {
         place(memory, p, s, backward);
     }
 
@@ -90,6 +95,23 @@ struct Attention : Buffers {
     }
     void read_given_state(const float* kv, const float* z_from, float* S_to, float* z_to) {
         read_state(kv ? kv + state_row() * s.F * s.V : nullptr, kv ? z_from + state_row() * s.F : nullptr, S_to, z_to);
+    }
+    // What piece j hands on (0) and, backward, its queries behind all keys (1); after handing out, what it starts from (0).
+    float* handed(long j, int which = 0) const {
+        return between + ((state_row() * p.pieces + j) * 2 + which) * handed_size(s);
+    }
+    void write_handed(const float* S_from, const float* z_from, float decay, float* to) const {
+        write_state(S_from, z_from, to, to + long(s.F) * s.V);
+        to[s.state()] = decay;
+    }
+    void read_handed(const float* from, float* S_to, float* z_to) {
+        read_state(from, from + long(s.F) * s.V, S_to, z_to);
+    }
+    // sum = decay sum + what was handed
+    void add_handed(const float* from, float decay, float* S_sum, float* z_sum) const {
+        for (long i = 0; i < s.F; i++)
+            for (int c = 0; c < s.V; c++) S_sum[i * s.ldv + c] = decay * S_sum[i * s.ldv + c] + from[i * s.V + c];
+        for (long i = 0; i < s.F; i++) z_sum[i] = decay * z_sum[i] + from[long(s.F) * s.V + i];
     }
     float* checkpoint(long m) const { return p.checkpoints + (plan.checkpoint(seq, m) * p.G + g) * s.state(); }
 
@@ -250,31 +272,72 @@ struct Attention : Buffers {
         empty = false;
     }
 
-    void forward(long) {
-        read_given_state(p.kv, p.z, S, z);
-        const long group = p.H / p.G;
-        for (long m = 0; m <= seq.tiles(); m++) {
-            const long begin = plan.begin(seq, m), end = plan.begin(seq, m + 1);
-            if (m < seq.tiles()) load_keys(m);
-            if (m < seq.tiles() && begin < end) transpose(kx, s.ldk, up16(keys), s.Kp, kt, s.ldc);
-            if (m && m % SUPER == 0 && p.checkpoints && m < seq.tiles()) write_state(S, z, checkpoint(m), checkpoint(m) + long(s.F) * s.V);
-            for (long h = g * group; begin < end && h < (g + 1) * group; h++) {
-                if (p.leap) q_module.load_weights(s, p.q_leap, h);
-                for (long i = begin; i < end;) {
-                    const int n = plan.together(seq, i, m);
-                    attend(h, i, n, m);
-                    i += n;
-                }
-            }
-            if (m < seq.tiles()) absorb();
+    // Whether the state after piece j is wanted before its queries are worked through.
+    bool summed_first(long j, const Piece& piece) const {
+        return p.pieces > 1 && (j + 1 < p.pieces || plan.begin(seq, seq.tiles()) < seq.T || !plan.has_queries(seq, piece));
+    }
+
+    // The state that piece j alone would make.
+    void sum_keys(long, long j) {
+        const Piece piece = plan.piece(seq, j);
+        if (!summed_first(j, piece)) return;
+        float decay = 1;
+        read_state(nullptr, nullptr, S, z);
+        for (long m = piece.first; m < piece.last; m++) {
+            load_keys(m);
+            absorb();
+            if (p.log_decay.data) decay *= all_decay;
         }
-        write_state(S, z, p.final_kv + state_row() * s.F * s.V, p.final_z + state_row() * s.F);
+        write_handed(S, z, decay, handed(j));
+    }
+
+    void hand_out_states(long, long) {
+        read_given_state(p.kv, p.z, S, z);
+        const long last = p.pieces - 1;
+        for (long j = 0; j <= last; j++) {
+            float *own = handed(j), *sums = handed(j, 1);
+            const bool summed = summed_first(j, plan.piece(seq, j));
+            if (summed) memcpy(sums, own, sizeof(float) * handed_size(s));
+            write_handed(S, z, 1, own);
+            if (summed) add_handed(sums, sums[s.state()], S, z);
+            if (summed && j == last) write_final_state();
+        }
+    }
+
+    void write_final_state() const { write_state(S, z, p.final_kv + state_row() * s.F * s.V, p.final_z + state_row() * s.F); }
+
+    void forward(long, long j) {
+        const Piece piece = plan.piece(seq, j);
+        if (p.pieces == 1)
+            read_given_state(p.kv, p.z, S, z);
+        else
+            read_handed(handed(j), S, z);
+        if (p.pieces == 1 || plan.has_queries(seq, piece))
+            for (long m = piece.first; m < piece.last; m++) tile_forward(m);
+        if (j + 1 == p.pieces && !summed_first(j, piece)) write_final_state();
+        if (piece.tail == piece.tail_end) return;
+        if (p.pieces > 1) read_given_state(p.final_kv, p.final_z, S, z);
+        keys = 0;
+        queries_forward(seq.tiles(), piece.tail, piece.tail_end);
+    }
+
+    void tile_forward(long m) {
+        const long begin = plan.begin(seq, m), end = plan.begin(seq, m + 1);
+        load_keys(m);
+        if (begin < end) transpose(kx, s.ldk, up16(keys), s.Kp, kt, s.ldc);
+        if (m && m % SUPER == 0 && p.checkpoints) write_state(S, z, checkpoint(m), checkpoint(m) + long(s.F) * s.V);
+        queries_forward(m, begin, end);
+        absorb();
+    }
+
+    void queries_forward(long m, long begin, long end) {
+        for_queries(m, begin, end, [&](long head, long i, int n) { attend(head, i, n, m); });
     }
 
     // ---- one token --------------------------------------------------------------------------------------------------
 
     // T = S = 1: the new state goes to final_kv and final_z, which may be kv and z themselves.
-    void step(long) {
+    void step(long, long) {
         load_keys(0);
         const float keeps = p.log_decay.data ? all_decay : 1.0f;
         const long at = state_row() * s.F;
@@ -446,9 +509,12 @@ struct Attention : Buffers {
             memset(dxq, 0, sizeof(float) * n * s.ldk);
         const float* decay = p.log_decay.data ? eq : nullptr;
         features_backward(n, qx, qf, dphi_q, z_here, gd, decay, dxq, dqf, decay ? ek : nullptr);
+        gather_state_gradient(n);
+        write_query_gradients(head, i, n, module_gradient);
+    }
+    void gather_state_gradient(int n) {
         product(s.F, s.Vp, n, by_columns(phi_q, s.ldf), gn, s.ldv, dS, dS, s.ldv);
         add_rows(n, s.Fp, phi_q, s.ldf, gd, dz);
-        write_query_gradients(head, i, n, module_gradient);
     }
 
     void write_query_gradients(long head, long i, int n, float* module_gradient) {
@@ -491,26 +557,81 @@ struct Attention : Buffers {
         store_rows(dv, s.ldv, keys, s.V, p.dv + row * s.V * size(), p.G * s.V, p.bfloat16);
     }
 
-    void backward(long slot) {
+    // What the queries of piece j alone would add to the gradient of the state before it, and those behind all keys.
+    void sum_queries(long slot, long j) {
+        const Piece piece = plan.piece(seq, j);
+        memset(dS, 0, sizeof(float) * s.Fp * s.ldv), memset(dz, 0, sizeof(float) * s.ldf);
+        tail_backward(slot, piece);
+        write_handed(dS, dz, 1, handed(j, 1));
+        memset(dS, 0, sizeof(float) * s.Fp * s.ldv), memset(dz, 0, sizeof(float) * s.ldf);
+        float decay = 1;
+        for (long m = piece.last - 1; j && m >= piece.first; m--) {
+            if (p.log_decay.data) {
+                load_decay(seq.k0 + m * TILE, int(least(seq.S - m * TILE, long(TILE))));
+                decay_gradient_state();
+                decay *= all_decay;
+            }
+            for_queries(m, plan.begin(seq, m), plan.begin(seq, m + 1), [&](long head, long i, int n) {
+                load_queries(head, i, n);
+                load_grad(head, i, n);
+                gather_state_gradient(n);
+            });
+        }
+        write_handed(dS, dz, decay, handed(j));
+    }
+
+    void hand_out_gradients(long, long) {
         read_given_state(p.grad_kv, p.grad_z, dS, dz);
-        const long tiles = seq.tiles();
-        if (plan.begin(seq, tiles) < plan.begin(seq, tiles + 1)) {
-            read_given_state(p.final_kv, p.final_z, S, z);
-            transpose(S, s.ldv, s.Fp, s.Vp, state_of(0), s.ldf);
-            keys = 0;
-            queries_backward(tiles, slot, state_of(0), z);
+        for (long j = 0; j < p.pieces; j++) add_handed(handed(j, 1), 1, dS, dz);
+        for (long j = p.pieces - 1; j >= 0; j--) {
+            float *own = handed(j), *sums = handed(j, 1);
+            memcpy(sums, own, sizeof(float) * handed_size(s));
+            write_handed(dS, dz, 1, own);
+            add_handed(sums, sums[s.state()], dS, dz);
         }
-        for (long begin = (tiles - 1) / SUPER * SUPER; tiles && begin >= 0; begin -= SUPER) {
-            const long end = least(begin + SUPER, tiles);
-            const bool queries = plan.begin(seq, begin) < plan.begin(seq, end);
-            if (queries) states(begin, end);
+    }
+
+    void backward(long slot, long j) {
+        const Piece piece = plan.piece(seq, j);
+        if (p.pieces == 1) {
+            read_given_state(p.grad_kv, p.grad_z, dS, dz);
+            tail_backward(slot, piece);
+        } else
+            read_handed(handed(j), dS, dz);
+        for (long end = piece.last; end > piece.first;) {
+            const long begin = (end - 1) / SUPER * SUPER;
+            if (plan.begin(seq, begin) < plan.begin(seq, end)) states(begin, end);
             for (long m = end - 1; m >= begin; m--) tile_backward(m, slot, state_of(m - begin), z_of(m - begin));
+            end = begin;
         }
-        if (p.dkv) write_state(dS, dz, p.dkv + state_row() * s.F * s.V, p.dz + state_row() * s.F);
+        if (p.dkv && j == 0) write_state(dS, dz, p.dkv + state_row() * s.F * s.V, p.dz + state_row() * s.F);
+    }
+
+    void tail_backward(long slot, const Piece& piece) {
+        if (piece.tail == piece.tail_end) return;
+        read_given_state(p.final_kv, p.final_z, S, z);
+        transpose(S, s.ldv, s.Fp, s.Vp, state_of(0), s.ldf);
+        keys = 0;
+        queries_backward(seq.tiles(), piece.tail, piece.tail_end, slot, state_of(0), z);
+    }
+
+    // The queries of tile m from `begin` to `end`, head by head and tile by tile: work(head, i, n).
+    template <class Do>
+    void for_queries(long m, long begin, long end, Do work) {
+        const long group = p.H / p.G;
+        for (long h = g * group; begin < end && h < (g + 1) * group; h++) {
+            if (p.leap) q_module.load_weights(s, p.q_leap, h);
+            for (long i = begin; i < end;) {
+                const int n = plan.together(seq, i, end, m);
+                work(h, i, n);
+                i += n;
+            }
+        }
     }
 
     void tile_backward(long m, long slot, const float* St_here, const float* z_here) {
-        const bool queries = plan.begin(seq, m) < plan.begin(seq, m + 1);
+        const long begin = plan.begin(seq, m), end = plan.begin(seq, m + 1);
+        const bool queries = begin < end;
         load_keys(m);
         absorb_backward();
         if (queries) {
@@ -518,22 +639,16 @@ struct Attention : Buffers {
             transpose(v, s.ldv, up16(keys), s.Vp, vt, s.ldc);
         }
         if (p.log_decay.data) decay_backward_begin(St_here, z_here);
-        if (queries) queries_backward(m, slot, St_here, z_here);
+        if (queries) queries_backward(m, begin, end, slot, St_here, z_here);
         if (p.log_decay.data) decay_backward_end(m);
         write_key_gradients(p.leap ? p.k_leap.gradient + (slot * p.G + g) * gradient_size(p.k_leap, s.K) : nullptr);
     }
 
-    void queries_backward(long m, long slot, const float* St_here, const float* z_here) {
-        const long group = p.H / p.G;
-        for (long h = g * group; h < (g + 1) * group; h++) {
-            if (p.leap) q_module.load_weights(s, p.q_leap, h);
-            float* gradient = p.leap ? p.q_leap.gradient + (slot * p.H + h) * gradient_size(p.q_leap, s.K) : nullptr;
-            for (long i = plan.begin(seq, m); i < plan.begin(seq, m + 1);) {
-                const int n = plan.together(seq, i, m);
-                attend_backward(h, i, n, m, St_here, z_here, gradient);
-                i += n;
-            }
-        }
+    void queries_backward(long m, long begin, long end, long slot, const float* St_here, const float* z_here) {
+        for_queries(m, begin, end, [&](long head, long i, int n) {
+            float* gradient = p.leap ? p.q_leap.gradient + (slot * p.H + head) * gradient_size(p.q_leap, s.K) : nullptr;
+            attend_backward(head, i, n, m, St_here, z_here, gradient);
+        });
     }
 
     // ---- gradient of the decay --------------------------------------------------------------------------------------
@@ -549,6 +664,9 @@ struct Attention : Buffers {
         for (int c = 0; c < s.V; c++) sum += dot(St_here + long(c) * s.ldf, dSt + long(c) * s.ldf, s.Fp);
         carried = float(sum + dot(z_here, dz, s.Fp)) * all_decay;
         for (int i = 0; i < TILE; i++) from_keys[i] = i < keys ? column_sum[i] : 0, column_sum[i] = row_sum[i] = 0;
+        decay_gradient_state();
+    }
+    void decay_gradient_state() {
         for (long i = 0; i < s.F; i++)
             for (int c = 0; c < s.Vp; c += W) store(dS + i * s.ldv + c, load(dS + i * s.ldv + c) * splat(all_decay));
         for (int c = 0; c < s.Fp; c += W) store(dz + c, load(dz + c) * splat(all_decay));

@@ -16,34 +16,54 @@ namespace {
 
 #include "attention.h"
 
+typedef void (Attention::*Pass)(long slot, long piece);
+
 struct Context {
     const Problem& p;
     const Plan& plan;
-    void (Attention::*pass)(long slot);
+    Pass pass;
+    long pieces;
     bool backward;
+    float* between;
 };
 
 void work(const void* context, int64_t slot, float* memory) {
     const Context& c = *(const Context*)context;
-    Attention attention(c.plan, memory, c.backward);
-    for (long unit = slot; unit < c.p.N * c.p.G; unit += c.p.slots) {
+    Attention attention(c.plan, memory, c.backward, c.between);
+    for (long item = slot; item < c.p.N * c.p.G * c.pieces; item += c.p.slots) {
+        const long unit = item / c.pieces;
         attention.start(unit / c.p.G, unit % c.p.G);
-        (attention.*c.pass)(slot);
+        (attention.*c.pass)(slot, item % c.pieces);
     }
 }
 
-void run(const Problem& p, void (Attention::*pass)(long), bool backward) {
+// `sum` and `hand_out` make the states that the pieces of a sequence start from; a sequence in one piece needs neither.
+void run(const Problem& p, Pass sum, Pass hand_out, Pass pass, bool backward) {
     const Plan plan(p);
     const Shape shape(p);
     Buffers sizes;
     const long floats = sizes.place(nullptr, p, shape, backward);
-    const Context context{p, plan, pass, backward};
-    run_parallel(p.threads, p.slots, work, &context, floats);
+    Context context{p, plan, pass, p.pieces, backward, nullptr};
+    auto run_pass = [&](Pass which, long pieces) {
+        context.pass = which, context.pieces = pieces;
+        run_parallel(p.threads, p.slots, work, &context, floats);
+    };
+    if (p.pieces > 1) {
+        context.between = (float*)malloc(sizeof(float) * p.N * p.G * p.pieces * 2 * handed_size(shape));
+        run_pass(sum, p.pieces);
+        run_pass(hand_out, 1);
+    }
+    run_pass(pass, p.pieces);
+    free(context.between);
 }
 
-void forward(const Problem* p) { run(*p, &Attention::forward, false); }
-void backward(const Problem* p) { run(*p, &Attention::backward, true); }
-void step(const Problem* p) { run(*p, &Attention::step, false); }
+void forward(const Problem* p) {
+    run(*p, &Attention::sum_keys, &Attention::hand_out_states, &Attention::forward, false);
+}
+void backward(const Problem* p) {
+    run(*p, &Attention::sum_queries, &Attention::hand_out_gradients, &Attention::backward, true);
+}
+void step(const Problem* p) { run(*p, nullptr, nullptr, &Attention::step, false); }
 
 }  // namespace
 

@@ -20,6 +20,12 @@ inline Sequence sequence(const Problem& p, long n) {
     return {n, 0, p.cu_q[n], p.cu_q[n + 1] - p.cu_q[n], p.cu_k[n], p.cu_k[n + 1] - p.cu_k[n]};
 }
 
+// A part of a sequence for one thread: key tiles with their queries, and some of the queries that follow all keys.
+struct Piece {
+    long first, last;      // key tiles
+    long tail, tail_end;   // queries
+};
+
 struct Plan {
     const Problem& p;
     int32_t* counts = nullptr;  // g made safe, clamped to the sequence and never decreasing: [rows, T]
@@ -55,14 +61,28 @@ struct Plan {
         const long more = counts_of(s)[i] - m * TILE;
         return more < 0 ? 0 : int(more);
     }
-    // Consecutive queries of tile m from `i` on that fit one tile: all with keys of their own tile, or all without.
-    int together(const Sequence& s, long i, long m) const {
-        const long end = begin(s, m + 1);
+    // Consecutive queries of tile m from `i` to `end` that fit one tile: all with keys of their own tile, or all without.
+    int together(const Sequence& s, long i, long end, long m) const {
         int n = 1;
         if (p.causal || p.all) return int(least(end - i, long(TILE)));
         const bool band = seen(s, i, m) > 0;
         while (n < TILE && i + n < end && (seen(s, i + n, m) > 0) == band) n++;
         return n;
+    }
+
+    // Piece j of p.pieces. Key tiles are dealt out in groups of SUPER, so that each piece starts at a checkpoint.
+    Piece piece(const Sequence& s, long j) const {
+        const long tiles = s.tiles(), groups = (tiles + SUPER - 1) / SUPER;
+        const long share = (groups + p.pieces - 1) / p.pieces * SUPER;
+        const long start = begin(s, tiles), queries = s.T - start;
+        const long step = ((queries + TILE - 1) / TILE + p.pieces - 1) / p.pieces * TILE;
+        return {
+            least(j * share, tiles), least((j + 1) * share, tiles), start + least(j * step, queries),
+            start + least((j + 1) * step, queries)
+        };
+    }
+    bool has_queries(const Sequence& s, const Piece& piece) const {
+        return begin(s, piece.first) < begin(s, piece.last);
     }
 
     // Index of the state at the start of key tile m = 8, 16, ...: [checkpoint, G, R K V + R K].
