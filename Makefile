@@ -12,13 +12,14 @@ PYTEST_ARGS ?=
 NATIVE := CMakeLists.txt $(wildcard src/leapformer/ops/native/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format native demo clean
+.PHONY: help setup test lint format native demo clean test-native-sanitize
 
 help:
 	@echo "make demo    set up, train three small models, write runs/demo/report.html"
 	@echo "make test    set up, then ruff, pyright and pytest"
 	@echo "make lint    set up, then ruff and pyright"
 	@echo "make format  set up, then let ruff rewrite what it can"
+	@echo "make test-native-sanitize   the native kernels' tests with address and undefined-behaviour checks"
 	@echo "make native  build the native kernels alone, into the source tree"
 	@echo "make setup   set up: $(VENV) with the versions of constraints.txt"
 	@echo "make clean   remove $(VENV), caches and build folders (runs/ stays)"
@@ -54,6 +55,16 @@ native:
 
 demo: $(STAMP)
 	$(BIN)/leapformer demo
+
+# The tests of the native kernels with AddressSanitizer and UndefinedBehaviorSanitizer in them. Needs GCC, whose runtimes
+# are loaded before Python; Python itself never frees all it has, so leaks are not looked for.
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
+test-native-sanitize: $(STAMP)
+	cmake -S . -B build/sanitize -D LEAPFORMER_SANITIZE=ON -D CMAKE_BUILD_TYPE=None
+	cmake --build build/sanitize -j 3
+	LEAPFORMER_NATIVE=$(CURDIR)/build/sanitize/libleapformer_native.so LD_PRELOAD=$(SANITIZERS) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider tests/ops -k "native or pieces" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info src/leapformer/ops/native/*.so

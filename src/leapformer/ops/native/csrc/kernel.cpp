@@ -4,6 +4,10 @@
 #include <cstring>
 #include <stdlib.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "interface.h"
 
 #define LEAPFORMER_NAME_(x) #x

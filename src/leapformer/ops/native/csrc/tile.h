@@ -94,7 +94,7 @@ struct Shape {
     long state() const { return long(F) * V + F; }  // floats of a state: kv, then z
 };
 
-// Hands out pieces of one block of memory; without a block it only counts.
+// Hands out pieces of one block of memory; without a block it only counts. AddressSanitizer gets a gap behind each piece.
 struct Arena {
     float* memory;
     long used = 0;
@@ -102,8 +102,16 @@ struct Arena {
     float* take(long floats) {
         float* piece = memory ? memory + used : nullptr;
         used += (floats + 15) / 16 * 16;
+#if defined(__SANITIZE_ADDRESS__)
+        if (memory) {
+            __asan_unpoison_memory_region(piece, sizeof(float) * floats);
+            __asan_poison_memory_region(piece + floats, sizeof(float) * (memory + used + GAP - piece - floats));
+        }
+        used += GAP;
+#endif
         return piece;
     }
+    static constexpr long GAP = 64;
 };
 
 // phi[i, r K + c] = factors[r][i] x[i, c], zeros behind.
