@@ -9,13 +9,13 @@ from tests.ops import oracle
 from tests.ops.oracle import assert_near, attend, make_case
 
 
-def part(case, start, stop, state, visible, impl):
+def part(case, start, stop, state, visible, impl, **keywords):
     """Attention over slots [start, stop) of both sides, after `state`."""
     x = {n: None if t is None else t[:, start:stop] for n, t in case.leaves.items() if n not in ("kv", "z")}
     mask = None if case.key_mask is None else case.key_mask[:, start:stop]
     return attend(
         x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], visible=visible, key_mask=mask,
-        log_decay=x["log_decay"], initial_state=state, return_state=True, impl=impl,
+        log_decay=x["log_decay"], initial_state=state, return_state=True, impl=impl, **keywords,
     )  # fmt: skip
 
 
@@ -51,6 +51,42 @@ def test_decoding_step_by_step(decay, impl):
             outputs.append(output)
     assert_near(torch.cat(outputs, 1), whole.output)
     assert_same_state(state, whole.state)
+
+
+@pytest.mark.parametrize("decay", (False, True))
+def test_update_state_writes_into_the_given_tensors(decay, impl):
+    case = make_case("causal", T=70, H=4, G=2, R=2, decay=decay, mask=True)
+    whole, outputs = case.call(impl), []
+    with torch.no_grad():
+        first, state = part(case, 0, 3, None, "causal", impl)
+        tensors, addresses = [t for t in state if t is not None], [t.data_ptr() for t in state if t is not None]
+        for start, stop in ((3, 4), (4, 5), (5, 69), (69, 70)):
+            output, after = part(case, start, stop, state, "causal", impl, update_state=True)
+            assert all(a is b for a, b in zip(after, state, strict=True))
+            outputs.append(output)
+    assert [t.data_ptr() for t in tensors] == addresses
+    assert_near(torch.cat([first, *outputs], 1), whole.output)
+    assert_same_state(state, whole.state)
+
+
+def test_update_state_through_holes(impl):
+    """A state whose tensors are not dense is updated too."""
+    case = make_case("causal", T=2, H=2, G=2, R=2)
+    whole = case.call(impl)
+    with torch.no_grad():
+        _, dense = part(case, 0, 1, None, "causal", impl)
+        state = LinearState(*(torch.stack([t, t], -1)[..., 0] for t in dense[:2]))
+        part(case, 1, 2, state, "causal", impl, update_state=True)
+    assert_same_state(state, whole.state)
+
+
+def test_update_state_refuses_gradients_and_nothing_to_update(impl):
+    case = make_case("causal", T=3, state=True)
+    state = LinearState(case.leaves["kv"], case.leaves["z"])
+    with pytest.raises(ValueError, match="update_state: expected gradients switched off"):
+        part(case, 0, 3, state, "causal", impl, update_state=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="update_state: expected an initial_state"):
+        part(case, 0, 3, None, "causal", impl, update_state=True)
 
 
 def test_split_is_exact_iff_no_earlier_query_sees_past_it(impl):

@@ -80,12 +80,13 @@ def _step_row(
 def _our_step(
     impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: list[LeapWeights], state: LinearState
 ) -> Callable[[], object]:
-    """LeaP modules, read-out and new state of one token, from the projections on."""
+    """LeaP modules, read-out and new state of one token, from the projections on; the state is updated in place."""
+    own = state.clone()
 
     def step() -> object:
         with torch.no_grad():
             return leap_attention(
-                q, k, v, *weights, visible="causal", initial_state=state, return_state=True, impl=impl  # type: ignore[arg-type]
+                q, k, v, *weights, visible="causal", initial_state=own, update_state=True, impl=impl  # type: ignore[arg-type]
             )  # fmt: skip
 
     return step

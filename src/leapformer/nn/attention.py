@@ -238,6 +238,7 @@ class LinearAttention(AttentionLayer):
             "visible": visible, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k,
             "log_decay": log_decay, "initial_state": None if state is None else state.linear,
             "return_state": return_state, "normalize": self.output_norm is None, "eps": self.eps, "impl": self.impl,
+            "update_state": state is not None and return_state and state.updates_in_place,
         }  # fmt: skip
         leaps = self._plain_leaps()
         if leaps is not None:

@@ -46,7 +46,8 @@ class LayerState:
     def restore(self, snapshot: LayerState) -> None:
         """Go back to ``snapshot``, in place where the shapes are the same (then addresses stay)."""
         if self.linear is not None and snapshot.linear is not None:
-            self.linear.copy_(snapshot.linear)
+            if self.linear is not snapshot.linear:  # attention may have written there itself
+                self.linear.copy_(snapshot.linear)
         else:
             self.linear = None if snapshot.linear is None else snapshot.linear.clone()
         for name in TENSORS:
@@ -63,10 +64,15 @@ class LayerState:
 
     def update(self, new: LayerState) -> LayerState:
         """The state after one more call: without gradients it is written into this one's tensors, at fixed addresses."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.keys is not None:
+        if not self.updates_in_place or new.keys is not None:
             return new
         self.restore(new)
         return self
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether the state after one more call takes the place of this one."""
+        return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _tensors(self) -> dict[str, Tensor]:
         fields = {name: getattr(self, name) for name in TENSORS}

@@ -49,6 +49,7 @@ def linear_attention(
     log_decay: Tensor | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
+    update_state: bool = False,
     normalize: bool = True,
     eps: float = 1e-6,
     relu: bool = False,
@@ -68,6 +69,8 @@ def linear_attention(
         log_decay: [B, T, H] <= 0, causal only; the state is multiplied by exp(log_decay[t]) before key t is added.
         initial_state: keys before slot 0, seen by every query; with a decay it has H heads.
         return_state: also return the state after all unmasked keys (float32 or better).
+        update_state: write that state into the tensors of ``initial_state``, at their addresses, and return it; without
+            gradients only. One token then copies no state.
         normalize: False returns the numerator.
         eps: clamp of the normaliser; below it the normaliser gets no gradient.
         relu: use relu(q) and relu(k) in place of q and k, without making copies of that size.
@@ -84,8 +87,9 @@ def linear_attention(
     Source: arXiv 2405.13046, eq. 5-8; arXiv 2202.08791, eq. 10; arXiv 2006.16236, eq. 4-9.
     """
     check_arguments(
-        q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps
-    )
+        q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps,
+        update_state=update_state,
+    )  # fmt: skip
     causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
     if log_decay is not None and q.shape[2] != k.shape[2]:
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
@@ -97,11 +101,11 @@ def linear_attention(
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps, relu=relu,
+            initial_state=initial_state, normalize=normalize, eps=eps, relu=relu, update_state=update_state,
         )  # fmt: skip
-    if not return_state:
+    if not return_state and not update_state:
         return AttentionOutput(output, None)
-    return AttentionOutput(output, LinearState(kv, z, _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)))
+    return AttentionOutput(output, _final_state(kv, z, log_decay, cu_seqlens, initial_state, update_state))
 
 
 def leap_attention(
@@ -118,6 +122,7 @@ def leap_attention(
     log_decay: Tensor | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
+    update_state: bool = False,
     normalize: bool = True,
     eps: float = 1e-6,
     impl: Impl = "auto",
@@ -141,23 +146,22 @@ def leap_attention(
         return linear_attention(
             q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
-            normalize=normalize, eps=eps, impl=impl,
+            update_state=update_state, normalize=normalize, eps=eps, impl=impl,
         )  # fmt: skip
-    rank_two = q.new_zeros(()).expand(1, 1, 1, 2)
     check_arguments(
-        q, k, v, rank_two.expand(*q.shape[:2], 1, 2), rank_two.expand(*k.shape[:2], 1, 2), visible, key_mask, cu_seqlens,
-        cu_seqlens_k, log_decay, initial_state, eps,
+        q, k, v, None, None, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps, rank=2,
+        update_state=update_state,
     )  # fmt: skip
     causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
     with without_autocast(q.device.type):
         output, kv, z = fused(
             q, k, v, q_leap, k_leap, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps,
+            initial_state=initial_state, normalize=normalize, eps=eps, update_state=update_state,
         )  # fmt: skip
-    if not return_state:
+    if not return_state and not update_state:
         return AttentionOutput(output, None)
-    return AttentionOutput(output, LinearState(kv, z, _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)))
+    return AttentionOutput(output, _final_state(kv, z, log_decay, cu_seqlens, initial_state, update_state))
 
 
 def linear_state(
@@ -240,6 +244,7 @@ def _run_reference(
     normalize: bool,
     eps: float,
     relu: bool,
+    update_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if relu:
         q, k = torch.relu(q), torch.relu(k)
@@ -346,6 +351,24 @@ def _lower_visibility(
     own = Staircase(*(f.to(q.device)[row] if isinstance(f, Tensor) and f.numel() > 1 else f for f in visible))
     index = slots - cu_seqlens.to(torch.int64)[row]
     return False, own.at(index[:, None], lengths[:, None]).reshape(1, T)
+
+
+def _final_state(
+    kv: Tensor, z: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, initial_state: LinearState | None,
+    update_state: bool,
+) -> LinearState:  # fmt: skip
+    """The state to return: a new one, or ``initial_state`` with what an implementation has not written there itself."""
+    if log_decay is None and (initial_state is None or initial_state.log_decay is None):
+        total = None
+    else:
+        total = _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
+    if not update_state or initial_state is None:
+        return LinearState(kv, z, total)
+    pairs = zip(initial_state, (kv, z, total), strict=True)
+    for own, new in pairs:
+        if own is not None and new is not None and own is not new:
+            own.copy_(new)
+    return initial_state
 
 
 def _total_decay(

@@ -38,9 +38,12 @@ def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> N
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
     key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, eps: float,
+    initial_state: LinearState | None, eps: float, *, rank: int | None = None, update_state: bool = False,
 ) -> None:  # fmt: skip
-    """Everything that ``linear_attention`` takes; what only the values could tell (they may be on a GPU) is trusted."""
+    """Everything that ``linear_attention`` takes; what only the values could tell (they may be on a GPU) is trusted.
+
+    ``rank``: of factors that are still to come.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect(x.dim() == 4, name, "4 axes [batch, tokens, heads, width]", x.shape)
         expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
@@ -63,11 +66,16 @@ def check_arguments(
         expect(log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", log_decay.shape, B, T, H)
         expect(log_decay.is_floating_point(), "log_decay", "a floating dtype", log_decay.dtype)
     if initial_state is not None:
-        R, V, heads = 1 if q_factors is None else q_factors.shape[-1], v.shape[3], G if log_decay is None else H
+        R = rank or (1 if q_factors is None else q_factors.shape[-1])
+        V, heads = v.shape[3], G if log_decay is None else H
         kv, z = initial_state.kv.shape, initial_state.z.shape
         fits = tuple(kv) == (N, heads, R, K, V)
         expect(fits, "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv, N, heads, R, K, V)
         expect(tuple(z) == (N, heads, R, K), "initial_state.z", "shape [{}, {}, {}, {}]", z, N, heads, R, K)
+    if update_state:
+        expect(initial_state is not None, "update_state", "an initial_state to update", None)
+        has_grad = torch.is_grad_enabled()
+        expect(not has_grad, "update_state", "gradients switched off (torch.no_grad), which need the old state", "on")
 
 
 def check_leap(name: str, x: Tensor, weights: tuple[Tensor | None, Tensor | None, Tensor, Tensor]) -> None:

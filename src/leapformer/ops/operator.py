@@ -37,13 +37,14 @@ class Operator:
         backward: from ``Arguments``, the results, and the gradients of output, kv and z to a gradient or None for each of
             ``Arguments.differentiable``. Those of kv and z are None where nothing depends on the state.
         direct: from ``Arguments`` to (output, kv, z) where no gradient is asked for and no compiler looks on. The operator's
-            dispatch costs more than the arithmetic of one token.
+            dispatch costs more than the arithmetic of one token. Its second argument says whether the final state may take
+            the place of the initial one, which are then the same tensors.
         takes_leap: whether it computes LeaP modules itself.
     """
 
     def __init__(
-        self, name: str, *, forward: Forward, empty: Forward, backward: Backward, direct: Forward, results: int,
-        takes_leap: bool,
+        self, name: str, *, forward: Forward, empty: Forward, backward: Backward,
+        direct: Callable[[Arguments, bool], Sequence[Tensor]], results: int, takes_leap: bool,
     ) -> None:  # fmt: skip
         self._direct = direct
         self.linear = Form(name, _MODULES, forward, empty, backward, results)
@@ -53,7 +54,7 @@ class Operator:
         self, q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, *, causal: bool,
         counts: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
         log_decay: Tensor | None, initial_state: LinearState | None, normalize: bool, eps: float, relu: bool,
-        q_leap: LeapWeights | None = None, k_leap: LeapWeights | None = None,
+        update_state: bool = False, q_leap: LeapWeights | None = None, k_leap: LeapWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Output [B, T, H, V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
         kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
@@ -62,7 +63,7 @@ class Operator:
             cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
         )  # fmt: skip
         form = self.linear if q_leap is None or self.leap is None else self.leap
-        output, kv, z, *_ = form(x) if _needs_operator(x) else self._direct(x)
+        output, kv, z, *_ = form(x) if _needs_operator(x) else self._direct(x, update_state)
         return output, kv, z
 
     def attend_leap(

@@ -49,6 +49,6 @@ def _split(x: Arguments) -> tuple[Inputs, Options]:
 
 
 OPERATOR = Operator(
-    "linear_attention", forward=_forward, empty=_empty, backward=_backward, direct=_forward, results=4,
-    takes_leap=False,
+    "linear_attention", forward=_forward, empty=_empty, backward=_backward,
+    direct=lambda x, update_state: _forward(x), results=4, takes_leap=False,
 )  # fmt: skip

@@ -448,8 +448,11 @@ def _leap_gradients(
     return shaped
 
 
-def _direct(x: Arguments) -> tuple[Tensor, ...]:
-    return _step(x) if x.is_step else _forward(x)
+def _direct(x: Arguments, update_state: bool) -> tuple[Tensor, ...]:
+    if not x.is_step:
+        return _forward(x)
+    ready = all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in (x.kv, x.z))
+    return _step(x, x.kv, x.z) if update_state and ready else _step(x)
 
 
 OPERATOR = Operator(

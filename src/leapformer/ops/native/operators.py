@@ -23,9 +23,10 @@ def _forward(x: Arguments) -> Outputs:
     return out
 
 
-def _direct(x: Arguments) -> Outputs:
-    """Without what a backward pass would need."""
-    out = _empty_outputs(x, save=False)
+def _direct(x: Arguments, update_state: bool) -> Outputs:
+    """Without what a backward pass would need. The kernels have read a head's state before they write its new one."""
+    into = (x.kv, x.z) if update_state else (None, None)
+    out = _empty_outputs(x, *(t if problem.is_ready(t) else None for t in into), save=False)
     problem.run("step" if x.is_step else "forward", x, out)
     return out
 
@@ -43,13 +44,14 @@ def _backward(
     return [grads.q, grads.k, grads.v, *factors, grads.log_decay, grads.kv, grads.z, *modules]
 
 
-def _empty_outputs(x: Arguments, *, save: bool = True) -> Outputs:
+def _empty_outputs(x: Arguments, kv: Tensor | None = None, z: Tensor | None = None, *, save: bool = True) -> Outputs:
+    """Memory for all results; the final state goes into ``kv`` and ``z`` where they are given."""
     (B, T, H, K), (G, V) = x.q.shape, x.v.shape[2:]
     wide = torch.float32
     return Outputs(
         new_empty(x.q, (B, T, H, V)),
-        x.q.new_empty(x.sequences, G, x.rank, K, V, dtype=wide),
-        x.q.new_empty(x.sequences, G, x.rank, K, dtype=wide),
+        x.q.new_empty(x.sequences, G, x.rank, K, V, dtype=wide) if kv is None else kv,
+        x.q.new_empty(x.sequences, G, x.rank, K, dtype=wide) if z is None else z,
         x.q.new_empty(B, T, H, dtype=wide),
         x.q.new_zeros(problem.checkpoints(x) if save else 0, dtype=wide),
     )
@@ -70,7 +72,7 @@ def _empty_gradients(x: Arguments) -> Gradients:
         size = sum(w[0].numel() for w in weights if w is not None)
         if weights.w1 is not None and weights.b1 is None:
             size += weights.w1.shape[1]  # the kernels always have a bias
-        return x.q.new_zeros(problem.slots(x), heads, size, dtype=torch.float32)
+        return x.q.new_zeros(problem.slots(x, problem.pieces(x)), heads, size, dtype=torch.float32)
 
     H, G = x.q.shape[2], x.k.shape[2]
     q, k, v = (new_empty(t, t.shape) for t in (x.q, x.k, x.v))

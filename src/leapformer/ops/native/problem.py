@@ -55,16 +55,19 @@ def pieces(x: Arguments) -> int:
     The states that the parts start from are summed up first, which costs about a third of the forward pass again, so it
     is done where the threads would stand idle for longer than that.
     """
-    units, n = x.sequences * x.k.shape[2], threads()
-    if units == 0 or x.is_step or n * -(-units // n) <= 1.4 * units:
+    n = threads()
+    if n == 1 or x.is_step:
+        return 1
+    units = x.sequences * x.k.shape[2]
+    if units == 0 or n * -(-units // n) <= 1.4 * units:
         return 1
     longest = max(x.q.shape[1], x.k.shape[1]) * x.q.shape[0] // x.sequences
     return max(1, min(-(-4 * n // units), longest // CHECKPOINT))
 
 
-def slots(x: Arguments) -> int:
+def slots(x: Arguments, pieces: int) -> int:
     """Parts of the work. Each has its own sum of the modules' gradients, so that the order of sums is fixed."""
-    units = x.sequences * x.k.shape[2] * pieces(x)
+    units = x.sequences * x.k.shape[2] * pieces
     return units if x.q_w2 is None else min(units, 64)
 
 
@@ -91,17 +94,18 @@ def run(name: str, x: Arguments, out: Outputs, given: Incoming | None = None, gr
     B, T, H, K = x.q.shape
     S, G, V = x.v.shape[1:]
     wide = [_wide(t) for t in (x.q_factors, x.k_factors, x.log_decay)]
-    state = [None if t is None else _wide(t).contiguous() for t in (x.kv, x.z)]  # type: ignore[union-attr]
+    state = [_ready(t) for t in (x.kv, x.z)]
+    cut = pieces(x)
     bounds = [_bounds(t, n) for t, n in ((x.cu_seqlens, T), (x.cu_seqlens_k, S))]
     causal, counts = _visibility(x, bounds)
     modules = [_module(m) for m in (x.q_leap, x.k_leap)]
     g = grads or Gradients(*[None] * 10)  # type: ignore[arg-type]
     passed = given or Incoming(None, None, None)  # type: ignore[arg-type]
-    passed_state = [None if t is None else _wide(t).contiguous() for t in passed[1:]]  # type: ignore[union-attr]
+    passed_state = [_ready(t) for t in passed[1:]]
     integers = (
         x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
-        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x),
-        pieces(x), x.relu,
+        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x, cut),
+        cut, x.relu,
     )  # fmt: skip
     mask = x.key_mask
     fields = (
@@ -153,6 +157,15 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def is_ready(t: Tensor | None) -> bool:
+    """Whether the kernels can work on a state or weight as it is."""
+    return t is not None and t.dtype == torch.float32 and t.is_contiguous()
+
+
+def _ready(t: Tensor | None) -> Tensor | None:
+    return t if t is None or is_ready(t) else t.to(torch.float32).contiguous()
+
+
 def _wide(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float32 else t.to(torch.float32)
 
@@ -161,7 +174,7 @@ def _module(m: LeapWeights | None) -> LeapWeights | None:
     if m is None:
         return None
     b1 = m.w2.new_zeros(m.w1.shape[:2]) if m.w1 is not None and m.b1 is None else m.b1
-    return LeapWeights(*(None if t is None else t.to(torch.float32).contiguous() for t in (m.w1, b1, m.w2, m.b2)))  # type: ignore[arg-type]
+    return LeapWeights(_ready(m.w1), _ready(b1), _ready(m.w2), _ready(m.b2))  # type: ignore[arg-type]
 
 
 def _leap(m: LeapWeights | None, gradient: Tensor | None) -> tuple[int, ...]:
