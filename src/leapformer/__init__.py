@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from leapformer.models import (
         LeapformerConfig,
         LeapformerForCausalLM,
+        LeapformerForMaskedLM,
         LeapformerForSequenceClassification,
         LeapformerModel,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "LeapformerConfig",
     "LeapformerError",
     "LeapformerForCausalLM",
+    "LeapformerForMaskedLM",
     "LeapformerForSequenceClassification",
     "LeapformerModel",
     "LinearAttention",
@@ -64,6 +66,7 @@ _HOME = {
     "build_attention": "nn",
     "LeapformerConfig": "models",
     "LeapformerForCausalLM": "models",
+    "LeapformerForMaskedLM": "models",
     "LeapformerForSequenceClassification": "models",
     "LeapformerModel": "models",
 }

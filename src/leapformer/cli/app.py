@@ -140,12 +140,15 @@ def lra(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to every recipe.")
     ] = None,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Train nothing: the table and the page of what is finished.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Train what is missing of Long-Range Arena, resume what was interrupted, and write one table and one page."""
     _work("leapformer.cli.lra", "long_range_arena", "lra")(
         tasks=tasks, attention=attention, seeds=seeds, budget=budget, size=size, data=data, output=output,
-        changes=change or [], threads=threads,
+        changes=change or [], only_table=only_table, threads=threads,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Job:
 
 def long_range_arena(
     *, tasks: str, attention: str, seeds: int, budget: int | None, size: str, data: Path, output: Path,
-    changes: Sequence[str], threads: int | None,
+    changes: Sequence[str], only_table: bool, threads: int | None,
 ) -> None:  # fmt: skip
     """Train what is missing, then print the tables and write them with the page."""
     if size not in SUFFIXES:
@@ -64,7 +64,7 @@ def long_range_arena(
     ]
     use_threads(threads)
     rank, processes = _own_share()
-    for job in jobs[rank::processes]:
+    for job in [] if only_table else jobs[rank::processes]:
         overrides = [f"attention={job.attention}", f"training.seed={job.seed}", *changes]
         overrides.append(f"data.path={data / OWN_DATA.get((job.task, size), f'lra-{job.task}')}")
         if budget is not None:

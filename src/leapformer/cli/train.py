@@ -33,10 +33,11 @@ def describe(results: Mapping[str, Any]) -> str:
     metrics = results["splits"]["validation"]
     if "accuracy" in metrics:
         quality = (
-            f"accuracy {metrics['accuracy']:.2%} ± {metrics['accuracy_error']:.2%} (the commonest class "
+            f"accuracy {metrics['accuracy']:.2%} ± {metrics['accuracy_error']:.2%} (the commonest "
             f"{metrics['majority_accuracy']:.2%}), loss {metrics['loss']:.4f} nats"
         )
-        return f"{quality}; {results['examples_per_second']:.1f} examples/s"
+        unit = "examples" if "examples_per_second" in results else "tokens"
+        return f"{quality}; {results[f'{unit}_per_second']:.1f} {unit}/s"
     return (
         f"loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
         f"word perplexity {metrics['word_perplexity']:.1f}; {results['tokens_per_second']:.0f} tokens/s"

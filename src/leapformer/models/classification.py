@@ -36,7 +36,7 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
         torch.Size([1, 3, 16])
     """
 
-    heads_left_out = ("classifier.",)
+    heads_left_out = ("classifier.", "lm_head.")
 
     def __init__(self, config: LeapformerConfig):
         super().__init__(config)

@@ -10,7 +10,11 @@ from leapformer.errors import LeapformerError
 from leapformer.training.recipes import Recipe, nearest, read_recipe, resolve_recipe
 from leapformer.training.task import Task
 
-TASKS = {"lm": "leapformer.tasks.lm.task", "lra": "leapformer.tasks.lra.task"}
+TASKS = {
+    "lm": "leapformer.tasks.lm.task",
+    "lra": "leapformer.tasks.lra.task",
+    "lra-denoise": "leapformer.tasks.lra.denoise",
+}
 
 
 def get_task(name: str) -> Task:

@@ -9,11 +9,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from leapformer.errors import LeapformerError
-from leapformer.models import LeapformerForCausalLM, LeapformerForSequenceClassification
+from leapformer.models import LeapformerForCausalLM, LeapformerForMaskedLM, LeapformerForSequenceClassification
 from leapformer.training.saving import check_weights
 
 # Which class a configuration's `architectures` may name.
-_CLASSES = {kind.__name__: kind for kind in (LeapformerForCausalLM, LeapformerForSequenceClassification)}
+_CLASSES = {
+    kind.__name__: kind for kind in (LeapformerForCausalLM, LeapformerForMaskedLM, LeapformerForSequenceClassification)
+}
 
 
 def load_model(folder: str | Path) -> Any:

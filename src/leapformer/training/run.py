@@ -5,6 +5,7 @@ metrics.jsonl    one JSON object per logged event, in order of steps
 checkpoints/     checkpoint-N, each enough to resume from
 model/           the best model so far, for `from_pretrained`, with its tokenizer
 tensorboard/
+pretraining/     a run of its own, where the recipe asks for one before it
 results.json     written last: a run that has it is finished
 """
 
@@ -37,6 +38,7 @@ class Run:
         self.checkpoints_path = self.path / "checkpoints"
         self.model_path = self.path / "model"
         self.tensorboard_path = self.path / "tensorboard"
+        self.pretraining_path = self.path / "pretraining"
 
     @property
     def name(self) -> str:

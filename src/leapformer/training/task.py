@@ -27,6 +27,10 @@ class TaskData(ABC):
     def build_model(self) -> PreTrainedModel:
         """A model with fresh weights, drawn from torch's global generator."""
 
+    def take_over(self, model: PreTrainedModel, pretrained: PreTrainedModel) -> None:
+        """Give `model` what it takes over from the model of `Task.pretraining`."""
+        raise NotImplementedError
+
     @abstractmethod
     def count_targets(self, batch: dict[str, Any]) -> int:
         """How many of them a collated batch has."""
@@ -61,3 +65,7 @@ class Task(ABC):
         Arguments:
             tokenizer: that of a trained model; None trains or builds the recipe's.
         """
+
+    def pretraining(self, recipe: Any) -> tuple[Recipe, Task] | None:
+        """A recipe to train before this one, and its task; None where there is none."""
+        return None

@@ -45,9 +45,14 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
     run.check(recipe)
     data = task.prepare(recipe, cache=run.cache_path)
     checkpoint = run.start(recipe)
+    pretrained = _pretrain(recipe, task, run, progress_bar)
+    if pretrained is not None and pretrained.results is None:
+        return TrainingOutcome(run, 0, None)
     section = recipe.training
     set_seed(section.seed)
     model = data.build_model()
+    if pretrained is not None:
+        data.take_over(model, load_model(pretrained.run.model_path))
     reset_peak_memory()
     stop = Stop()
     trainer: LeapformerTrainer
@@ -75,8 +80,23 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
     if step < section.max_steps:
         return TrainingOutcome(run, step, None)
     results = _results(recipe, run, trainer)
+    if pretrained is not None and pretrained.results is not None:
+        results["pretraining"] = {
+            key: pretrained.results[key] for key in ("recipe_fingerprint", "steps", "seconds", "splits")
+        }
     run.write_results(results)
     return TrainingOutcome(run, step, results)
+
+
+def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool) -> TrainingOutcome | None:
+    """The run that comes before this one, trained as far as it goes; None where there is none."""
+    before = task.pretraining(recipe)
+    if before is None:
+        return None
+    first = Run(run.pretraining_path)
+    if first.finished:
+        return TrainingOutcome(first, before[0].training.max_steps, first.results())
+    return train(*before, first.path, progress_bar=progress_bar)
 
 
 def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, Any]:

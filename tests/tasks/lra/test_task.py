@@ -133,6 +133,15 @@ def test_the_table_is_made_resumed_and_not_made_twice(data, tmp_path, capsys, mo
     assert "another recipe" in capsys.readouterr().err
 
 
+def test_only_the_table_of_what_is_finished(data, tmp_path, capsys):
+    arguments = ("--tasks", "text", "--attention", "leap", "--budget", "2")
+    assert lra(data, tmp_path, *arguments) == 0
+    (tmp_path / "lra.md").unlink()
+    assert lra(data, tmp_path, *arguments[:-3], "leap,softmax", "--only-table") == 0
+    table = (tmp_path / "lra.md").read_text()
+    assert "LeaPformer" in table and not (tmp_path / "text" / "softmax-seed0").exists()
+
+
 def test_processes_of_a_launcher_share_the_runs(data, tmp_path, monkeypatch, capsys):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)

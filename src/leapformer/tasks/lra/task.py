@@ -39,10 +39,24 @@ class DataSection(Section):
     )
 
 
+class DenoiseSection(Section):
+    """How `pretrain: denoise` goes; what is not given is as in the training that follows."""
+
+    mask_share: float | None = Field(
+        default=None, gt=0, lt=1, description="of the tokens; none: 0.1 of ListOps, 0.15 of bytes, 0.5 of pixels"
+    )
+    pretrain_steps: int | None = Field(default=None, ge=1)
+    pretrain_learning_rate: float | None = Field(default=None, gt=0)
+
+
 class LraRecipe(Recipe):
     """A recipe with `task: lra`."""
 
     data: DataSection
+    pretrain: Literal["none", "denoise"] = Field(
+        default="none", description="denoise: first fill in masked tokens of the task's own inputs"
+    )
+    denoise: DenoiseSection = Field(default_factory=DenoiseSection)
 
     @field_validator("model", mode="after")
     @classmethod
@@ -93,6 +107,12 @@ class LraData(TaskData):
 
     def build_model(self) -> LeapformerForSequenceClassification:
         return LeapformerForSequenceClassification(self.config())
+
+    def take_over(self, model: Any, pretrained: Any) -> None:
+        """The encoder of a model that filled in masks; its last symbol was the mask."""
+        weights = pretrained.model.state_dict()
+        weights["embed_tokens.weight"] = weights["embed_tokens.weight"][: self.split("train").vocab_size]
+        model.model.load_state_dict(weights)
 
     def count_targets(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])
@@ -150,6 +170,14 @@ class LraTask(Task):
     def prepare(self, recipe: LraRecipe, *, cache: Path, tokenizer: Any = None) -> LraData:
         """Open the prepared data; nothing is cached."""
         return LraData(recipe)
+
+    def pretraining(self, recipe: LraRecipe) -> tuple[Recipe, Task] | None:
+        """Filling in masks, where the recipe asks for it."""
+        if recipe.pretrain == "none":
+            return None
+        from leapformer.tasks.lra import denoise  # which is built on this module
+
+        return denoise.pretraining_recipe(recipe), denoise.TASK
 
 
 TASK = LraTask()

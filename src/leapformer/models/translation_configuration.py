@@ -1,0 +1,199 @@
+"""The configuration of the simultaneous translation model."""
+
+from transformers import PreTrainedConfig
+
+from leapformer.models.configuration import OUTPUT_NORMS, VARIANTS
+
+SOURCES = ("speech", "text")
+CONTEXTS = ("chunk", "full")
+TRANSLATION_KINDS = ("leap", "cosformer", "linear", "softmax")
+PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
+
+
+class LeapformerTranslationConfig(PreTrainedConfig):
+    r"""Configuration of `LeapformerForConditionalGeneration`; the defaults are the paper's sizes (arXiv 2405.13046, sec. 4.3).
+
+    Source:
+        source ("speech"): "speech" (features [B, F, num_features]) or "text" (ids, no subsampling).
+        num_features (80), conv_channels (256): of the front end for speech.
+        source_vocab_size (None: vocab_size): of a text source.
+        pre_decision (9): source states read at a time, r: a chunk of the encoder, and a step of wait-k. A state of speech is
+            40 ms, so 9 are 360 ms. A text source reads 1 token at a time where this is 1.
+        context ("chunk"): "chunk" (a position sees its whole chunk and the past, so the encoder goes on from a state) or
+            "full" (it sees all that was read, so the encoder starts anew at every read, as in the paper; what it was trained
+            on, whole utterances, is then not what it reads).
+    Sizes:
+        vocab_size (10000) of the target, hidden_size (256), encoder_layers (12), decoder_layers (6), num_attention_heads (8),
+        num_key_value_heads (None: num_attention_heads), head_dim (None: hidden_size / heads), intermediate_size (2048).
+    Attention:
+        encoder_attention, decoder_attention, cross_attention ("leap"): "leap", "cosformer", "linear" or "softmax", each
+            chosen by itself.
+        max_source_positions, max_target_positions (None): cosFormer's M of the states of the source and of the tokens of the
+            target; a limit where cosFormer is, needed there, and not used elsewhere.
+        variant ("paper"), decay, conv_width, output_norm (None), leap_hidden (None: head_dim / 4), leap_start, leap_per_head,
+        leap_bins, feature_map, reweighting, attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`. The
+            decay is for the decoder's self-attention alone.
+    Loss:
+        label_smoothing (0.1): of the cross-entropy.
+        ctc_weight (0.0): above 0 the encoder gets a CTC head, and this times its loss is added.
+        ctc_vocab_size (None: vocab_size): symbols of the CTC head; its blank is one more, the last.
+    The rest:
+        position_scale (1.0): what the sinusoidal positions are multiplied with.
+        hidden_act ("relu"), hidden_dropout (0.1), attention_dropout, activation_dropout (0.0), layer_norm_eps.
+        tie_word_embeddings (True): the output layer is the embedding of the target.
+        initializer_range (0.02), embedding_initializer_range, embedding_scale: as in `LeapformerConfig`.
+        pad_token_id (0), bos_token_id (1), eos_token_id (2); the decoder starts with bos_token_id.
+
+    Raises ValueError with the field's name, what was expected and what was found.
+
+    Example:
+        >>> LeapformerTranslationConfig(cross_attention="softmax").head_dim
+        32
+    """
+
+    model_type = "leapformer_translation"
+    attribute_map = {"num_hidden_layers": "decoder_layers"}
+
+    source: str = "speech"
+    num_features: int = 80
+    conv_channels: int = 256
+    source_vocab_size: int | None = None
+    pre_decision: int = 9
+    context: str = "chunk"
+
+    vocab_size: int = 10_000
+    hidden_size: int = 256
+    encoder_layers: int = 12
+    decoder_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 2048
+    hidden_act: str = "relu"
+
+    encoder_attention: str = "leap"
+    decoder_attention: str = "leap"
+    cross_attention: str = "leap"
+    max_source_positions: int | None = None
+    max_target_positions: int | None = None
+    variant: str = "paper"
+    decay: bool | None = None
+    conv_width: int | None = None
+    output_norm: str | None = None
+    leap_hidden: int | None = None
+    leap_start: str = "default"
+    leap_per_head: bool = False
+    leap_bins: int | None = None
+    feature_map: str = "relu"
+    reweighting: str = "cosine"
+    attention_impl: str = "auto"
+    attention_eps: float = 1e-6
+    attention_bias: bool = True
+
+    label_smoothing: float | int = 0.1
+    ctc_weight: float | int = 0.0
+    ctc_vocab_size: int | None = None
+
+    position_scale: float | int = 1.0
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    embedding_initializer_range: float | None = None
+    embedding_scale: float | int | None = None
+
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        self._check_sizes()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.leap_hidden is None:
+            self.leap_hidden = max(1, self.head_dim // 4)
+        if self.source_vocab_size is None:
+            self.source_vocab_size = self.vocab_size
+        if self.ctc_vocab_size is None:
+            self.ctc_vocab_size = self.vocab_size
+        if self.embedding_initializer_range is None:
+            self.embedding_initializer_range = self.initializer_range
+        if self.embedding_scale is None:
+            self.embedding_scale = 1 / self.embedding_initializer_range
+        self._check_choices()
+        self._check_maxima()
+        super().__post_init__(**kwargs)
+
+    def source_limit(self) -> int | None:
+        """The most source states that this model takes: cosFormer's maximum, or None where any length will do."""
+        has_cosformer = "cosformer" in (self.encoder_attention, self.cross_attention)
+        return self.max_source_positions if has_cosformer else None
+
+    def target_limit(self) -> int | None:
+        """The most target tokens that this model takes, or None where any length will do."""
+        has_cosformer = "cosformer" in (self.decoder_attention, self.cross_attention)
+        return self.max_target_positions if has_cosformer else None
+
+    def _check_sizes(self) -> None:
+        names = (
+            "num_features", "conv_channels", "pre_decision", "vocab_size", "hidden_size", "encoder_layers",
+            "decoder_layers", "num_attention_heads", "intermediate_size", "source_vocab_size", "ctc_vocab_size",
+            "num_key_value_heads", "head_dim", "leap_hidden", "max_source_positions", "max_target_positions",
+        )  # fmt: skip
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"config {name}: expected at least 1, found {value}")
+        if self.hidden_size % 2:
+            raise ValueError(f"config hidden_size: expected an even number, found {self.hidden_size}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads} "
+                f"(or a head_dim), found {self.hidden_size}"
+            )
+        groups = self.num_key_value_heads
+        if groups is not None and self.num_attention_heads % groups:
+            raise ValueError(
+                f"config num_key_value_heads: expected a divisor of num_attention_heads={self.num_attention_heads}, "
+                f"found {groups}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"config label_smoothing: expected a number from 0 to below 1, found {self.label_smoothing}")
+        if self.ctc_weight < 0:
+            raise ValueError(f"config ctc_weight: expected at least 0, found {self.ctc_weight}")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "source": SOURCES,
+            "context": CONTEXTS,
+            "variant": VARIANTS,
+            **dict.fromkeys(PLACES, TRANSLATION_KINDS),
+        }
+        if self.output_norm is not None:
+            choices["output_norm"] = OUTPUT_NORMS
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"config {name}: expected one of {', '.join(known)}, found {value!r}")
+        for name in ("pad_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            if value is None or not 0 <= value < self.vocab_size:
+                raise ValueError(f"config {name}: expected an id below vocab_size={self.vocab_size}, found {value}")
+
+    def _check_maxima(self) -> None:
+        needs = {
+            "max_source_positions": ("encoder_attention", "cross_attention"),
+            "max_target_positions": ("decoder_attention", "cross_attention"),
+        }
+        for name, places in needs.items():
+            using = [place for place in places if getattr(self, place) == "cosformer"]
+            if using and getattr(self, name) is None:
+                raise ValueError(
+                    f"config {name}: expected a number, since {using[0]}='cosformer' needs the length beforehand, "
+                    "found None"
+                )
