@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from leapformer.analysis.lra import NAMES, Cell, overview, task_rows
 from leapformer.analysis.plots import Point, pareto_front
@@ -92,6 +94,36 @@ def test_every_mechanism_trains(data, tmp_path, attention):
     outcome = train(*tiny(data, f"attention={attention}", name="lra/text-cpu", folder="lra-text"), tmp_path / "run")
     assert outcome.results is not None and outcome.results["attention"] == attention
     assert outcome.results["splits"]["validation"]["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def all_data(data):
+    """The other three tasks too: pairs in the release's form, pictures of noise in folders, and drawn curves."""
+    (data / "aan" / "tsv_data").mkdir(parents=True)
+    rows = [f"{n % 2}\tA{n}\tB{n}\t{'words ' * (n + 1)}\t{'others ' * (n + 2)}" for n in range(8)]
+    for split in ("train", "eval", "test"):
+        (data / "aan" / "tsv_data" / f"new_aan_pairs.{split}.tsv").write_text("\n".join(rows) + "\n")
+    prepare("retrieval", data / "lra-retrieval", source=data / "aan")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for name in range(10):
+            (data / "pictures" / split / f"class{name}").mkdir(parents=True)
+            for n in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / "pictures" / split / f"class{name}" / f"{n}.png")
+    prepare("image", data / "lra-image", source=data / "pictures")
+    prepare("pathfinder", data / "lra-pathfinder", count=16, workers=1)
+    return data
+
+
+@pytest.mark.parametrize("task", ("listops", "text", "retrieval", "image", "pathfinder"))
+def test_every_task_trains(all_data, tmp_path, task):
+    folder = "lra-listops-cpu" if task == "listops" else f"lra-{task}"
+    outcome = train(*tiny(all_data, name=f"lra/{task}-cpu", folder=folder), tmp_path / "run")
+    assert outcome.results is not None and outcome.results["examples"] == 8
+    config = load_model(tmp_path / "run" / "model").config
+    assert config.paired_inputs == (task == "retrieval")
+    assert config.num_labels == (10 if task in ("listops", "image") else 2)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("lra/")])
