@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
-CASES = ("leap, staircase", "wikitext103", "cosine, float32")  # what asks for most; all of them when kernels change
+CASES = (
+    "plain", "cosine", "cosine, float32", "float16", "decay", "leap", "leap with decay", "leap, staircase", "leap, float32",
+    "grouped heads", "packed", "wikitext103", "32 wide", "128 wide", "256 wide", "rank 4",
+)  # fmt: skip
 
 
 @pytest.mark.requires_tool("triton")
@@ -23,3 +26,10 @@ def test_kernels_fit(case):
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     assert {"segment_states", "scan_states", "read", "feature_gradients", "step"} <= {k["kernel"] for k in kernels}
     assert [k for k in kernels if k["spilled"] or k["shared"] > k["limit"]] == []
+
+
+@pytest.mark.requires_tool("triton")
+def test_no_case_is_left_out():
+    from tests.ops import triton_compile  # which needs triton
+
+    assert set(CASES) == set(triton_compile.CASES)

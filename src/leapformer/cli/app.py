@@ -197,7 +197,7 @@ def bench(
     what: Annotated[
         str, typer.Argument(metavar="[WHAT]", help="attention, decoding, training, overhead, lra or all.")
     ] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: a few minutes for all.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute for all.")] = False,
     lengths: Annotated[str | None, typer.Option(help="Tokens, such as 512,4096; default: each one's own.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Turns of the contenders; default: 7, quick: 3.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
