@@ -5,8 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The extra of the part that is not written yet (speech) is left out.
-EXTRAS := lm,lra,plots,dev
+EXTRAS := lm,lra,speech,espeak,plots,dev
 PYTEST_ARGS ?=
 # A change of these rebuilds the kernels.
 NATIVE := CMakeLists.txt $(wildcard src/leapformer/ops/native/csrc/*)

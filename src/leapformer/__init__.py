@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from leapformer.models import (
         LeapformerConfig,
         LeapformerForCausalLM,
+        LeapformerForConditionalGeneration,
         LeapformerForMaskedLM,
         LeapformerForSequenceClassification,
         LeapformerModel,
+        LeapformerTranslationConfig,
     )
     from leapformer.nn import LinearAttention, SoftmaxAttention, build_attention
     from leapformer.ops import (
@@ -38,9 +40,11 @@ __all__ = [
     "LeapformerConfig",
     "LeapformerError",
     "LeapformerForCausalLM",
+    "LeapformerForConditionalGeneration",
     "LeapformerForMaskedLM",
     "LeapformerForSequenceClassification",
     "LeapformerModel",
+    "LeapformerTranslationConfig",
     "LinearAttention",
     "LinearState",
     "MissingExtra",
@@ -66,9 +70,11 @@ _HOME = {
     "build_attention": "nn",
     "LeapformerConfig": "models",
     "LeapformerForCausalLM": "models",
+    "LeapformerForConditionalGeneration": "models",
     "LeapformerForMaskedLM": "models",
     "LeapformerForSequenceClassification": "models",
     "LeapformerModel": "models",
+    "LeapformerTranslationConfig": "models",
 }
 
 

@@ -8,7 +8,9 @@ try:
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
     )
 except ModuleNotFoundError as error:
     raise MissingExtra("lm", package=error.name, purpose="leapformer.models") from error
@@ -25,24 +27,38 @@ from leapformer.models.modeling import (
     NotCausal,
     SequenceTooLong,
 )
+from leapformer.models.translation import LeapformerForConditionalGeneration, SourceStates, TranslationOutput
+from leapformer.models.translation_configuration import LeapformerTranslationConfig
+from leapformer.models.translation_stream import DecoderStream, EncoderStream, greedy_translation
 
 AutoConfig.register(LeapformerConfig.model_type, LeapformerConfig, exist_ok=True)
 AutoModel.register(LeapformerConfig, LeapformerModel, exist_ok=True)
 AutoModelForCausalLM.register(LeapformerConfig, LeapformerForCausalLM, exist_ok=True)
 AutoModelForMaskedLM.register(LeapformerConfig, LeapformerForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(LeapformerConfig, LeapformerForSequenceClassification, exist_ok=True)
+AutoConfig.register(LeapformerTranslationConfig.model_type, LeapformerTranslationConfig, exist_ok=True)
+# Speech or text is a matter of the configuration, so both classes make the model.
+AutoModelForSpeechSeq2Seq.register(LeapformerTranslationConfig, LeapformerForConditionalGeneration, exist_ok=True)
+AutoModelForSeq2SeqLM.register(LeapformerTranslationConfig, LeapformerForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "AdaptiveEmbedding",
     "AdaptiveSoftmax",
     "CheckpointError",
+    "DecoderStream",
+    "EncoderStream",
     "LeapformerCache",
     "LeapformerConfig",
     "LeapformerEncoder",
     "LeapformerForCausalLM",
+    "LeapformerForConditionalGeneration",
     "LeapformerForMaskedLM",
     "LeapformerForSequenceClassification",
     "LeapformerModel",
+    "LeapformerTranslationConfig",
     "NotCausal",
     "SequenceTooLong",
+    "SourceStates",
+    "TranslationOutput",
+    "greedy_translation",
 ]

@@ -77,7 +77,7 @@ class LeapformerPreTrainedModel(PreTrainedModel):
         where = str(pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        _check_model_type(where)
+        _check_model_type(where, cls.config_class.model_type)  # type: ignore[union-attr]
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -519,7 +519,7 @@ def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-def _check_model_type(where: str) -> None:
+def _check_model_type(where: str, expected: str) -> None:
     """Refuse a folder whose config.json is of another kind of model; transformers would only warn."""
     if not os.path.isdir(where):
         return
@@ -530,8 +530,8 @@ def _check_model_type(where: str) -> None:
         raise CheckpointError(f"checkpoint {where}: expected a config.json, found none") from error
     except ValueError as error:
         raise CheckpointError(f"checkpoint {where}: expected JSON in config.json, found {error}") from error
-    if found != LeapformerConfig.model_type:
-        raise CheckpointError(f"checkpoint {where}: expected model_type 'leapformer', found {found!r}")
+    if found != expected:
+        raise CheckpointError(f"checkpoint {where}: expected model_type {expected!r}, found {found!r}")
 
 
 def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]") -> None:

@@ -53,6 +53,7 @@ class LeapformerTranslationConfig(PreTrainedConfig):
 
     model_type = "leapformer_translation"
     attribute_map = {"num_hidden_layers": "decoder_layers"}
+    keys_to_ignore_at_inference = ["nll", "ctc_loss", "encoder_last_hidden_state"]
 
     source: str = "speech"
     num_features: int = 80
@@ -163,7 +164,9 @@ class LeapformerTranslationConfig(PreTrainedConfig):
                 f"found {groups}"
             )
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"config label_smoothing: expected a number from 0 to below 1, found {self.label_smoothing}")
+            raise ValueError(
+                f"config label_smoothing: expected a number from 0 to below 1, found {self.label_smoothing}"
+            )
         if self.ctc_weight < 0:
             raise ValueError(f"config ctc_weight: expected at least 0, found {self.ctc_weight}")
 

@@ -16,6 +16,7 @@ from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Quadratic, Reweighti
 from leapformer.nn.skyformer import SkyformerAttention
 from leapformer.nn.softmax import SoftmaxAttention
 from leapformer.nn.state import LayerState
+from leapformer.nn.subsampling import ConvSubsampling, SubsamplingCache, subsampled_length
 
 __all__ = [
     "KINDS",
@@ -31,6 +32,7 @@ __all__ = [
     "REWEIGHTINGS",
     "AttentionLayer",
     "Capabilities",
+    "ConvSubsampling",
     "Cosine",
     "Decay",
     "DecoderBlock",
@@ -46,8 +48,10 @@ __all__ = [
     "ShortConvolution",
     "SinusoidalPositions",
     "SoftmaxAttention",
+    "SubsamplingCache",
     "build_attention",
     "elu_plus_one",
     "hidden_for_share",
     "leap_parameters",
+    "subsampled_length",
 ]

@@ -6,6 +6,7 @@ Letters: B batch, F feature frames, M features of a frame (mel bins), C channels
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 KERNEL, STRIDE = 3, 2
 
 
-def subsampled_length(frames: int) -> int:
-    """T = ceil(F / 4), the states of F feature frames."""
-    return -(-frames // STRIDE**2)
+Length = TypeVar("Length", int, Tensor)
+
+
+def subsampled_length(frames: Length) -> Length:
+    """T = ceil(F / 4), the states of F feature frames; F may be an integer tensor."""
+    return (frames + STRIDE**2 - 1) // STRIDE**2
 
 
 @dataclass(frozen=True)
