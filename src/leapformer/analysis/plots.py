@@ -130,7 +130,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def quality_against_speed(points: Sequence[Point]) -> Figure:
-    """Accuracy against examples a second (log scale), each point with its name, the Pareto front as a line."""
+    """Accuracy against examples a second (log scale over a wide range), each point with its name, the Pareto front as a line."""
     figure, axes = _figure(height=3.6)
     front = pareto_front(points)
     axes.plot([p.speed for p in front], [p.quality for p in front], color=GRID, linewidth=2, zorder=1)
@@ -141,10 +141,14 @@ def quality_against_speed(points: Sequence[Point]) -> Figure:
             markerfacecolor=_color(place) if best else "none", linestyle="none", zorder=2,
         )  # fmt: skip
         axes.annotate(point.label, (point.speed, point.quality), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(0.2)
-    axes.set_xlabel("training examples per second (log scale)")
+    speeds = [point.speed for point in points]
+    if max(speeds) > 4 * min(speeds):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("training examples per second (log scale)")
+    else:  # a logarithmic axis would have one tick
+        axes.set_xlabel("training examples per second")
     axes.set_ylabel("test accuracy (%)")
     return figure
 
