@@ -225,7 +225,12 @@ def test_an_interrupt_ends_every_process(tmp_path):
 
 def test_progress_is_told(tmp_path):
     told = []
-    prepare_grammar(tmp_path / "x", sizes={"train": 6}, workers=1, progress=lambda *seen: told.append(seen))
+    prepare_grammar(
+        tmp_path / "x",
+        sizes={"train": 6},
+        workers=1,
+        progress=lambda done, total, what: told.append((done, total, what)),
+    )
     assert told == [(0, 2, "shards"), (1, 2, "shards"), (2, 2, "shards")]
 
 
@@ -324,8 +329,8 @@ def test_another_source_under_the_same_name(tmp_path):
 
 
 def test_another_language_is_spoken_by_its_own_voices(tmp_path):
-    pair = write_pairs(tmp_path)
-    prepare_text_pairs(*pair[::-1], tmp_path / "x", count=4, workers=1, speaking=Speaking(language="de"))
+    english, german = write_pairs(tmp_path)
+    prepare_text_pairs(german, english, tmp_path / "x", count=4, workers=1, speaking=Speaking(language="de"))
     assert {row["voice"].split("+")[0] for row in SpokenSplit(tmp_path / "x", "train").rows} == {"de"}
 
 
