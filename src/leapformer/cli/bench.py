@@ -13,11 +13,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table as TerminalTable
 
 from leapformer.bench.acceptance import acceptance_table
 from leapformer.bench.result import Result, Settings, Table, machine_line, write_tables
 from leapformer.bench.training import check_recipe
+from leapformer.cli.compare import print_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.training.saving import write_text
@@ -117,11 +117,8 @@ def _show(name: str, result: Result) -> None:
 
 
 def _print(table: Table) -> None:
-    terminal = TerminalTable(*table.columns, box=None, pad_edge=False)
-    for row in table.rows:
-        terminal.add_row(*(cell.replace("**", "") for cell in row))
     typer.echo(f"\n{table.title}")
-    Console().print(terminal)
+    print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows])
     for note in table.notes:
         typer.echo(note)
 
