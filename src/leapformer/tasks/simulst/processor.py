@@ -1,0 +1,104 @@
+"""What turns audio or text into the model's input and its tokens into text; it is saved beside the model.
+
+translation.json      the kind of source and the languages
+features.safetensors  statistics of the features, where the source is speech
+source.spm            the vocabulary of a text source
+target.spm            the vocabulary of the target
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from leapformer.errors import LeapformerError
+from leapformer.tasks.simulst.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.vocabulary import END, Vocabulary
+from leapformer.training.saving import write_json
+
+ABOUT = "translation.json"
+STATISTICS = "features.safetensors"
+SOURCE, TARGET = "source.spm", "target.spm"
+
+
+@dataclass(frozen=True)
+class TranslationProcessor:
+    """The outer side of a translation model.
+
+    Arguments:
+        target_vocabulary: of what is written.
+        statistics: of the features of a speech source; None: the source is text.
+        source_vocabulary: of a text source; None: the source is speech.
+        source_language, target_language: codes such as "en".
+
+    Raises:
+        ValueError: statistics and source vocabulary are both given, or neither.
+    """
+
+    target_vocabulary: Vocabulary
+    statistics: FeatureStatistics | None = None
+    source_vocabulary: Vocabulary | None = None
+    source_language: str = ""
+    target_language: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.statistics is None) == (self.source_vocabulary is None):
+            raise ValueError("processor: expected statistics (speech) or a source vocabulary (text), one of them")
+
+    @property
+    def source(self) -> str:
+        """ "speech" or "text"."""
+        return "text" if self.statistics is None else "speech"
+
+    def features(self, samples: ArrayLike) -> Tensor:
+        """Normalised features of whole audio: floating [N] at 16 kHz to float32 [ceil(N / 160), M]."""
+        return self.normalize(offline(samples))
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Features [..., M] of a stream or a file as the model was trained on them."""
+        if self.statistics is None:
+            raise ValueError("processor: expected a source of speech, found text")
+        return self.statistics.normalize(features)
+
+    def source_ids(self, text: str, *, end: bool = True) -> list[int]:
+        """The ids of a source text; `end`: with the end of the sentence behind."""
+        if self.source_vocabulary is None:
+            raise ValueError("processor: expected a source of text, found speech")
+        return self.source_vocabulary.encode(text) + ([END] if end else [])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files named above."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.statistics is not None:
+            self.statistics.save(folder / STATISTICS)
+        if self.source_vocabulary is not None:
+            self.source_vocabulary.save(folder / SOURCE)
+        self.target_vocabulary.save(folder / TARGET)
+        about = {"source": self.source, "languages": [self.source_language, self.target_language]}
+        write_json(folder / ABOUT, about)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TranslationProcessor:
+        """Read what `save_pretrained` wrote. Raises LeapformerError where a file is missing or damaged."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            kind, (source, target) = about["source"], about["languages"]
+        except OSError:
+            raise LeapformerError(f"{folder}: expected a translation model, found no {ABOUT} in it") from None
+        except (ValueError, KeyError, TypeError):
+            raise LeapformerError(
+                f"{folder / ABOUT}: expected the kind of source and two languages, found others"
+            ) from None
+        return cls(
+            target_vocabulary=Vocabulary.load(folder / TARGET),
+            statistics=FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None,
+            source_vocabulary=Vocabulary.load(folder / SOURCE) if kind == "text" else None,
+            source_language=source,
+            target_language=target,
+        )
