@@ -212,7 +212,7 @@ def test_a_model_of_another_kind_or_shape_is_refused(tmp_path):
     for change, message in [
         (
             {"model_type": "gpt2"},
-            "expected a model of type 'leapformer', found 'gpt2'|expected model_type 'leapformer'",
+            "expected a model of type 'leapformer' or 'leapformer_translation', found 'gpt2'|expected model_type 'leapformer'",
         ),
         ({"hidden_size": 32}, "checkpoint|weights"),
         ({"attention": "linear"}, "expected the weights"),

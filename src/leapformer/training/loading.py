@@ -9,13 +9,21 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from leapformer.errors import LeapformerError
-from leapformer.models import LeapformerForCausalLM, LeapformerForMaskedLM, LeapformerForSequenceClassification
+from leapformer.models import (
+    LeapformerForCausalLM,
+    LeapformerForConditionalGeneration,
+    LeapformerForMaskedLM,
+    LeapformerForSequenceClassification,
+)
 from leapformer.training.saving import check_weights
 
-# Which class a configuration's `architectures` may name.
-_CLASSES = {
-    kind.__name__: kind for kind in (LeapformerForCausalLM, LeapformerForMaskedLM, LeapformerForSequenceClassification)
-}
+# Which class a configuration's `architectures` may name; the first of a model type where it names none.
+_CLASSES: tuple[Any, ...] = (
+    LeapformerForCausalLM,
+    LeapformerForMaskedLM,
+    LeapformerForSequenceClassification,
+    LeapformerForConditionalGeneration,
+)
 
 
 def load_model(folder: str | Path) -> Any:
@@ -69,12 +77,14 @@ def _class_of(path: Path) -> type:
     except json.JSONDecodeError as error:
         raise LeapformerError(f"{path}: not valid JSON: {error}") from error
     found = content.get("model_type") if isinstance(content, dict) else None
-    if found != "leapformer":
-        raise LeapformerError(f"{path}: expected a model of type 'leapformer', found {found!r}")
-    (name, *_) = content.get("architectures") or [LeapformerForCausalLM.__name__]
-    if name not in _CLASSES:
-        raise LeapformerError(f"{path}: architectures: expected one of {', '.join(_CLASSES)}, found {name!r}")
-    return _CLASSES[name]
+    types = list(dict.fromkeys(kind.config_class.model_type for kind in _CLASSES))
+    if found not in types:
+        raise LeapformerError(f"{path}: expected a model of type {' or '.join(map(repr, types))}, found {found!r}")
+    known = {kind.__name__: kind for kind in _CLASSES if kind.config_class.model_type == found}
+    (name, *_) = content.get("architectures") or known
+    if name not in known:
+        raise LeapformerError(f"{path}: architectures: expected one of {', '.join(known)}, found {name!r}")
+    return known[name]
 
 
 def _first_line(error: Exception) -> str:
