@@ -9,7 +9,7 @@ import typer
 from leapformer.cli.train import use_threads
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.callbacks import evaluation_bar
-from leapformer.training.loading import load_model, saved_tokenizer
+from leapformer.training.loading import load_model
 from leapformer.training.run import Run
 
 
@@ -25,7 +25,7 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
     overrides = [] if context_window is None else [f"data.context_window={context_window}"]
     own, _ = load_recipe(run.recipe_path)
     recipe, task = load_recipe(run.recipe_path, overrides)
-    data = task.prepare(recipe, cache=run.cache_path, tokenizer=saved_tokenizer(run.model_path))
+    data = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
     data.progress = evaluation_bar
     found = data.evaluate(model, split=split)
     for name, value in {**found["metrics"], **found.get("baselines", {})}.items():

@@ -325,16 +325,19 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
 
         Raises CheckpointError (one line) where ``path`` holds no such model or its encoder is another.
         """
-        other: Any = type(self).from_pretrained(path)
+        self.take_encoder(type(self).from_pretrained(path), named=str(path))
+
+    def take_encoder(self, other: LeapformerForConditionalGeneration, *, named: str = "another model") -> None:
+        """`load_encoder` from a model in memory, called ``named`` in errors."""
         for name in ENCODER_FIELDS:
             wanted, found = getattr(self.config, name), getattr(other.config, name)
             if wanted != found:
-                raise CheckpointError(f"encoder of {path}: expected {name}={wanted!r}, found {found!r}")
+                raise CheckpointError(f"encoder of {named}: expected {name}={wanted!r}, found {found!r}")
         try:
             self.encoder.load_state_dict(other.encoder.state_dict())
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"encoder of {path}: its weights don't fit: {reason}") from error
+            raise CheckpointError(f"encoder of {named}: its weights don't fit: {reason}") from error
 
     def _source(self, input_features: Tensor | None, input_ids: Tensor | None) -> Tensor:
         expected, source, other = "input_features", input_features, input_ids

@@ -12,19 +12,19 @@ from leapformer.models import LeapformerConfig
 _NEVER = {"model_type", "vocab_size", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-def model_fields(*set_by_task: str) -> dict[str, Any]:
+def model_fields(*set_by_task: str, config_class: type = LeapformerConfig) -> dict[str, Any]:
     """The fields that a recipe may set, with their types; those that its task sets are not among them."""
     return {
         name: kind
-        for name, kind in LeapformerConfig.__annotations__.items()
+        for name, kind in config_class.__annotations__.items()
         if name not in _NEVER and name not in set_by_task and not isinstance(kind, str)
     }
 
 
-def build_config(fields: dict[str, Any], **set_by_task: Any) -> LeapformerConfig:
+def build_config(fields: dict[str, Any], *, config_class: Any = LeapformerConfig, **set_by_task: Any) -> Any:
     """The configuration of a model section; a fault is a one-line ValueError that begins with the key."""
     try:
-        return LeapformerConfig(**fields, **set_by_task)
+        return config_class(**fields, **set_by_task)
     except StrictDataclassError as error:
         raise ValueError("model." + " ".join(str(error.__cause__ or error).split())) from error
     except ValueError as error:

@@ -14,6 +14,7 @@ TASKS = {
     "lm": "leapformer.tasks.lm.task",
     "lra": "leapformer.tasks.lra.task",
     "lra-denoise": "leapformer.tasks.lra.denoise",
+    "simulst": "leapformer.tasks.simulst.task",
 }
 
 

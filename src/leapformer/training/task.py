@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from leapformer.training.loading import saved_tokenizer
 from leapformer.training.recipes import Recipe
 
 
@@ -17,8 +18,10 @@ class TaskData(ABC):
     """The prepared data of one recipe."""
 
     unit: str  # what the loss is a mean over, in the plural: "tokens" or "examples"
-    tokenizer: PreTrainedTokenizerBase | None = None  # saved beside the model, where there is one
+    tokenizer: Any = None  # saved beside the model with its save_pretrained, where there is one
     train_dataset: Dataset
+    # Of every training example: batches are then made of examples of about one length. None: of any.
+    train_lengths: Sequence[int] | None = None
     # Wraps the batches of an evaluation of a whole split, told what it is; a command puts a bar here.
     progress: Callable[[Sequence[int], str], Iterable[int]] = staticmethod(lambda batches, what: batches)
     collator: Callable[[list[Any]], dict[str, Any]]
@@ -30,6 +33,11 @@ class TaskData(ABC):
     def take_over(self, model: PreTrainedModel, pretrained: PreTrainedModel) -> None:
         """Give `model` what it takes over from the model of `Task.pretraining`."""
         raise NotImplementedError
+
+    def describe_model(self, model: Any) -> dict[str, Any]:
+        """What results.json says of the model's kind."""
+        config = model.config
+        return {"attention": config.attention, "variant": config.variant, "conv_width": config.conv_width}
 
     @abstractmethod
     def count_targets(self, batch: dict[str, Any]) -> int:
@@ -65,6 +73,10 @@ class Task(ABC):
         Arguments:
             tokenizer: that of a trained model; None trains or builds the recipe's.
         """
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """What `TaskData.tokenizer` wrote beside a model, for `prepare`; None where there is none."""
+        return saved_tokenizer(folder)
 
     def pretraining(self, recipe: Any) -> tuple[Recipe, Task] | None:
         """A recipe to train before this one, and its task; None where there is none."""

@@ -27,7 +27,9 @@ class TrainingOutcome:
     results: dict[str, Any] | None
 
 
-def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool = False) -> TrainingOutcome:
+def train(
+    recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool = False, cache: Path | None = None
+) -> TrainingOutcome:
     """Train a recipe into the folder `output`, or go on with the interrupted run that is there.
 
     The random generators of Python, numpy and torch are seeded with the recipe's seed.
@@ -37,15 +39,17 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
         task: what the recipe's `task` names.
         output: folder of the run.
         progress_bar: show one on the error stream.
+        cache: where prepared data is kept; None: beside the run.
 
     Raises:
         LeapformerError: wrong data, a folder that holds something else, a damaged checkpoint, a full disk.
     """
     run = Run(output)
     run.check(recipe)
-    data = task.prepare(recipe, cache=run.cache_path)
+    cache = run.cache_path if cache is None else cache
+    data = task.prepare(recipe, cache=cache)
     checkpoint = run.start(recipe)
-    pretrained = _pretrain(recipe, task, run, progress_bar)
+    pretrained = _pretrain(recipe, task, run, progress_bar, cache)
     if pretrained is not None and pretrained.results is None:
         return TrainingOutcome(run, 0, None)
     section = recipe.training
@@ -88,7 +92,7 @@ def train(recipe: Recipe, task: Task, output: str | Path, *, progress_bar: bool 
     return TrainingOutcome(run, step, results)
 
 
-def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool) -> TrainingOutcome | None:
+def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool, cache: Path) -> TrainingOutcome | None:
     """The run that comes before this one, trained as far as it goes; None where there is none."""
     before = task.pretraining(recipe)
     if before is None:
@@ -96,7 +100,7 @@ def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool) -> Train
     first = Run(run.pretraining_path)
     if first.finished:
         return TrainingOutcome(first, before[0].training.max_steps, first.results())
-    return train(*before, first.path, progress_bar=progress_bar)
+    return train(*before, first.path, progress_bar=progress_bar, cache=cache)
 
 
 def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, Any]:
@@ -104,15 +108,12 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
     peak_memory = peak_memory_mib()
     model = load_model(run.model_path).to(choose_device(recipe.training))
     evaluation = trainer.data.evaluate(model, split="validation")
-    config = model.config
     seconds, unit = trainer.clock.seconds, trainer.data.unit
     return {
         "name": run.name,
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint,
-        "attention": config.attention,
-        "variant": config.variant,
-        "conv_width": config.conv_width,
+        **trainer.data.describe_model(model),
         "seed": recipe.training.seed,
         "parameters": model.num_parameters(),
         "parameters_leap": model.num_parameters_added_by_leap(),

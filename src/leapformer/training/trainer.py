@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,44 @@ class PassSampler(Sampler[int]):
 
     The order depends on the seed and the size alone, never on what else draws random numbers, so it is the same for
     every model. Batches run across the ends of passes, so each has the full size.
+
+    Arguments:
+        size: of the data set. total: indices to give.
+        lengths: of every example; then each `batch` indices in a row are of about one length: a pass is cut into stretches of
+            `STRETCH` batches, each is sorted by length, and its batches come in random order.
+        batch: examples of a batch; needed with lengths.
     """
 
-    def __init__(self, size: int, *, total: int, seed: int) -> None:
+    STRETCH = 50
+
+    def __init__(
+        self, size: int, *, total: int, seed: int, lengths: Sequence[int] | None = None, batch: int = 1
+    ) -> None:
         self.size = size
         self.total = total
         self.seed = seed
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.batch = batch
 
     def __len__(self) -> int:
         return self.total
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        left = self.total
+        if self.lengths is None:
+            yield from islice(self._passes(generator), self.total)
+            return
+        passes, left = self._passes(generator), self.total
         while left > 0:
-            order = torch.randperm(self.size, generator=generator)[:left].tolist()
-            yield from order
-            left -= len(order)
+            stretch = torch.tensor(list(islice(passes, min(left, self.STRETCH * self.batch))))
+            left -= len(stretch)
+            batches = stretch[self.lengths[stretch].argsort(stable=True)].split(self.batch)
+            for number in torch.randperm(len(batches), generator=generator).tolist():
+                yield from batches[number].tolist()
+
+    def _passes(self, generator: torch.Generator) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(self.size, generator=generator).tolist()
 
 
 class LeapformerTrainer(Trainer):
@@ -90,7 +112,13 @@ class LeapformerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return PassSampler(len(self.data.train_dataset), total=args.max_steps * per_step, seed=args.seed)  # type: ignore[arg-type]
+        return PassSampler(
+            len(self.data.train_dataset),  # type: ignore[arg-type]
+            total=args.max_steps * per_step,
+            seed=args.seed,
+            lengths=self.data.train_lengths,
+            batch=args.train_batch_size,
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -9,7 +9,6 @@ Letters: B sequences, T tokens, M masked tokens, V symbols.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from leapformer.models.loss import IGNORE_INDEX
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator
 from leapformer.tasks.lra.task import SET_BY_DATA, LraData, LraRecipe
 from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.training.draws import generator_for
 from leapformer.training.task import Task
 
 MASK_SHARES = {"listops": 0.10, "text": 0.15, "retrieval": 0.15, "image": 0.5, "pathfinder": 0.5}
@@ -59,17 +59,13 @@ class MaskCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.pad(items)
         ids = batch["input_ids"]
-        drawn = torch.rand(ids.shape, generator=self._generator([item["index"] for item in items]))
+        drawn = torch.rand(ids.shape, generator=generator_for(self.seed, [item["index"] for item in items]))
         hidden = drawn < self.share
         if "attention_mask" in batch:
             hidden &= batch["attention_mask"].bool()
         batch["labels"] = ids.masked_fill(~hidden, IGNORE_INDEX)
         batch["input_ids"] = ids.masked_fill(hidden, self.mask_id)
         return batch
-
-    def _generator(self, indices: Sequence[int]) -> torch.Generator:
-        digest = hashlib.sha256(np.array([self.seed, *indices], dtype="<i8").tobytes()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class DenoiseRecipe(LraRecipe):

@@ -2,7 +2,7 @@
 
 translation.json      the kind of source and the languages
 features.safetensors  statistics of the features, where the source is speech
-source.spm            the vocabulary of a text source
+source.spm            the vocabulary of a text source; with speech, of its transcripts, where the model has a CTC head for them
 target.spm            the vocabulary of the target
 """
 
@@ -32,11 +32,11 @@ class TranslationProcessor:
     Arguments:
         target_vocabulary: of what is written.
         statistics: of the features of a speech source; None: the source is text.
-        source_vocabulary: of a text source; None: the source is speech.
+        source_vocabulary: of a text source, or of the transcripts that a CTC head writes.
         source_language, target_language: codes such as "en".
 
     Raises:
-        ValueError: statistics and source vocabulary are both given, or neither.
+        ValueError: statistics and source vocabulary are both missing.
     """
 
     target_vocabulary: Vocabulary
@@ -46,8 +46,8 @@ class TranslationProcessor:
     target_language: str = ""
 
     def __post_init__(self) -> None:
-        if (self.statistics is None) == (self.source_vocabulary is None):
-            raise ValueError("processor: expected statistics (speech) or a source vocabulary (text), one of them")
+        if self.statistics is None and self.source_vocabulary is None:
+            raise ValueError("processor: expected statistics (speech) or a source vocabulary (text), found neither")
 
     @property
     def source(self) -> str:
@@ -67,7 +67,7 @@ class TranslationProcessor:
     def source_ids(self, text: str, *, end: bool = True) -> list[int]:
         """The ids of a source text; `end`: with the end of the sentence behind."""
         if self.source_vocabulary is None:
-            raise ValueError("processor: expected a source of text, found speech")
+            raise ValueError("processor: expected a source vocabulary, found none")
         return self.source_vocabulary.encode(text) + ([END] if end else [])
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -95,10 +95,11 @@ class TranslationProcessor:
             raise LeapformerError(
                 f"{folder / ABOUT}: expected the kind of source and two languages, found others"
             ) from None
+        has_source = kind == "text" or (folder / SOURCE).is_file()
         return cls(
             target_vocabulary=Vocabulary.load(folder / TARGET),
             statistics=FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None,
-            source_vocabulary=Vocabulary.load(folder / SOURCE) if kind == "text" else None,
+            source_vocabulary=Vocabulary.load(folder / SOURCE) if has_source else None,
             source_language=source,
             target_language=target,
         )

@@ -1,0 +1,115 @@
+"""What a model would write live with a given k, for a whole data set: batched, without waiting for the audio to pass.
+
+The encoder's states of whole utterances are those of its stream, and a token is computed from the states that it may see, so
+the words and their delays are those of `StreamingTranslator`; only the computation takes another time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from leapformer.models.translation_stream import greedy_translation
+from leapformer.tasks.simulst.examples import TranslationCollator, TranslationDataset
+from leapformer.tasks.simulst.instances import Instance
+from leapformer.tasks.simulst.vocabulary import Vocabulary
+
+STATE_MS = 40.0  # of audio that a state of speech stands for
+MAX_TOKENS = 200
+
+Progress = Callable[[Sequence[int], str], Iterable[int]]
+
+
+def batches_by_length(dataset: TranslationDataset, *, size: int) -> list[list[int]]:
+    """Numbers of the examples in batches of about one length, of at most `size` frames or tokens with their padding."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(dataset)), key=dataset.length):
+        if not batches or (len(batches[-1]) + 1) * dataset.length(index) > size:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@torch.no_grad()
+def simulate(
+    model: Any,
+    dataset: TranslationDataset,
+    *,
+    k: int | None,
+    size: int,
+    progress: Progress = lambda batches, what: batches,
+) -> list[Instance]:
+    """The log of a whole data set.
+
+    Arguments:
+        model: in evaluation mode.
+        k: of wait-k; None waits for the whole source.
+        size: frames or source tokens of a batch, with padding.
+        progress: wraps the batches.
+    """
+    collate = TranslationCollator()
+    instances: dict[int, Instance] = {}
+    batches = batches_by_length(dataset, size=size)
+    told = "the whole source" if k is None else f"k = {k}"
+    for number in progress(range(len(batches)), told):
+        batch = collate([dataset[index] for index in batches[number]])
+        inputs = {name: batch[name].to(model.device) for name in ("input_features", "input_ids") if name in batch}
+        mask = batch.get("attention_mask")
+        source = model.encode(attention_mask=None if mask is None else mask.to(model.device), **inputs)
+        written = greedy_translation(model, source, k=k, max_tokens=MAX_TOKENS)
+        for index, tokens in zip(batches[number], written, strict=True):
+            instances[index] = _instance(model.config, dataset, index, tokens, k)
+    return [instances[index] for index in range(len(dataset))]
+
+
+def complete_words(tokens: Sequence[int], vocabulary: Vocabulary) -> list[tuple[str, int]]:
+    """The words of some tokens, each with the place of the token that showed it to be complete: the next one's first piece.
+
+    The last word is complete with the end of the sentence, at the place len(tokens).
+    """
+    words: list[tuple[str, int]] = []
+    first = 0
+    for place in range(1, len(tokens) + 1):
+        if place == len(tokens) or vocabulary.starts_word(tokens[place]):
+            words += [(word, place) for word in vocabulary.decode(tokens[first:place]).split()]
+            first = place
+    return words
+
+
+def _instance(config: Any, dataset: TranslationDataset, index: int, tokens: list[int], k: int | None) -> Instance:
+    sentence, vocabulary = dataset.sentences[index], dataset.processor.target_vocabulary
+    words = complete_words(tokens, vocabulary)
+    if dataset.features is not None:
+        length, source = sentence.milliseconds, [sentence.audio or f"utterance {index}"]
+        chunk = config.pre_decision * STATE_MS
+        delays = [length if k is None else min((k + place) * chunk, length) for _, place in words]
+    else:
+        length, source = float(len(sentence.text.split())), sentence.text
+        reads = word_ends(sentence.text, dataset.processor.source_vocabulary)
+        seen = len(reads) if k is None else k * config.pre_decision
+        delays = [float(reads[min(seen + place * config.pre_decision, len(reads)) - 1]) for _, place in words]
+    return Instance(
+        index=index,
+        prediction=" ".join(word for word, _ in words),
+        delays=delays,
+        elapsed=[],
+        reference=dataset.reference(index),
+        source=source,
+        source_length=length,
+    )
+
+
+def word_ends(text: str, vocabulary: Vocabulary | None) -> list[int]:
+    """For every token of a source text and its end of sentence: the words that must be read before it is known.
+
+    Words come whole, so it is the number of the word that the token lies in; the end is known with the last word.
+    """
+    assert vocabulary is not None
+    ids, words, count = vocabulary.encode(text), len(text.split()), 0
+    reads = []
+    for number in ids:
+        count += vocabulary.starts_word(number)
+        reads.append(min(max(count, 1), words))
+    return [*reads, words]
