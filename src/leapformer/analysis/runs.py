@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ ATTENTION_NAMES = {
     "nystromformer": "Nystromformer", "skyformer": "Skyformer", "reformer": "Reformer", "bigbird": "BigBird",
     "informer": "Informer",
 }  # fmt: skip
+# Where a translation model has attention, in the order of results.json, as in "softmax/softmax/leap".
+PLACES = ("encoder", "decoder", "cross")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class RunRecord:
         """What plots and tables call it: the attention, with the variant and an added convolution where there is one."""
         attention = self.results.get("attention", "")
         parts = attention if isinstance(attention, list) else [attention]
-        label = "+".join(dict.fromkeys(ATTENTION_NAMES.get(str(part), str(part)) for part in parts)) or self.name
+        label = "+".join(dict.fromkeys(_attention_name(str(part)) for part in parts)) or self.name
         variant, convolution = self.results.get("variant") or "paper", self.results.get("conv_width")
         if variant != "paper":
             return f"{label} ({variant})"
@@ -56,6 +59,17 @@ class RunRecord:
         """Steps and values of every event that holds `quantity`, such as "loss" or "eval_loss"."""
         rows = [row for row in self.events if row.get(quantity) is not None]
         return [float(row["step"]) for row in rows], [float(row[quantity]) for row in rows]
+
+    def latency_curve(self, split: str = "validation") -> list[dict[str, Any]]:
+        """Scores of a translation model for each k, k rising and the offline ones (k None) last; empty if not measured."""
+        points = self.results.get("curves", {}).get(split) or []
+        return sorted(points, key=lambda point: math.inf if point["k"] is None else point["k"])
+
+    def scores_at(self, k: int | None, split: str = "validation") -> dict[str, Any]:
+        """Scores at one k (None: offline), from the curve or else the evaluation after training; empty if not measured."""
+        own = self.split(split)
+        evaluated = [own] if "BLEU" in own and "k" in own else []
+        return next((point for point in [*self.latency_curve(split), *evaluated] if point["k"] == k), {})
 
 
 def load_run(folder: str | Path) -> RunRecord:
@@ -84,6 +98,16 @@ def distinct_labels(runs: list[RunRecord]) -> list[str]:
         repeated = {label for label in labels if labels.count(label) > 1}
         labels = [label + extra(run) if label in repeated else label for label, run in zip(labels, runs, strict=True)]
     return labels
+
+
+def _attention_name(kinds: str) -> str:
+    """One kind's name; of three places that two agree on, theirs and the odd one with its place."""
+    names = [ATTENTION_NAMES.get(kind, kind) for kind in kinds.split("/")]
+    if len(names) != len(PLACES) or len(set(names)) == len(PLACES):
+        return "/".join(names)
+    common = max(names, key=names.count)
+    odd = [f"{place} {name}" for place, name in zip(PLACES, names, strict=True) if name != common]
+    return ", ".join([common, *odd])
 
 
 def _parse(text: str, *, where: str) -> Any:

@@ -4,24 +4,60 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 from leapformer.analysis.runs import RunRecord
 from leapformer.errors import LeapformerError
 
-# Metrics of a split and figures of a run, as columns: key, heading, digits, factor. Those that no run has are left out.
-# Losses in nats per token or example; memory in MiB.
-_SPLIT = (
-    ("loss", "loss", 4, 1.0), ("bits_per_byte", "bits/byte", 4, 1.0), ("word_perplexity", "word ppl", 1, 1.0),
-    ("accuracy", "accuracy %", 2, 100.0), ("majority_accuracy", "commonest class %", 2, 100.0),
-    ("root_operator_accuracy", "root operator %", 2, 100.0),
-)  # fmt: skip
-_RUN = (
-    ("tokens_per_second", "tokens/s", 0, 1.0), ("examples_per_second", "examples/s", 1, 1.0),
-    ("peak_memory_mib", "MiB", 0, 1.0),
+K = 5  # of wait-k, where a table has one figure of a translation model
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a run: what it is called, how many decimals it has, and where it is found (None: not measured)."""
+
+    heading: str
+    digits: int
+    value: Callable[[RunRecord, str], float | None]
+
+
+def _of_split(key: str, heading: str, digits: int, factor: float = 1.0) -> Column:
+    return Column(heading, digits, lambda run, split: _times(run.split(split).get(key), factor))
+
+
+def _of_run(key: str, heading: str, digits: int) -> Column:
+    return Column(heading, digits, lambda run, split: run.results.get(key))
+
+
+def _at(k: int | None, key: str, heading: str, digits: int) -> Column:
+    return Column(heading, digits, lambda run, split: run.scores_at(k, split).get(key))
+
+
+def _lagging(source: str, heading: str, factor: float) -> Column:
+    def value(run: RunRecord, split: str) -> float | None:
+        return _times(run.scores_at(K, split).get("LAAL"), factor) if run.results.get("source") == source else None
+
+    return Column(heading, 2, value)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+_LOSS = _of_split("loss", "loss", 4)
+_BLEU = _at(K, "BLEU", f"BLEU k={K}", 2)
+# Those that no run has are left out. Losses in nats per token or example; memory in MiB.
+_COLUMNS = (
+    _LOSS, _of_split("bits_per_byte", "bits/byte", 4), _of_split("word_perplexity", "word ppl", 1),
+    _of_split("accuracy", "accuracy %", 2, 100.0), _of_split("majority_accuracy", "commonest class %", 2, 100.0),
+    _of_split("root_operator_accuracy", "root operator %", 2, 100.0), _of_split("perplexity", "ppl", 2),
+    _of_split("token_accuracy", "token accuracy %", 2, 100.0), _BLEU, _at(None, "BLEU", "BLEU offline", 2),
+    _lagging("speech", f"LAAL s k={K}", 1e-3), _lagging("text", f"LAAL words k={K}", 1.0),
+    _of_run("tokens_per_second", "tokens/s", 0), _of_run("examples_per_second", "examples/s", 1),
+    _of_run("peak_memory_mib", "MiB", 0),
 )  # fmt: skip
 
 
@@ -47,19 +83,16 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
     if not runs:
         raise LeapformerError("compare: expected at least one run, found none")
     for run in runs:
-        if not run.split(split):
+        if not run.split(split) and not run.latency_curve(split):
             raise LeapformerError(
                 f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
             )
-    ordered = sorted(_groups(runs).items(), key=lambda item: _mean([run.split(split)["loss"] for run in item[1]]))
-    present = _present(runs, split)
+    ordered = sorted(groups(runs).items(), key=lambda item: _rank(item[1], split))
+    present = [column for column in _COLUMNS if any(column.value(run, split) is not None for run in runs)]
     rows = [_row(name, members, split, present) for name, members in ordered]
     single = [_row(run.folder.name, [run], split, present) for _, members in ordered for run in members]
     several = single if len(single) > len(ordered) else []
-    columns = [
-        "model", "seeds", *(heading for _, heading, *_ in present.split), *(heading for _, heading, *_ in present.run),
-        "parameters", "of LeaP",
-    ]  # fmt: skip
+    columns = ["model", "seeds", *(column.heading for column in present), "parameters", "of LeaP"]
     return Comparison(columns, rows + _baseline_rows(runs, columns), several, _paired_notes(ordered, split))
 
 
@@ -76,11 +109,15 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     return _mean(differences), error
 
 
-def _groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs by label; where one label stands for several recipes, each recipe is a group of its own."""
-    groups: dict[tuple[str, str], dict[Any, RunRecord]] = {}
+def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs by label, in the order of their first; where a label stands for several recipes, each is a group of its own.
+
+    Raises:
+        LeapformerError: one seed of a recipe twice.
+    """
+    found: dict[tuple[str, str], dict[Any, RunRecord]] = {}
     for run in runs:
-        members = groups.setdefault((run.label, str(run.results.get("recipe_fingerprint", ""))), {})
+        members = found.setdefault((run.label, str(run.results.get("recipe_fingerprint", ""))), {})
         seed = run.results.get("seed")
         if seed in members:
             raise LeapformerError(
@@ -88,49 +125,44 @@ def _groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
                 f"{members[seed].folder}"
             )
         members[seed] = run
-    labels = [label for label, _ in groups]
+    labels = [label for label, _ in found]
     names = {
         key: key[0] if labels.count(key[0]) == 1 else f"{key[0]}, {_recipe_of(members)} {key[1][:6]}"
-        for key, members in groups.items()
+        for key, members in found.items()
     }
-    return {names[key]: list(members.values()) for key, members in groups.items()}
+    return {names[key]: list(members.values()) for key, members in found.items()}
 
 
 def _recipe_of(members: Mapping[Any, RunRecord]) -> str:
     return str(next(iter(members.values())).results.get("recipe", ""))
 
 
-class _Columns(NamedTuple):
-    split: list[tuple[str, str, int, float]]
-    run: list[tuple[str, str, int, float]]
+def _rank(members: Sequence[RunRecord], split: str) -> float:
+    """Mean loss; those that were only translated with come last."""
+    losses = [_LOSS.value(run, split) for run in members]
+    known = [loss for loss in losses if loss is not None]
+    return _mean(known) if len(known) == len(members) else math.inf
 
 
-def _present(runs: Sequence[RunRecord], split: str) -> _Columns:
-    """The columns that some run has a value for; memory and speed always have one."""
-    return _Columns(
-        [column for column in _SPLIT if any(run.split(split).get(column[0]) is not None for run in runs)],
-        [column for column in _RUN if any(column[0] in run.results for run in runs)],
-    )
-
-
-def _row(name: str, members: Sequence[RunRecord], split: str, present: _Columns) -> list[str]:
-    def column(values: Sequence[float | None], digits: int, factor: float) -> str:
-        known = [value * factor for value in values if value is not None]
-        if not known:
-            return "-"
-        deviation = f" ± {_plain(statistics.stdev(known), digits)}" if len(known) > 1 else ""
-        return f"{_plain(_mean(known), digits)}{deviation}"
-
+def _row(name: str, members: Sequence[RunRecord], split: str, columns: Sequence[Column]) -> list[str]:
     first = members[0].results
     seeds = ", ".join(str(seed) for seed in sorted({run.results.get("seed") for run in members}, key=str))
     return [
         name,
         seeds,
-        *(column([run.split(split).get(key) for run in members], digits, by) for key, _, digits, by in present.split),
-        *(column([run.results.get(key) for run in members], digits, by) for key, _, digits, by in present.run),
+        *(mean_text([column.value(run, split) for run in members], column.digits) for column in columns),
         f"{first.get('parameters', 0):,}",
         f"{first.get('parameters_leap', 0):,}",
     ]
+
+
+def mean_text(values: Sequence[float | None], digits: int) -> str:
+    """Mean and, of several, standard deviation of the values that are known; "-" of none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {_plain(statistics.stdev(known), digits)}" if len(known) > 1 else ""
+    return f"{_plain(_mean(known), digits)}{deviation}"
 
 
 def _baseline_rows(runs: Sequence[RunRecord], columns: Sequence[str]) -> list[list[str]]:
@@ -150,17 +182,23 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
     """Each pair of groups with at least two seeds in common; under two standard errors there is no difference."""
     notes = []
     for (name, members), (other, others) in combinations(groups, 2):
-        losses = {run.results.get("seed"): run.split(split)["loss"] for run in members}
-        other_losses = {run.results.get("seed"): run.split(split)["loss"] for run in others}
-        seeds = sorted(losses.keys() & other_losses.keys(), key=str)
-        if len(seeds) < 2:
-            continue
-        mean, error = paired_difference([losses[s] for s in seeds], [other_losses[s] for s in seeds])
-        verdict = "no difference" if abs(mean) < 2 * error else f"{name if mean < 0 else other} is better"
-        notes.append(
-            f"{name} - {other}: {mean:+.4f} nats/token, standard error {error:.4f} over {len(seeds)} paired seeds: {verdict}"
-        )
+        for column, unit, better in ((_LOSS, "nats/token", -1), (_BLEU, f"BLEU at k = {K}", 1)):
+            values, other_values = _by_seed(members, column, split), _by_seed(others, column, split)
+            seeds = sorted(values.keys() & other_values.keys(), key=str)
+            if len(seeds) < 2:
+                continue
+            mean, error = paired_difference([values[s] for s in seeds], [other_values[s] for s in seeds])
+            verdict = "no difference" if abs(mean) < 2 * error else f"{name if mean * better > 0 else other} is better"
+            notes.append(
+                f"{name} - {other}: {mean:+.{column.digits}f} {unit}, standard error {error:.{column.digits}f} over "
+                f"{len(seeds)} paired seeds: {verdict}"
+            )
     return notes
+
+
+def _by_seed(members: Sequence[RunRecord], column: Column, split: str) -> dict[Any, float]:
+    values = {run.results.get("seed"): column.value(run, split) for run in members}
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 def _mean(values: Sequence[float]) -> float:

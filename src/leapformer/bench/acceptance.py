@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from leapformer.bench import lra
+from leapformer.bench import lra, streaming
 from leapformer.bench.contenders import CAUSAL, LEAP, LRA, RESEARCH, SDPA
 from leapformer.bench.result import Table, short
 
@@ -28,6 +28,8 @@ LONG_GIB, LONG_FLAT = 0.5, 1.1
 SMALL_MODEL = {"native": 0.9, "torch": 0.6}  # of cosFormer's training
 SMALL_MODEL_SOFTMAX = {4096: 3}
 STEP_SPEED, STEP_MICROSECONDS, STEP_FLAT = 3, 20, 1.25
+STREAM_FACTOR, STREAM_FLAT = 0.1, 1.2
+SPEAKERS, SPEAKERS_MILLISECONDS = 32, 360
 
 
 class Row(NamedTuple):
@@ -59,7 +61,7 @@ class Row(NamedTuple):
 
 
 def acceptance_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The rows that a processor can show, out of the results "attention", "decoding" and "lra", any of which may be missing."""
+    """The rows that a processor can show, out of the results "attention", "decoding", "lra" and "streaming", any of which may be missing."""
     rows = []
     if "attention" in results:
         rows += list(attention_promises(results["attention"]))
@@ -67,6 +69,8 @@ def acceptance_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         rows += list(decoding_promises(results["decoding"]))
     if "lra" in results:
         rows += list(lra_promises(results["lra"]))
+    if "streaming" in results:
+        rows += list(streaming_promises(results["streaming"]))
     lines = []
     for row in rows:
         sign = "at most " if row.at_most else ""
@@ -147,6 +151,32 @@ def lra_promises(content: Mapping[str, Any]) -> Iterator[Row]:
             measured = _median(row.get("speed_over", {}).get(other, {}).get(lra.LEAP))
             work = f"{lra.LEAP}, training, {length:,} tokens"
             yield Row(work, other, measured, accept, unit=" x", why=_why(row, lra.LEAP, other))
+
+
+def streaming_promises(content: Mapping[str, Any]) -> Iterator[Row]:
+    """One speaker of LeaPformer: real-time factor, flat and low, and a state that does not grow; then many speakers."""
+    rows = [row for row in content.get("lengths", []) if streaming.LEAP in row["real_time_factor"]]
+    factors = [(row["real_time_factor"][streaming.LEAP]["median"], row["seconds"]) for row in rows]
+    lengths = f"{rows[0]['seconds']} to {rows[-1]['seconds']} s of audio" if rows else "5 to 600 s of audio"
+    work, why = f"{streaming.LEAP}, streaming", "not among the lengths"
+    slowest, at = max(factors, default=(None, 0))
+    flat = slowest / min(factors)[0] if slowest is not None and len(factors) > 1 else None
+    yield Row(f"{work}, {lengths}: real-time factor, highest over lowest", "itself", flat, STREAM_FLAT, at_most=True,
+              unit=" x", why=why)  # fmt: skip
+    highest = f", highest at {at} s" if rows else ""
+    yield Row(f"{work}: real-time factor{highest}", "-", slowest, STREAM_FACTOR, at_most=True, why=why)
+    states = [row["state_bytes"][streaming.LEAP] for row in rows]
+    grown = max(states) / min(states) if len(states) > 1 else None
+    told = f"{work}, {lengths}: bytes of state, most over least"
+    yield Row(told, "itself", grown, 1.0, at_most=True, unit=" x", why=why)
+    wanted = {"contender": streaming.LEAP, "speakers": SPEAKERS}
+    row = next((row for row in content.get("speakers", []) if all(row[key] == wanted[key] for key in wanted)), None)
+    threads = row["threads"] if row else streaming.SPEAKERS_THREADS
+    yield Row(
+        f"{work}, {SPEAKERS} speakers, {threads} threads: 95 % of the words within", "-",
+        row["delay_ms"]["p95"] if row else None, SPEAKERS_MILLISECONDS, at_most=True, unit=" ms",
+        why="--quick" if content["settings"]["quick"] else "fewer speakers are too many here",
+    )  # fmt: skip
 
 
 def _long_promises(content: Mapping[str, Any]) -> Iterator[Row]:

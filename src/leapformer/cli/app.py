@@ -89,9 +89,22 @@ def evaluate(
         int | None,
         typer.Option(min=0, help="Tokens each block repeats of the one before it; default: what the recipe says."),
     ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option("--k", metavar="K,K,...", help="Translation: quality and lagging with each k, and offline."),
+    ] = None,
+    batched: Annotated[
+        bool, typer.Option("--batched", help="With --k: many sentences at a time, without computation-aware lagging.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --k: only the first so many sentences.")] = None,
     threads: Threads = None,
 ) -> None:
     """Evaluate a trained run on a whole split; results.json keeps the figures."""
+    if k is not None:
+        _work("leapformer.cli.evaluate", "evaluate_latency", "speech")(
+            folder, split=split, k=k, batched=batched, limit=limit, threads=threads
+        )
+        return
     _work("leapformer.cli.evaluate", "evaluate_run")(
         folder, split=split, context_window=context_window, threads=threads
     )
@@ -164,11 +177,29 @@ def plot_proportions(
     _work("leapformer.cli.plot", "plot_proportions", "plots")(folder, text=text, output=output)
 
 
+@plot.command("latency")
+def plot_latency(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Translation runs, evaluated with --k.")],
+    split: Annotated[str, typer.Option(help="The split whose scores are shown.")] = "validation",
+    draws: Annotated[int, typer.Option(min=0, help="Of the bootstrap; 0: no intervals.")] = 1000,
+    output: Annotated[Path, typer.Option(help="Folder of the picture and the tables.")] = Path("runs/latency"),
+) -> None:
+    """Draw BLEU against lagging of translation runs; the first is what the others are compared with."""
+    _work("leapformer.cli.plot", "plot_latency", "plots")(folders, split=split, draws=draws, output=output)
+
+
+TextPair = tuple[Path, Path]
+
+
 @data.command("prepare")
 def data_prepare(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="lra-listops, lra-text, lra-retrieval, lra-image or lra-pathfinder."),
+        typer.Argument(
+            metavar="NAME",
+            help="lra-listops, lra-text, lra-retrieval, lra-image, lra-pathfinder; speech-demo, speech-from-text; "
+            "speech-mustc, speech-covost, speech-europarl, speech-manifest, speech-tuxpaint, speech-asterisk.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to fill.")],
     source: Annotated[
@@ -176,29 +207,51 @@ def data_prepare(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each processor.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Training examples to generate; default: in full.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Training examples to make; default: in full.")] = None,
     min_length: Annotated[int | None, typer.Option(help="listops: shortest expression; default 501.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="listops: longest expression; text, retrieval: where to cut; default 1999, 4000.")
     ] = None,
     size: Annotated[int | None, typer.Option(help="pathfinder: 32, 64, 128 or 256; default 32.")] = None,
     level: Annotated[int | None, typer.Option(help="pathfinder: 6, 9 or 14 paddles; default 14.")] = None,
+    pairs: Annotated[
+        TextPair | None,
+        typer.Option(metavar="SOURCE TARGET", help="speech-from-text: sentences to speak, and their translations."),
+    ] = None,
+    validation_pairs: Annotated[
+        TextPair | None,
+        typer.Option(metavar="SOURCE TARGET", help="The same for validation; default: a tenth of --pairs."),
+    ] = None,
+    test_pairs: Annotated[
+        TextPair | None, typer.Option(metavar="SOURCE TARGET", help="The same for the test; default: a tenth.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="speech-from-text: of the source, as espeak-ng calls it; default en.")
+    ] = None,
+    source_language: Annotated[str | None, typer.Option(help="Recorded speech: its language, such as fr.")] = None,
+    target_language: Annotated[str | None, typer.Option(help="Recorded speech: of the translations.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on over bad rows; count and list them.")] = False,
 ) -> None:
     """Generate or convert a data set; the same command goes on with an interrupted one."""
-    _work("leapformer.cli.data", "prepare_data", "lra")(
+    kind = "espeak" if name in ("speech-demo", "speech-from-text") else name.partition("-")[0]
+    extra = kind if kind in ("espeak", "speech") else "lra"
+    _work("leapformer.cli.data", "prepare_data", extra)(
         name, output=output, source=source, seed=seed, workers=workers, count=count, skip_bad=skip_bad,
-        min_length=min_length, max_length=max_length, size=size, level=level,
+        min_length=min_length, max_length=max_length, size=size, level=level, pairs=pairs,
+        validation_pairs=validation_pairs, test_pairs=test_pairs, language=language,
+        source_language=source_language, target_language=target_language,
     )  # fmt: skip
 
 
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(metavar="[WHAT]", help="attention, decoding, training, overhead, lra or all.")
+        str, typer.Argument(metavar="[WHAT]", help="attention, decoding, training, overhead, lra, streaming or all.")
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute for all.")] = False,
-    lengths: Annotated[str | None, typer.Option(help="Tokens, such as 512,4096; default: each one's own.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens, such as 512,4096; streaming: seconds. Default: each one's own.")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Turns of the contenders; default: 7, quick: 3.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
     limit: Annotated[

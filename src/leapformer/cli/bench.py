@@ -20,9 +20,12 @@ from leapformer.bench.training import check_recipe
 from leapformer.cli.compare import print_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.tasks.simulst.features import FilterbankStream
 from leapformer.training.saving import write_text
 
-BENCHMARKS = ("attention", "decoding", "training", "overhead", "lra")
+BENCHMARKS = ("attention", "decoding", "training", "overhead", "lra", "streaming")
+LIMIT, QUICK_LIMIT = 20.0, 1.0
+LIMITS = {"streaming": 120.0}  # a call of it is a whole stream
 RESOLUTION = 160  # dots per inch of the pictures
 
 
@@ -53,17 +56,20 @@ def run_bench(
         lengths=parse_lengths(lengths),
         repeats=repeats or (3 if quick else 7),
         threads=threads,
-        limit=limit or (1.0 if quick else 20.0),
+        limit=limit or (QUICK_LIMIT if quick else LIMIT),
         recipe=recipe or Settings.recipe,
     )
     if "training" in chosen:
         check_recipe(settings.recipe)
+    if "streaming" in chosen:
+        FilterbankStream()  # says which extra is missing
     use_threads(threads)
     results: dict[str, Mapping[str, Any]] = {}
     for name in chosen:
-        result = Result(name, settings)
+        own = settings if limit or quick else replace(settings, limit=LIMITS.get(name, LIMIT))
+        result = Result(name, own)
         results[name] = result.content
-        finished = _measure(name, settings, result)
+        finished = _measure(name, own, result)
         _show(name, result)
         if not finished:
             typer.echo(f"Interrupted; what was measured is in {result.path}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from leapformer.cli.train import use_threads
+from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.callbacks import evaluation_bar
 from leapformer.training.loading import load_model
@@ -36,3 +38,42 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
         results["splits"][name] = found["metrics"]
         run.write_results(results)
         typer.echo(f"Written to {run.results_path}")
+
+
+def evaluate_latency(
+    folder: Path, *, split: str, k: str, batched: bool, limit: int | None, threads: int | None
+) -> None:
+    """Translate a split live with each k and offline; keep the logs, and the curve in results.json."""
+    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, parse_ks
+    from leapformer.tasks.simulst.live import translate_live
+
+    use_threads(threads)
+    run = Run(folder)
+    recipe, task = load_recipe(run.recipe_path)
+    if task.name != "simulst":
+        raise LeapformerError(f"{folder}: --k: expected a run of simultaneous translation, found task {task.name}")
+    ks = parse_ks(k)
+    model = load_model(run.model_path)
+    data: Any = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
+    data.progress = evaluation_bar
+    factors: dict[int | None, float | None] = {}
+
+    def write(value: int | None) -> Any:
+        if batched:
+            return data.simulate(model, split=split, k=value, limit=limit)
+        instances, factors[value] = translate_live(data, model, split=split, k=value, limit=limit)
+        return instances
+
+    points = evaluate_curve(run.path, split, ks, write=write, real_time_factor=factors.get, told=_tell_point)
+    if run.finished:
+        results = run.results()
+        results.setdefault("curves", {})[split] = points
+        run.write_results(results)
+    typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k; {run.results_path.name} has the curve")
+
+
+def _tell_point(point: dict[str, Any]) -> None:
+    """One line for a k."""
+    name = "offline" if point["k"] is None else f"k = {point['k']}"
+    shown = {key: value for key, value in point.items() if key not in ("k", "sentences")}
+    typer.echo(f"{name:8} " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))

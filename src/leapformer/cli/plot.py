@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from leapformer.analysis.latency import (
+    SentenceCounts,
+    System,
+    bootstrap_bleu,
+    check_paired,
+    equal_lagging_table,
+    latency_table,
+    quality_latency,
+    sentence_counts,
+    systems,
+)
 from leapformer.analysis.plots import figure_svg, proportions
 from leapformer.analysis.proportions import learned_proportions
+from leapformer.analysis.runs import RunRecord, load_run
+from leapformer.analysis.tables import markdown_table
+from leapformer.cli.compare import print_table
+from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
+from leapformer.tasks.simulst.instances import LOG_NAME, read_instances
 from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
 from leapformer.training.saving import write_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SAMPLE_TOKENS = 128
+RESOLUTION = 160  # dots per inch of the pictures
+ROUNDING = 0.05  # BLEU of a log may differ so much from that in results.json
 
 
 def plot_proportions(folder: Path, *, text: str | None, output: Path | None) -> None:
@@ -34,3 +59,78 @@ def plot_proportions(folder: Path, *, text: str | None, output: Path | None) -> 
         path = target / f"proportions-layer-{number}.svg"
         write_text(path, figure_svg(figure))
         typer.echo(f"Written to {path}")
+
+
+def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Path) -> None:
+    """Print BLEU and lagging by k and BLEU at equal lagging, and write the picture (PNG) and the tables (Markdown)."""
+    if output.exists() and not output.is_dir():
+        raise LeapformerError(f"--output {output}: expected a folder, found a file")
+    lines = systems([load_run(folder) for folder in folders], split=split)
+    samples: dict[tuple[Path, int | None], Any] = {}
+    if draws:
+        counts = _counts(lines, split)
+        check_paired({_log(folder, split, k): own for (folder, k), own in counts.items()})
+        samples = {key: bootstrap_bleu(own, draws=draws) for key, own in counts.items()}
+    tables = [latency_table(lines, samples), equal_lagging_table(lines, samples)]
+    for columns, rows in tables:
+        if rows:
+            print_table(columns, rows)
+            typer.echo("")
+    note = _note(lines, samples, draws)
+    typer.echo(note)
+    output.mkdir(parents=True, exist_ok=True)
+    picture, text = (output / f"quality-latency-{split}.{kind}" for kind in ("png", "md"))
+    _write_png(picture, quality_latency(lines))
+    write_text(text, "\n\n".join([*(markdown_table(*table) for table in tables if table[1]), note]) + "\n")
+    typer.echo(f"Written to {picture} and {text}")
+
+
+def _counts(lines: Sequence[System], split: str) -> dict[tuple[Path, int | None], SentenceCounts]:
+    """What BLEU counts in every log that is there, by the run's folder and k."""
+    runs = [run for line in lines for run in line.runs]
+    points = [(run, point["k"], point) for run in runs for point in run.latency_curve(split)]
+    return {
+        (run.folder, k): _read_counts(run, split, k, float(point["BLEU"]))
+        for run, k, point in points
+        if _log(run.folder, split, k).is_file()
+    }
+
+
+def _read_counts(run: RunRecord, split: str, k: int | None, expected: float) -> SentenceCounts:
+    path = _log(run.folder, split, k)
+    instances = sorted(read_instances(path), key=lambda instance: instance.index)
+    counts = sentence_counts([each.prediction for each in instances], [each.reference for each in instances])
+    if abs(counts.score() - expected) > ROUNDING:
+        raise LeapformerError(
+            f"{path}: expected BLEU {expected:.2f} as results.json has it, found {counts.score():.2f}; evaluate again"
+        )
+    return counts
+
+
+def _log(folder: Path, split: str, k: int | None) -> Path:
+    return folder / "evaluation" / split / ("offline" if k is None else f"k-{k}") / LOG_NAME
+
+
+def _note(lines: Sequence[System], samples: Any, draws: int) -> str:
+    """What the tables need to be understood."""
+    parts = [f"{lines[0].split} split. LAAL, AL, DAL: lagging; AP: share of the source read; ± deviation over seeds."]
+    if samples:
+        parts.append(
+            f"In brackets: 95 % of {draws:,} bootstrap draws of the sentences, paired for differences; one that holds 0 "
+            "shows no difference."
+        )
+    elif draws:
+        parts.append("No logs of sentences, and so no intervals.")
+    return " ".join(parts)
+
+
+def _write_png(path: Path, figure: Figure) -> None:
+    """Write a picture; it gets its name only when it is whole."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=RESOLUTION, facecolor="white")
+    unfinished = path.with_name(f".writing-{path.name}")
+    try:
+        unfinished.write_bytes(buffer.getvalue())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -38,10 +38,23 @@ def describe(results: Mapping[str, Any]) -> str:
         )
         unit = "examples" if "examples_per_second" in results else "tokens"
         return f"{quality}; {results[f'{unit}_per_second']:.1f} {unit}/s"
+    if "token_accuracy" in metrics:
+        return f"{_describe_translation(metrics)}; {results['tokens_per_second']:.0f} tokens/s"
     return (
         f"loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
         f"word perplexity {metrics['word_perplexity']:.1f}; {results['tokens_per_second']:.0f} tokens/s"
     )
+
+
+def _describe_translation(metrics: Mapping[str, Any]) -> str:
+    """Loss, accuracy and, where sentences were written, their score; a transcription has chrF alone."""
+    parts = [f"loss {metrics['loss']:.4f} nats a token", f"token accuracy {metrics['token_accuracy']:.2%}"]
+    if "BLEU" in metrics:
+        k = metrics.get("k")
+        parts.append(f"BLEU {metrics['BLEU']:.2f} {'offline' if k is None else f'at k = {k}'}")
+    elif "chrF" in metrics:
+        parts.append(f"chrF {metrics['chrF']:.2f}")
+    return ", ".join(parts)
 
 
 def default_name(recipe: str, overrides: Sequence[str]) -> str:

@@ -168,6 +168,21 @@ class EncoderStream:
             prefix=torch.cat(prefixes) if prefixes else None,
         )
 
+    def put(self, index: Tensor, part: EncoderStream) -> None:
+        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes back.
+
+        Raises ValueError where one of the two is not at the end of a chunk, or context is "full".
+        """
+        if self.waiting.shape[1] or part.waiting.shape[1] or self.prefix is not None:
+            raise ValueError("EncoderStream.put: expected streams at the end of a chunk, found other ones")
+        here = index.to(self.waiting.device)
+        if self.cache is not None and part.cache is not None:
+            for own, new in zip(self.cache.inputs, part.cache.inputs, strict=True):
+                own.index_copy_(0, here, new)
+        self.length = self.length.index_copy(0, index.to("cpu"), part.length)
+        for own, new in zip(self.states, part.states, strict=True):
+            _put_state(own, here, new)
+
     def split(self) -> list[EncoderStream]:
         """Each row as a stream of its own."""
         return [self.reorder(torch.tensor([row])) for row in range(len(self.length))]
@@ -250,25 +265,25 @@ class DecoderStream:
             chunk_keys=[z[:, None][:, :0] for z in sums] if keep_mass and sums else None,
         )
 
-    def feed(self, states: Tensor, lengths: Tensor | None = None) -> None:
-        """More encoder states [B, n, D], real up to ``lengths`` int64 [B] (None: all).
+    def feed(self, states: Tensor, lengths: Tensor | None = None, *, rows: Sequence[int] | None = None) -> None:
+        """More encoder states [B, n, D], real up to ``lengths`` int64 [B] (None: all), for the rows ``rows`` (None: all).
 
         With config.context "full" they are the whole source so far, and take the place of all that came before.
         """
         if not states.shape[1]:
             return
+        which = range(len(self.waiting)) if rows is None else rows
         counts = torch.full((len(states),), states.shape[1]) if lengths is None else lengths.to("cpu")
-        rows = [row[:n] for row, n in zip(states, counts.tolist(), strict=True)]
         if self.model.config.context == "full":
-            self._forget_source()
-            self.waiting = rows
-        else:
-            self.waiting = [torch.cat(both) for both in zip(self.waiting, rows, strict=True)]
-        self.available = self.available + counts
+            self._forget_source(which)
+        for row, new, n in zip(which, states, counts.tolist(), strict=True):
+            self.waiting[row] = torch.cat([self.waiting[row], new[:n]])
+        self.available = self.available.index_add(0, torch.tensor(which), counts)
 
-    def finish(self) -> None:
-        """No more states will come: what waited for them may be written."""
-        self.finished = torch.ones_like(self.finished)
+    def finish(self, *, rows: Sequence[int] | None = None) -> None:
+        """No more states will come for ``rows`` (None: all): what waited for them may be written."""
+        which = range(len(self.waiting)) if rows is None else rows
+        self.finished = self.finished.index_fill(0, torch.tensor(which, dtype=torch.int64), True)
 
     def can_write(self) -> Tensor:
         """bool [B]: WRITE (True) or READ, by wait-k; plain arithmetic that touches no state."""
@@ -296,7 +311,7 @@ class DecoderStream:
                 f"found {int(self.available[row])} (READ first)"
             )
         check_target_length(int(self.written.max()) + 1, self.model.config)
-        self._absorb(torch.maximum(torch.minimum(see.to("cpu"), self.available), self.seen))
+        self.absorb(torch.maximum(torch.minimum(see.to("cpu"), self.available), self.seen))
         decoder, device = self.model.decoder, self.model.decoder.norm.weight.device
         positions = self.written.to(device)[:, None]
         x = decoder.embed(tokens.to(device)[:, None], positions)
@@ -324,8 +339,14 @@ class DecoderStream:
         x = x + _read(block.cross_attention, y, cross, positions)
         return x + block.feed_forward(block.feed_forward_norm(x))
 
-    def _absorb(self, upto: Tensor) -> None:
-        """Put the states from ``seen`` up to ``upto`` int64 [B] into the sums."""
+    @torch.no_grad()
+    def absorb(self, upto: Tensor | None = None) -> None:
+        """Put the states from ``seen`` up to ``upto`` int64 [B] (None: all that are available) into the sums.
+
+        A step does it by itself; a policy that looks ahead does it before it takes the snapshot that it goes back to, so that
+        what it has looked at does not pile up.
+        """
+        upto = self.available if upto is None else upto
         counts = upto - self.seen
         longest = int(counts.max()) if len(counts) else 0
         if not longest:
@@ -351,8 +372,13 @@ class DecoderStream:
                 _append_keys(layer, cross, context, mask)
         self.seen = upto
 
-    def _forget_source(self) -> None:
+    def _forget_source(self, rows: Sequence[int]) -> None:
         """Back to a source of which nothing was seen; the target stays."""
+        if len(rows) < len(self.waiting):
+            index = torch.tensor(rows)
+            part = self.reorder(index)
+            part._forget_source(range(len(rows)))
+            return self.put(index, part)
         none = self.waiting[0].new_zeros(len(self.waiting), 0, self.model.config.hidden_size)
         for block, cross in zip(_blocks(self.model), self.cross, strict=True):
             assert block.cross_attention is not None
@@ -362,6 +388,7 @@ class DecoderStream:
             self.chunk_keys = [keys[:, :0] for keys in self.chunk_keys]
         self.seen = torch.zeros_like(self.seen)
         self.available = torch.zeros_like(self.available)
+        self.waiting = list(none)
 
     @property
     def nbytes(self) -> int:
@@ -408,6 +435,21 @@ class DecoderStream:
             chunk_keys=_join_chunk_keys(streams),
             mass=None,
         )
+
+    def put(self, index: Tensor, part: DecoderStream) -> None:
+        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes back."""
+        here, rows = index.to(self.model.device), index.to("cpu")
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
+        for own, new in zip([*self.own, *self.cross], [*part.own, *part.cross], strict=True):
+            _put_state(own, here, new)
+        for row, waiting in zip(rows.tolist(), part.waiting, strict=True):
+            self.waiting[row] = waiting
+        if self.chunk_keys is not None and part.chunk_keys is not None:
+            for number, pair in enumerate(zip(self.chunk_keys, part.chunk_keys, strict=True)):
+                own, new = _padded_to_the_longest(pair)
+                self.chunk_keys[number] = own.index_copy(0, here, new)
+        self.mass = None
 
     def split(self) -> list[DecoderStream]:
         """Each row as a stream of its own."""
@@ -490,10 +532,16 @@ def join_states(states: Sequence[LayerState]) -> LayerState:
 
 
 def _join_keys(states: Sequence[LayerState]) -> tuple[Tensor, Tensor, Tensor | None]:
+    keys, values, masks = _aligned(states)
+    mask = torch.cat(masks)
+    return torch.cat(keys), torch.cat(values), None if bool(mask.all()) else mask
+
+
+def _aligned(states: Sequence[LayerState]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Keys, values and masks of each state, with masked slots up to the number of the longest."""
     keys = [state.keys for state in states if state.keys is not None]
     values = [state.values for state in states if state.values is not None]
     slots = max(k.shape[1] for k in keys)
-    same = all(k.shape[1] == slots for k in keys) and all(state.key_mask is None for state in states)
 
     def padded(x: Tensor) -> Tensor:
         return F.pad(x, [0, 0] * (x.dim() - 2) + [0, slots - x.shape[1]])
@@ -502,16 +550,46 @@ def _join_keys(states: Sequence[LayerState]) -> tuple[Tensor, Tensor, Tensor | N
         padded(k.new_ones(k.shape[:2], dtype=torch.bool) if state.key_mask is None else state.key_mask)
         for k, state in zip(keys, states, strict=True)
     ]
-    return torch.cat([*map(padded, keys)]), torch.cat([*map(padded, values)]), None if same else torch.cat(masks)
+    return [*map(padded, keys)], [*map(padded, values)], masks
 
 
 def _pick(state: LayerState, index: Tensor) -> LayerState:
-    """Rows of a state; a single row loses the masked keys that the company of longer ones gave it."""
+    """Rows of a state, without the masked keys that the company of longer ones gave them."""
     state = state.reorder(index)
-    if len(index) == 1 and state.key_mask is not None and state.keys is not None and state.values is not None:
-        real = state.key_mask[0]
-        state = replace(state, keys=state.keys[:, real], values=state.values[:, real], key_mask=None)
+    _compact(state)
     return state
+
+
+def _put_state(state: LayerState, index: Tensor, part: LayerState) -> None:
+    """Row b of ``part`` takes the place of row index[b]; at fixed addresses, except for softmax's keys."""
+    state.length.index_copy_(0, index, part.length)
+    if state.conv is not None and part.conv is not None:
+        state.conv.index_copy_(0, index, part.conv)
+    if state.linear is not None and part.linear is not None:
+        for own, new in zip(state.linear, part.linear, strict=True):
+            if own is not None and new is not None:
+                own.index_copy_(0, index, new)
+    elif state.keys is not None:
+        (own_keys, new_keys), (own_values, new_values), (own_mask, new_mask) = _aligned([state, part])
+        state.keys = own_keys.index_copy(0, index, new_keys)
+        state.values = own_values.index_copy(0, index, new_values)
+        state.key_mask = own_mask.index_copy(0, index, new_mask)
+        _compact(state)
+
+
+def _compact(state: LayerState) -> None:
+    """Softmax: as many slots as the row with the most real keys has, and no mask where all have as many."""
+    if state.key_mask is None or state.keys is None or state.values is None:
+        return
+    most = int(state.key_mask.sum(1).max()) if len(state.key_mask) else 0
+    if most < state.key_mask.shape[1]:
+        order = state.key_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        state.keys, state.values = (
+            x.gather(1, order[..., None, None].expand(-1, -1, *x.shape[2:])) for x in (state.keys, state.values)
+        )
+        state.key_mask = state.key_mask.gather(1, order)
+    if bool(state.key_mask.all()):
+        state.key_mask = None
 
 
 # ---- cross-attention over a source that comes in pieces --------------------------------------------------------------
@@ -540,6 +618,7 @@ def _append_keys(layer: AttentionLayer, cross: LayerState, context: Tensor, mask
         cross.key_mask = torch.cat(both, dim=1)
     cross.keys = torch.cat([cross.keys, _heads(layer, layer.k_proj(context))], dim=1)
     cross.values = torch.cat([cross.values, _heads(layer, layer.v_proj(context))], dim=1)
+    _compact(cross)
 
 
 def _key_features(layer: LinearAttention, context: Tensor, first: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -618,11 +697,13 @@ def _join_chunk_keys(streams: Sequence[DecoderStream]) -> list[Tensor] | None:
     kept = [stream.chunk_keys for stream in streams if stream.chunk_keys is not None]
     if not kept:
         return None
-    joined = []
-    for layer in zip(*kept, strict=True):
-        most = max(keys.shape[1] for keys in layer)
-        joined.append(torch.cat([F.pad(keys, (0, 0, 0, 0, 0, 0, 0, most - keys.shape[1])) for keys in layer]))
-    return joined
+    return [torch.cat(_padded_to_the_longest(layer)) for layer in zip(*kept, strict=True)]
+
+
+def _padded_to_the_longest(chunk_keys: Sequence[Tensor]) -> list[Tensor]:
+    """Each [B, M, G, R, K] with the same M."""
+    most = max(keys.shape[1] for keys in chunk_keys)
+    return [F.pad(keys, (0, 0, 0, 0, 0, 0, 0, most - keys.shape[1])) for keys in chunk_keys]
 
 
 def _blocks(model: LeapformerForConditionalGeneration) -> list[DecoderBlock]:

@@ -54,10 +54,11 @@ def _decompress_zst(raw: bytes, path: Path) -> bytes:
     return b"".join(pieces)
 
 
-def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file, decompressed by its last suffix, line ends untouched.
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, decompressed by its last suffix.
 
-    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not UTF-8.
+    Raises:
+        LeapformerError: it cannot be read, or is not whole.
     """
     path = Path(path)
     try:
@@ -65,11 +66,22 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise LeapformerError(f"data: cannot read {path}: {error.strerror or error}") from None
     if not raw:
-        raise LeapformerError(f"data: {path} is empty")
+        return raw
     try:
-        raw = _decompress(path, raw)
+        return _decompress(path, raw)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LeapformerError(f"data: {path} is not a whole {path.suffix} file: {error}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file, decompressed by its last suffix, line ends untouched.
+
+    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not UTF-8.
+    """
+    path = Path(path)
+    raw = read_bytes(path)
+    if not raw:
+        raise LeapformerError(f"data: {path} is empty")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -77,6 +89,33 @@ def read_text(path: str | Path) -> str:
         raise LeapformerError(
             f"data: {path}: expected UTF-8, found byte 0x{raw[error.start]:02x} at offset {error.start}{where}"
         ) from None
+
+
+def read_raw_lines(path: str | Path) -> list[bytes]:
+    """The lines of a file before they are decoded (see `decode_line`), so that a bad byte has a row; none if it is empty.
+
+    Raises:
+        LeapformerError: as `read_bytes`.
+    """
+    lines = read_bytes(path).split(b"\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def decode_line(raw: bytes, where: str) -> str:
+    """A line as text, without the end of a Windows line.
+
+    Raises:
+        LeapformerError: it is not UTF-8, or holds a zero byte.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LeapformerError(
+            f"data: {where}: expected UTF-8, found byte 0x{raw[error.start]:02x} at offset {error.start}"
+        ) from None
+    if "\0" in text:
+        raise LeapformerError(f"data: {where}: expected text, found a zero byte")
+    return text.removesuffix("\r")
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -205,7 +205,7 @@ def test_an_interrupt_ends_every_process(small, tmp_path):
 
 
 def test_a_fault_in_a_process_is_told(tmp_path):
-    fails("a process of the generator: listops: expected expressions of 2 to 3 tokens, found none", "listops",
+    fails("listops: expected expressions of 2 to 3 tokens, found none", "listops",
           tmp_path / "x", min_length=2, max_length=3, workers=2)  # fmt: skip
 
 

@@ -21,17 +21,19 @@ from leapformer.errors import LeapformerError
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("soxr")
 
-from leapformer.tasks.simulst import espeak, spoken  # noqa: E402
+from leapformer.tasks.preparation import BadRows  # noqa: E402
+from leapformer.tasks.simulst import espeak, prepared, spoken  # noqa: E402
+from leapformer.tasks.simulst.prepared import SpokenSplit  # noqa: E402
 from leapformer.tasks.simulst.spoken import (  # noqa: E402
     Manner,
     Speaking,
-    SpokenSplit,
     coloured_noise,
     draw_manner,
     prepare_grammar,
     prepare_text_pairs,
     render,
 )
+from leapformer.training.saving import write_json  # noqa: E402
 
 SIZES = {"train": 12, "validation": 3, "test": 3}
 QUICK = Manner("en-us+m1", 170, 50, 100.0, 0.0, 0.5, 0.2, 0.3, 1)
@@ -40,7 +42,7 @@ QUICK = Manner("en-us+m1", 170, 50, 100.0, 0.0, 0.5, 0.2, 0.3, 1)
 @pytest.fixture(scope="module", autouse=True)
 def small_shards():
     patch = pytest.MonkeyPatch()
-    patch.setattr(spoken, "_SHARD", 5)
+    patch.setattr(prepared, "_SHARD", 5)
     yield
     patch.undo()
 
@@ -161,7 +163,7 @@ def test_what_is_there_is_left_as_it_is(folder):
 
 
 def test_an_interrupted_preparation_goes_on(folder, tmp_path, monkeypatch):
-    made, whole = [], spoken.make_shard
+    made, whole = [], prepared.make_shard
 
     def interrupted(path, *arguments):
         if len(made) == 2:
@@ -173,13 +175,13 @@ def test_an_interrupted_preparation_goes_on(folder, tmp_path, monkeypatch):
         made.append(path.name)
         whole(path, *arguments)
 
-    monkeypatch.setattr(spoken, "make_shard", interrupted)
+    monkeypatch.setattr(prepared, "make_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_grammar(tmp_path / "x", sizes=SIZES, seed=1, workers=1)
     with pytest.raises(LeapformerError, match="expected prepared data, found no card.json"):
         SpokenSplit(tmp_path / "x", "train")
     (tmp_path / "x" / ".parts" / made[1]).write_bytes(b"cut off")
-    monkeypatch.setattr(spoken, "make_shard", counting)
+    monkeypatch.setattr(prepared, "make_shard", counting)
     prepare_grammar(tmp_path / "x", sizes=SIZES, seed=1, workers=1)
     assert len(made) == 6 and made[2] == made[1]  # of five shards; the whole one was kept, the damaged one made again
     for file in folder.iterdir():
@@ -189,16 +191,18 @@ def test_an_interrupted_preparation_goes_on(folder, tmp_path, monkeypatch):
 def test_an_interrupt_between_the_files_goes_on(folder, tmp_path, monkeypatch):
     """When some files have their names already, and the card is not there."""
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted_at_the_card(path, content):
+        if path.name == "card.json":
+            raise KeyboardInterrupt
+        write_json(path, content)
 
-    monkeypatch.setattr(spoken, "write_json", interrupted)
+    monkeypatch.setattr(prepared, "write_json", interrupted_at_the_card)
     with pytest.raises(KeyboardInterrupt):
         prepare_grammar(tmp_path / "x", sizes=SIZES, seed=1, workers=1)
     with pytest.raises(LeapformerError, match="found no card.json"):
         SpokenSplit(tmp_path / "x", "test")
     monkeypatch.undo()
-    monkeypatch.setattr(spoken, "_SHARD", 5)
+    monkeypatch.setattr(prepared, "_SHARD", 5)
     prepare_grammar(tmp_path / "x", sizes=SIZES, seed=1, workers=1)
     assert (tmp_path / "x" / "train.int16").read_bytes() == (folder / "train.int16").read_bytes()
 
@@ -214,7 +218,7 @@ def test_an_interrupt_ends_every_process(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", program, output], stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while not list(output.glob(".parts/*.safetensors")) and process.poll() is None:
+    while not list(output.glob(".parts/*.json")) and process.poll() is None:
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -396,6 +400,6 @@ def test_real_pairs(tmp_path):
         pytest.skip("needs LEAPFORMER_DATA/multi30k")
     multi = Path(data) / "multi30k"
     held = (multi / "val.en.gz", multi / "val.de.gz")
-    pairs = spoken.read_pairs(multi / "train.en.gz", multi / "train.de.gz", spoken.BadRows())
+    pairs = spoken.read_pairs(multi / "train.en.gz", multi / "train.de.gz", BadRows())
     assert len(pairs) == 29_000
-    assert len(spoken.read_pairs(*held, spoken.BadRows())) == 1_014
+    assert len(spoken.read_pairs(*held, BadRows())) == 1_014

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.lra.card import CARD, SPLITS, TASKS, read_card
+from leapformer.tasks.card import CARD, SPLITS, read_card
+from leapformer.tasks.lra import TASKS
 from leapformer.tasks.lra.storage import read_arrays
 
 _NO_BRACKETS = 1  # ListOps: symbols less in the vocabulary without the closing bracket, which is the last one

@@ -18,8 +18,9 @@ import numpy as np
 
 from leapformer.errors import LeapformerError
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
-from leapformer.tasks.lra.preparation import Description, Job, make_shards, parts_key
+from leapformer.tasks.lra.preparation import Description, Job, make_shards
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
+from leapformer.tasks.preparation import parts_key
 
 GENERATOR = "listops generator 1"
 CONVERTER = "listops reader 1"

@@ -16,9 +16,10 @@ import numpy as np
 from leapformer.errors import LeapformerError
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
 from leapformer.tasks.lra.image import read_picture
-from leapformer.tasks.lra.preparation import PARTS, Description, Job, make_shards, parts_key
+from leapformer.tasks.lra.preparation import Description, Job, make_shards
 from leapformer.tasks.lra.snakes import LEVELS, SETTINGS, draw
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
+from leapformer.tasks.preparation import PARTS, parts_key
 
 GENERATOR = "pathfinder generator 1"
 CONVERTER = "pathfinder reader 1"

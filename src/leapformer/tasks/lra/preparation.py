@@ -1,78 +1,29 @@
-"""Preparing the data of a task: from a source or a generator to a folder that `dataset.load` reads.
-
-An interrupted preparation leaves a folder without card.json, which nothing takes for whole: the files of the splits
-get their names when they are complete, and the card is written last. Shards of a generator are kept in `.parts` until
-then, so that the same command goes on where it was.
-"""
+"""Preparing the data of a task: from a source or a generator to a folder that `dataset.load` reads."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from leapformer import __version__
 from leapformer.errors import LeapformerError
-from leapformer.tasks.lra.card import CARD, FORMAT, SPLITS, TASKS, read_card
+from leapformer.tasks import preparation as shared
+from leapformer.tasks.card import CARD, FORMAT, SPLITS, read_card
+from leapformer.tasks.lra import TASKS
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
+from leapformer.tasks.preparation import PARTS, BadRows, Progress, is_there, processors, silent
 from leapformer.training.saving import write_json
 
-PARTS = ".parts"
 GENERATED = ("listops", "pathfinder")
 VALIDATION_SHARE = 0.1  # of the training examples, where a source has no validation split of its own
-
-
-class Progress(Protocol):
-    """What a preparation tells of itself."""
-
-    def __call__(self, done: int, total: int | None, what: str) -> None: ...
-
-
-def silent(done: int, total: int | None, what: str) -> None:
-    """A progress that nobody watches."""
-
-
-@dataclass
-class BadRows:
-    """What to do with a bad row: stop at the first, or count and list it and go on.
-
-    Arguments:
-        skip: go on.
-    """
-
-    skip: bool = False
-    found: list[str] = field(default_factory=list)
-
-    def report(self, message: str) -> None:
-        """Note a bad row.
-
-        Raises:
-            LeapformerError: bad rows are not to be skipped.
-        """
-        if not self.skip:
-            raise LeapformerError(message)
-        self.found.append(message)
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Notes the LeapformerError that ends the block, if bad rows are to be skipped."""
-        try:
-            yield
-        except LeapformerError as error:
-            self.report(str(error))
 
 
 @dataclass(frozen=True)
@@ -178,9 +129,9 @@ def prepare(
         "options": options,
         "maker": module.CONVERTER if source is not None else module.GENERATOR,
     }
-    if _is_there(output, made):
+    if is_there(output, made, [f"{split}.safetensors" for split in SPLITS]):
         return read_card(output)
-    workers = workers or _processors()
+    workers = workers or processors()
     bad = BadRows(skip_bad)
     job = Job(output, Path(source) if source is not None else None, seed, workers, count, options, bad, progress)
     (output / PARTS).mkdir(parents=True, exist_ok=True)
@@ -197,43 +148,12 @@ def prepare(
     return card
 
 
-def _processors() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _checked_options(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: value for name, value in given.items() if value is not None}
     for name in chosen:
         if name not in defaults:
             raise LeapformerError(f"lra-{task}: --{name.replace('_', '-')} is not an option of this task")
     return {**defaults, **chosen}
-
-
-def _is_there(output: Path, made: Mapping[str, Any]) -> bool:
-    """Whether the folder is complete already.
-
-    Raises:
-        LeapformerError: it holds data that were made otherwise, or files that are not ours.
-    """
-    if output.exists() and not output.is_dir():
-        raise LeapformerError(f"--output {output}: expected a folder, found a file")
-    if (output / CARD).is_file():
-        card = read_card(output)
-        for key, value in made.items():
-            if card["made"].get(key) != value:
-                raise LeapformerError(
-                    f"--output {output}: holds data with {key} {card['made'].get(key)}, expected {value}; "
-                    "choose another --output"
-                )
-        return True
-    ours = {PARTS, *(f"{split}.safetensors" for split in SPLITS)}
-    others = [file.name for file in output.iterdir() if file.name not in ours] if output.is_dir() else []
-    if others:
-        raise LeapformerError(
-            f"--output {output}: expected an empty folder, found {min(others)}; choose another --output"
-        )
-    return False
 
 
 def _card(output: Path, made: Mapping[str, Any], description: Description, bad: Sequence[str]) -> dict[str, Any]:
@@ -286,71 +206,9 @@ def hold_out(examples: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-# ---- shards
-
-
-def parts_key(*identity: Any) -> str:
-    """A short name of what makes a shard what it is: shards of another seed or option are not taken up."""
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-
-
 def make_shards(make: Callable[..., None], paths: Sequence[Path], arguments: Sequence[tuple], job: Job) -> None:
-    """Call `make(path, *arguments)` for each shard that is not there yet, in `job.workers` processes.
-
-    Arguments:
-        make: writes a shard through a temporary file and a rename; a function of a module, so that it can be sent to
-            another process.
-        paths, arguments: one for each shard.
-    """
-    missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
-    done = len(paths) - len(missing)
-    job.progress(done, len(paths), "shards")
-    if job.workers == 1 or len(missing) < 2:
-        for number in missing:
-            make(paths[number], *arguments[number])
-            done += 1
-            job.progress(done, len(paths), "shards")
-        return
-    _make_in_processes(make, [(paths[number], *arguments[number]) for number in missing], job, done)
-
-
-def _make_in_processes(make: Callable[..., None], calls: Sequence[tuple], job: Job, done: int) -> None:
-    """Each process has its own calls; however this ends, none of them is left."""
-    # "spawn": a fork of a process in which torch has started its threads may hang.
-    context = multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    processes = [
-        context.Process(target=_make_all, args=(make, calls[first :: job.workers], errors), daemon=True)
-        for first in range(min(job.workers, len(calls)))
-    ]
-    try:
-        for process in processes:
-            process.start()
-        while running := [process for process in processes if process.is_alive()]:
-            wait([process.sentinel for process in running], timeout=0.5)
-            job.progress(done + sum(call[0].is_file() for call in calls), done + len(calls), "shards")
-            for code in filter(None, (process.exitcode for process in processes)):
-                reason = f"ended with code {code}" if errors.empty() else errors.get()
-                raise LeapformerError(f"a process of the generator: {reason}")
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-                process.join()
-
-
-def _make_all(make: Callable[..., None], calls: Sequence[tuple], errors: Any) -> None:
-    # Ctrl-C reaches every process of the terminal; the first one alone decides what to do.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    try:
-        for call in calls:
-            if parent is None or not parent.is_alive():
-                return
-            make(*call)
-    except (LeapformerError, OSError) as error:
-        errors.put(str(error))
-        sys.exit(1)
+    """`preparation.make_shards` with the processes and the progress of a job, for shards of the layout of `storage`."""
+    shared.make_shards(make, paths, arguments, workers=job.workers, progress=job.progress, is_whole=_is_whole)
 
 
 def _is_whole(path: Path) -> bool:

@@ -14,18 +14,18 @@ import torch
 from leapformer.models.translation_stream import greedy_translation
 from leapformer.tasks.simulst.examples import TranslationCollator, TranslationDataset
 from leapformer.tasks.simulst.instances import Instance
+from leapformer.tasks.simulst.translator import SPARE_TOKENS, TOKENS_PER_CHUNK
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 
 STATE_MS = 40.0  # of audio that a state of speech stands for
-MAX_TOKENS = 200
 
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 
-def batches_by_length(dataset: TranslationDataset, *, size: int) -> list[list[int]]:
-    """Numbers of the examples in batches of about one length, of at most `size` frames or tokens with their padding."""
+def batches_by_length(dataset: TranslationDataset, indices: Iterable[int], *, size: int) -> list[list[int]]:
+    """Some examples in batches of about one length, of at most `size` frames or tokens with their padding."""
     batches: list[list[int]] = []
-    for index in sorted(range(len(dataset)), key=dataset.length):
+    for index in sorted(indices, key=dataset.length):
         if not batches or (len(batches[-1]) + 1) * dataset.length(index) > size:
             batches.append([])
         batches[-1].append(index)
@@ -39,6 +39,7 @@ def simulate(
     *,
     k: int | None,
     size: int,
+    limit: int | None = None,
     progress: Progress = lambda batches, what: batches,
 ) -> list[Instance]:
     """The log of a whole data set.
@@ -47,21 +48,25 @@ def simulate(
         model: in evaluation mode.
         k: of wait-k; None waits for the whole source.
         size: frames or source tokens of a batch, with padding.
+        limit: the first so many sentences; None: all.
         progress: wraps the batches.
     """
     collate = TranslationCollator()
     instances: dict[int, Instance] = {}
-    batches = batches_by_length(dataset, size=size)
+    wanted = range(len(dataset))[:limit]
+    batches = batches_by_length(dataset, wanted, size=size)
     told = "the whole source" if k is None else f"k = {k}"
     for number in progress(range(len(batches)), told):
         batch = collate([dataset[index] for index in batches[number]])
         inputs = {name: batch[name].to(model.device) for name in ("input_features", "input_ids") if name in batch}
         mask = batch.get("attention_mask")
         source = model.encode(attention_mask=None if mask is None else mask.to(model.device), **inputs)
-        written = greedy_translation(model, source, k=k, max_tokens=MAX_TOKENS)
-        for index, tokens in zip(batches[number], written, strict=True):
-            instances[index] = _instance(model.config, dataset, index, tokens, k)
-    return [instances[index] for index in range(len(dataset))]
+        states = [source.hidden.shape[1]] * len(source.hidden) if source.mask is None else source.mask.sum(1).tolist()
+        limits = [SPARE_TOKENS + TOKENS_PER_CHUNK * -(-each // model.config.pre_decision) for each in states]
+        written = greedy_translation(model, source, k=k, max_tokens=max(limits))
+        for index, tokens, most in zip(batches[number], written, limits, strict=True):
+            instances[index] = _instance(model.config, dataset, index, tokens[:most], k)
+    return [instances[index] for index in wanted]
 
 
 def complete_words(tokens: Sequence[int], vocabulary: Vocabulary) -> list[tuple[str, int]]:

@@ -20,15 +20,16 @@ from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.translation import ENCODER_FIELDS
 from leapformer.models.translation_configuration import PLACES, LeapformerTranslationConfig
-from leapformer.tasks.lra.preparation import BadRows
 from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.preparation import BadRows
 from leapformer.tasks.simulst.evaluation import batches_by_length, simulate
 from leapformer.tasks.simulst.examples import Sentence, TranslationCollator, TranslationDataset
 from leapformer.tasks.simulst.feature_cache import CachedFeatures
 from leapformer.tasks.simulst.features import FeatureStatistics
 from leapformer.tasks.simulst.instances import Instance, score
+from leapformer.tasks.simulst.prepared import SpokenSplit
 from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.spoken import SpokenSplit, read_pairs
+from leapformer.tasks.simulst.spoken import read_pairs
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import Recipe, Section, expand_path, read_recipe, resolve_recipe
@@ -327,12 +328,12 @@ class TranslationData(TaskData):
         names = ("BLEU", "chrF", "AL", "LAAL")
         return {"metrics": {**found, "k": self.recipe.wait_k.eval_k, **{name: scores[name] for name in names}}}
 
-    def simulate(self, model: Any, *, split: str, k: int | None) -> list[Instance]:
-        """The log of what the model would write live; see `leapformer.tasks.simulst.evaluation`."""
+    def simulate(self, model: Any, *, split: str, k: int | None, limit: int | None = None) -> list[Instance]:
+        """The log of what the model would write live, of the first `limit` sentences; see `simulst.evaluation`."""
         was_training = model.training
         model.eval()
         size = self._batch_size()
-        instances = simulate(model, self.dataset(split), k=k, size=size, progress=self.progress)
+        instances = simulate(model, self.dataset(split), k=k, size=size, limit=limit, progress=self.progress)
         model.train(was_training)
         return instances
 
@@ -347,9 +348,8 @@ class TranslationData(TaskData):
         """Mean loss in nats per token (no smoothing, no CTC), perplexity and accuracy, the target being given, with eval_k."""
         was_training = model.training
         model.eval()
-        collate, wanted = TranslationCollator(), set(indices)
-        batches = [[i for i in batch if i in wanted] for batch in batches_by_length(dataset, size=self._batch_size())]
-        batches = [batch for batch in batches if batch]
+        collate = TranslationCollator()
+        batches = batches_by_length(dataset, indices, size=self._batch_size())
         nats, right, count = 0.0, 0, 0
         for number in self.progress(range(len(batches)), told) if told else range(len(batches)):
             batch = collate([dataset[index] for index in batches[number]])
@@ -364,7 +364,7 @@ class TranslationData(TaskData):
         model.train(was_training)
         loss = nats / count
         perplexity = float(torch.tensor(loss).exp())
-        return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / count, "sentences": len(wanted)}
+        return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / count, "sentences": len(indices)}
 
 
 class TranslationTask(Task):

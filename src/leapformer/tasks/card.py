@@ -11,7 +11,6 @@ from typing import Any
 
 from leapformer.errors import LeapformerError
 
-TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 SPLITS = ("train", "validation", "test")
 CARD = "card.json"
 FORMAT = 1

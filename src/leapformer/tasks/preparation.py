@@ -1,0 +1,186 @@
+"""What every preparation of data shares: bad rows, progress, and shards that are made in processes.
+
+An interrupted preparation leaves a folder without card.json, which nothing takes for whole: files get their names when
+they are complete, and the card is written last. Shards are kept in `.parts` until then, so that the same command goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from leapformer.errors import LeapformerError
+from leapformer.tasks.card import CARD, read_card
+
+PARTS = ".parts"
+
+
+class Progress(Protocol):
+    """What a preparation tells of itself."""
+
+    def __call__(self, done: int, total: int | None, what: str) -> None: ...
+
+
+def silent(done: int, total: int | None, what: str) -> None:
+    """A progress that nobody watches."""
+
+
+@dataclass
+class BadRows:
+    """What to do with a bad row: stop at the first, or count and list it and go on.
+
+    Arguments:
+        skip: go on.
+    """
+
+    skip: bool = False
+    found: list[str] = field(default_factory=list)
+
+    def report(self, message: str) -> None:
+        """Note a bad row.
+
+        Raises:
+            LeapformerError: bad rows are not to be skipped.
+        """
+        if not self.skip:
+            raise LeapformerError(message)
+        self.found.append(message)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Notes the LeapformerError that ends the block, if bad rows are to be skipped."""
+        try:
+            yield
+        except LeapformerError as error:
+            self.report(str(error))
+
+
+def processors() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_there(output: Path, made: Mapping[str, Any], ours: Collection[str]) -> bool:
+    """Whether a folder is complete already.
+
+    Arguments:
+        made: what the data depend on, as the card keeps it under "made".
+        ours: names of the files that an interrupted preparation may have left there, besides `.parts`.
+
+    Raises:
+        LeapformerError: it holds data that were made otherwise, or files that are not ours.
+    """
+    if output.exists() and not output.is_dir():
+        raise LeapformerError(f"--output {output}: expected a folder, found a file")
+    if (output / CARD).is_file():
+        found = read_card(output).get("made", {})
+        for key, value in made.items():
+            if found.get(key) != as_json(value):
+                raise LeapformerError(
+                    f"--output {output}: holds data with {key} {found.get(key)}, expected {value}; choose another --output"
+                )
+        return True
+    others = [file.name for file in output.iterdir() if file.name not in {PARTS, *ours}] if output.is_dir() else []
+    if others:
+        raise LeapformerError(
+            f"--output {output}: expected an empty folder, found {min(others)}; choose another --output"
+        )
+    return False
+
+
+def as_json(value: Any) -> Any:
+    """As JSON gives it back, so that it can be compared with what a card says."""
+    return json.loads(json.dumps(value))
+
+
+# ---- shards
+
+
+def parts_key(*identity: Any) -> str:
+    """A short name of what makes a shard what it is: shards of another seed or option are not taken up."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def make_shards(
+    make: Callable[..., None],
+    paths: Sequence[Path],
+    arguments: Sequence[tuple],
+    *,
+    workers: int,
+    progress: Progress,
+    is_whole: Callable[[Path], bool],
+) -> None:
+    """Call `make(path, *arguments)` for each shard that is not there yet, in processes.
+
+    Arguments:
+        make: writes a shard through a temporary file and a rename; a function of a module, so that it can be sent to
+            another process.
+        paths, arguments: one for each shard.
+        workers: how many processes; 1: this one alone.
+        is_whole: tells of a path whether the shard is there.
+
+    Raises:
+        LeapformerError: what `make` raises, or a process ended otherwise.
+    """
+    missing = [number for number, path in enumerate(paths) if not is_whole(path)]
+    done = len(paths) - len(missing)
+    progress(done, len(paths), "shards")
+    if workers == 1 or len(missing) < 2:
+        for number in missing:
+            make(paths[number], *arguments[number])
+            done += 1
+            progress(done, len(paths), "shards")
+        return
+    _make_in_processes(make, [(paths[number], *arguments[number]) for number in missing], workers, progress, done)
+
+
+def _make_in_processes(
+    make: Callable[..., None], calls: Sequence[tuple], workers: int, progress: Progress, done: int
+) -> None:
+    """Each process has its own calls; however this ends, none of them is left."""
+    # "spawn": a fork of a process in which torch has started its threads may hang.
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    processes = [
+        context.Process(target=_make_all, args=(make, calls[first::workers], errors), daemon=True)
+        for first in range(min(workers, len(calls)))
+    ]
+    try:
+        for process in processes:
+            process.start()
+        while running := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in running], timeout=0.5)
+            progress(done + sum(call[0].is_file() for call in calls), done + len(calls), "shards")
+            for code in filter(None, (process.exitcode for process in processes)):
+                told = None if errors.empty() else errors.get()
+                raise LeapformerError(told or f"a process of the preparation ended with code {code}")
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def _make_all(make: Callable[..., None], calls: Sequence[tuple], errors: Any) -> None:
+    # Ctrl-C reaches every process of the terminal; the first one alone decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    try:
+        for call in calls:
+            if parent is None or not parent.is_alive():
+                return
+            make(*call)
+    except (LeapformerError, OSError) as error:
+        errors.put(str(error))
+        sys.exit(1)
