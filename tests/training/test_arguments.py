@@ -26,6 +26,9 @@ def test_warm_up_and_cosine():
 def test_other_schedules_and_the_start_of_the_warm_up():
     assert learning_rate(55, section(schedule="linear")) == pytest.approx(0.5)
     assert learning_rate(99, section(schedule="constant")) == 1.0
+    assert learning_rate(39, section(schedule="inverse-sqrt")) == pytest.approx(0.5)  # four times the warm-up
+    assert learning_rate(10, section(schedule="inverse-sqrt", warmup_steps=10)) < 1.0
+    assert learning_rate(99, section(schedule="inverse-sqrt", min_learning_rate=0.4)) == 0.4
     assert learning_rate(0, section(warmup_learning_rate=0.5)) == pytest.approx(0.55)
     assert learning_rate(0, section(warmup_steps=0)) == 1.0
 

@@ -106,6 +106,8 @@ def learning_rate(step: int, section: TrainingSection) -> float:
         return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if section.schedule == "linear":
         return high + (low - high) * min(1.0, progress)
+    if section.schedule == "inverse-sqrt":
+        return max(low, high * math.sqrt(max(1, section.warmup_steps) / (step + 1)))
     return high
 
 

@@ -53,7 +53,7 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "nesterov", "muon"] = "adamw"
     learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule")
     min_learning_rate: float = Field(default=0.0, ge=0, description="where the schedule ends")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "constant"] = "cosine"
     warmup_steps: int = Field(default=100, ge=0)
     warmup_learning_rate: float = Field(default=0.0, ge=0, description="where the warm-up starts")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
