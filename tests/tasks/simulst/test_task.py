@@ -51,7 +51,7 @@ def test_a_run_has_a_model_its_processor_and_results(runs, source):
     results, model = run.results(), load_model(run.model_path)
     processor = TranslationProcessor.from_pretrained(run.model_path)
     assert (results["source"], results["attention"], results["steps"]) == (source, "leap", 6)
-    assert {"loss", "perplexity", "token_accuracy", "BLEU", "LAAL"} <= results["splits"]["validation"].keys()
+    assert {"loss", "perplexity", "token_accuracy", "BLEU", "LAAL", "exchanged_BLEU"} <= results["splits"]["validation"].keys()
     assert processor.source == model.config.source == source
     assert (processor.statistics is None) == (source == "text")
     assert model.config.vocab_size == len(processor.target_vocabulary)
@@ -130,6 +130,15 @@ def test_draws_depend_on_seed_and_examples_alone(speech):
     ks = [collate([speech.dataset("train")[index]])["k"] for index in range(60)]
     assert set(ks) == {None, 1, 2, 3}
     assert ks.count(None) < 30  # a share of 0.2, so 30 of 60 has probability 1e-6
+
+
+def test_exchanged_sources(speech):
+    dataset = speech.dataset("validation")
+    other = dataset.exchanged()
+    for index in range(12):
+        assert other.reference(index) == dataset.reference(index)
+        assert torch.equal(other[index]["input_features"], dataset[(index + 1) % 12]["input_features"])
+        assert other.sentences[index].text == dataset.sentences[(index + 1) % 12].text
 
 
 def test_speed_changes_the_length_alone():

@@ -6,7 +6,7 @@ Letters: B utterances, F feature frames, M mel bins, S source tokens, T target t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,14 @@ class TranslationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.sentences)
+
+    def exchanged(self) -> TranslationDataset:
+        """The same targets, each with the source of the next sentence (the last: of the first)."""
+        sources = [*self.sentences[1:], *self.sentences[:1]]
+        if self.transcribe:
+            raise ValueError("exchanged: expected a data set of translations, found one of transcripts")
+        sentences = [replace(s, translation=t.translation) for s, t in zip(sources, self.sentences, strict=True)]
+        return TranslationDataset(sentences, self.processor, features=self.features, transcribe=False)
 
     def reference(self, index: int) -> str:
         """What is to be written."""

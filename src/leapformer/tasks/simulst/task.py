@@ -325,15 +325,24 @@ class TranslationData(TaskData):
         scores = score(self.simulate(model, split=split, k=self.recipe.wait_k.eval_k))
         if self.transcribe:
             return {"metrics": {**found, "chrF": scores["chrF"]}}
-        names = ("BLEU", "chrF", "AL", "LAAL")
-        return {"metrics": {**found, "k": self.recipe.wait_k.eval_k, **{name: scores[name] for name in names}}}
+        control = score(self.simulate(model, split=split, k=self.recipe.wait_k.eval_k, exchanged=True))["BLEU"]
+        shown = {name: scores[name] for name in ("BLEU", "chrF", "AL", "LAAL")}
+        return {"metrics": {**found, "k": self.recipe.wait_k.eval_k, **shown, "exchanged_BLEU": control}}
 
-    def simulate(self, model: Any, *, split: str, k: int | None, limit: int | None = None) -> list[Instance]:
-        """The log of what the model would write live, of the first `limit` sentences; see `simulst.evaluation`."""
+    def simulate(
+        self, model: Any, *, split: str, k: int | None, limit: int | None = None, exchanged: bool = False
+    ) -> list[Instance]:
+        """The log of what the model would write live, of the first `limit` sentences; see `simulst.evaluation`.
+
+        Arguments:
+            exchanged: every sentence gets the source of the next: a model that listens then scores next to nothing.
+        """
         was_training = model.training
         model.eval()
-        size = self._batch_size()
-        instances = simulate(model, self.dataset(split), k=k, size=size, limit=limit, progress=self.progress)
+        dataset = self.dataset(split)
+        if exchanged:
+            dataset = dataset.exchanged()
+        instances = simulate(model, dataset, k=k, size=self._batch_size(), limit=limit, progress=self.progress)
         model.train(was_training)
         return instances
 
