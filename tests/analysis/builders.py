@@ -54,3 +54,26 @@ def write_run(folder: Path, attention: str, /, *, perplexity: float = 310.0, **c
             rows.append({"step": step, "eval_loss": loss + 0.05, "tokens": step * 2048, "seconds": step * 0.2})
     run.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
+
+
+def translation_results(attention: str, /, *, points: list[dict[str, Any]] | None, **changes: Any) -> dict[str, Any]:
+    """The results.json of a translation run; `points` are its curve on the validation split, None for none."""
+    own = results(attention, perplexity=2.0, recipe="simulst/demo", source="speech", perplexity_by_position=[])
+    del own["baselines"]
+    own["splits"] = {"validation": {"loss": 1.25, "perplexity": 3.49, "token_accuracy": 0.725, "sentences": 4}}
+    return {**own, **({} if points is None else {"curves": {"validation": points}}), **changes}
+
+
+def curve_point(k: int | None, bleu: float, lagging: float, **scores: float) -> dict[str, Any]:
+    """One point of a curve, delays in ms or words."""
+    return {
+        "k": k, "sentences": 4, "BLEU": bleu, "chrF": bleu + 20, "AL": lagging - 10, "LAAL": lagging, "AP": 0.625,
+        "DAL": lagging + 10, "StartOffset": lagging - 20, **scores,
+    }  # fmt: skip
+
+
+def write_translation_run(folder: Path, name: str, /, attention: str = "leap", **changes: Any) -> Path:
+    """A finished translation run with the name `name`; `changes` as for `translation_results`."""
+    run = write_run(folder, name)
+    run.joinpath("results.json").write_text(json.dumps(translation_results(attention, **{"points": None, **changes})))
+    return run

@@ -9,7 +9,8 @@ import torch
 from leapformer.analysis.proportions import LayerProportions
 from leapformer.analysis.report import GeneratedSample, TextProportions, render_report, write_report
 from leapformer.analysis.runs import load_run
-from tests.analysis.builders import write_run
+from leapformer.errors import LeapformerError
+from tests.analysis.builders import curve_point, write_run, write_translation_run
 
 TOKENS = ["<", "b", ">", "\n"]
 
@@ -116,3 +117,67 @@ def test_wrong_arguments(runs):
     layers = [LayerProportions("one", torch.rand(3, 2), torch.rand(3, 2))]
     with pytest.raises(ValueError, match="tokens: expected 3, one per proportion, found 4"):
         render_report(runs, title="Demo", text_proportions=TextProportions("LeaPformer", TOKENS, layers))
+
+
+@pytest.fixture
+def translations(tmp_path):
+    points = {
+        "softmax": [curve_point(1, 20.0, 900), curve_point(5, 30.0, 1900), curve_point(None, 36.0, 4000)],
+        "softmax/softmax/leap": [curve_point(1, 19.0, 900), curve_point(5, 31.5, 1900), curve_point(None, 35.0, 4000)],
+    }
+    runs = [write_translation_run(tmp_path, f"r{n}", name, points=own) for n, (name, own) in enumerate(points.items())]
+    return [load_run(folder) for folder in [*runs, write_translation_run(tmp_path, "r2", "leap")]]
+
+
+def test_translation_runs_have_quality_and_lagging(translations):
+    page = render_report(translations, title="Translation")
+    parsed = Page(page)
+    assert parsed.open == [] and len(parsed.ids) == len(set(parsed.ids))
+    assert all(reference.startswith("#") for reference in parsed.loaded)
+    rows = parsed.rows
+    assert rows[0][:4] == [
+        "model",
+        "BLEU, k = 5higher is better",
+        "BLEU, offlinehigher is better",
+        "lagging, k = 5LAAL",
+    ]
+    assert rows[1] == ["softmax", "30.00", "36.00", "1.90 s", "1.250", "3.49", "8,771", "1:33", "412,345", "–"]
+    assert rows[2][:4] == ["softmax, cross LeaPformer", "31.50", "35.00", "1.90 s"]
+    assert rows[3][:5] == ["LeaPformer", "–", "–", "–", "1.250"]
+    assert '<tr class="best"><td><span class="key" style="background: var(--series-2)"></span>softmax, cross' in page
+    assert [row[:3] for row in rows if row[1] in ("5", "offline")] == [
+        ["softmax", "5", "30.00"], ["softmax", "offline", "36.00"],
+        ["softmax, cross LeaPformer", "5", "31.50"], ["softmax, cross LeaPformer", "offline", "35.00"],
+    ]  # fmt: skip
+    assert ["softmax, cross LeaPformer", "1.4", "25.25", "+0.25"] in rows
+    assert (
+        "Best on the validation text: softmax, cross LeaPformer with BLEU 31.50 at k = 5 (offline: 35.00)."
+        in parsed.text
+    )
+    assert "offline: the whole source first" in parsed.text and "k=5" in parsed.text
+    assert "Bits per byte" not in parsed.text and "bits per byte" not in parsed.text
+
+
+def test_translation_runs_without_curves_and_of_another_split(translations, tmp_path):
+    parsed = Page(render_report(translations[2:], title="One run"))
+    assert "Quality and lagging" not in parsed.text
+    assert "Best on the validation text: LeaPformer with a loss of 1.250 nats per token." in parsed.text
+    curves = {"test": [curve_point(5, 33.0, 1900)]}
+    tested = load_run(write_translation_run(tmp_path, "tested", curves=curves))
+    parsed = Page(render_report([tested], title="Test", split="test"))
+    assert "Best on the test text: LeaPformer with BLEU 33.00 at k = 5." in parsed.text
+    assert "Quality and lagging" in parsed.text and "on straight lines" not in parsed.text
+
+
+def test_speech_beside_text_is_refused(translations, tmp_path):
+    points = [curve_point(5, 33.0, 4.5)]
+    text = load_run(write_translation_run(tmp_path, "text", points=points, source="text"))
+    with pytest.raises(LeapformerError, match="expected a source of speech as in .*, found text"):
+        render_report([*translations, text], title="Both")
+
+
+def test_other_kinds_of_runs_have_a_page_too(tmp_path):
+    """A run of Long-Range Arena has neither words nor bytes."""
+    splits = {"validation": {"loss": 1.5, "accuracy": 0.4, "majority_accuracy": 0.2, "examples": 100}}
+    run = load_run(write_run(tmp_path, "leap", splits=splits, baselines={}, perplexity_by_position=[]))
+    assert Page(render_report([run], title="ListOps")).rows[1][0] == "LeaPformer"

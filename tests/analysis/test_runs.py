@@ -5,7 +5,7 @@ import pytest
 from leapformer.analysis.runs import ATTENTION_NAMES, distinct_labels, load_run
 from leapformer.errors import LeapformerError
 from leapformer.nn import KINDS
-from tests.analysis.builders import write_run
+from tests.analysis.builders import curve_point, write_run, write_translation_run
 
 
 def test_reads_results_and_events(tmp_path):
@@ -25,6 +25,11 @@ def test_reads_results_and_events(tmp_path):
         ("leap", "gated", "LeaPformer (gated)"),
         (["leap", "softmax", "leap"], "paper", "LeaPformer+softmax"),
         ("cosformer", None, "cosFormer"),
+        ("softmax/softmax/leap", "paper", "softmax, cross LeaPformer"),
+        ("softmax/leap/leap", "gated", "LeaPformer, encoder softmax (gated)"),
+        ("leap/cosformer/leap", "paper", "LeaPformer, decoder cosFormer"),
+        ("leap/linear/softmax", "paper", "LeaPformer/linear/softmax"),
+        ("leap/leap/leap", "paper", "LeaPformer"),
     ],
 )
 def test_label(tmp_path, attention, variant, label):
@@ -37,6 +42,21 @@ def test_equal_labels_are_told_apart(tmp_path):
     assert distinct_labels(runs) == [
         "LeaPformer seed 0", "LeaPformer seed 1 [leap]", "LeaPformer seed 1 [again]",
     ]  # fmt: skip
+
+
+def test_scores_by_k_are_from_the_curve_or_else_from_the_evaluation_after_training(tmp_path):
+    points = [curve_point(None, 40.0, 4000), curve_point(3, 30.0, 2000), curve_point(1, 20.0, 1000)]
+    trained = {"loss": 1.0, "k": 5, "BLEU": 33.0, "LAAL": 2500.0}
+    run = load_run(write_translation_run(tmp_path, "a", points=points, splits={"validation": trained}))
+    assert [point["k"] for point in run.latency_curve()] == [1, 3, None]
+    assert [run.scores_at(k).get("BLEU") for k in (1, 3, 5, 7, None)] == [20.0, 30.0, 33.0, None, 40.0]
+    assert run.latency_curve("test") == [] and run.scores_at(1, "test") == {}
+    points.append(curve_point(5, 34.0, 2600))
+    run = load_run(write_translation_run(tmp_path, "b", points=points, splits={"validation": trained}))
+    assert run.scores_at(5)["BLEU"] == 34.0
+    # A transcription has no k, and another kind of run nothing.
+    run = load_run(write_translation_run(tmp_path, "c", splits={"validation": {"loss": 1.0, "chrF": 70.0}}))
+    assert run.scores_at(None) == run.scores_at(5) == load_run(write_run(tmp_path, "leap")).scores_at(5) == {}
 
 
 def test_unfinished_run(tmp_path):

@@ -10,7 +10,7 @@ from leapformer.analysis.runs import RunRecord
 from leapformer.analysis.tables import comparison, markdown_table, paired_difference
 from leapformer.errors import LeapformerError
 
-from .builders import results
+from .builders import curve_point, results, translation_results
 
 
 def run(attention: str, loss: float, /, *, seed: int = 0, fingerprint: str = "aaaaaaaa") -> RunRecord:
@@ -56,6 +56,47 @@ def test_one_label_of_two_recipes_is_two_rows():
         "LeaPformer, lm/pydocs-tiny bbbbbb",
         "LeaPformer, lm/pydocs-tiny aaaaaa",
     ]
+
+
+def translation(attention: str, bleu: float | None, /, *, seed: int = 0, **changes) -> RunRecord:
+    points = None if bleu is None else [curve_point(5, bleu, 1800), curve_point(None, bleu + 8, 4000)]
+    content = translation_results(attention, points=points, seed=seed, recipe_fingerprint="aaaaaaaa", **changes)
+    return RunRecord(folder=Path(f"{attention}-{seed}"), results=content)
+
+
+def test_translation_runs_have_columns_of_their_own():
+    table = comparison([translation("leap", 25.0), translation("leap", 27.0, seed=1), translation("softmax", None)])
+    assert table.columns == [
+        "model", "seeds", "loss", "ppl", "token accuracy %", "BLEU k=5", "BLEU offline", "LAAL s k=5", "tokens/s", "MiB",
+        "parameters", "of LeaP",
+    ]  # fmt: skip
+    rows = {row[0]: row[2:8] for row in table.rows}
+    assert rows["LeaPformer"][3:] == ["26.00 ± 1.41", "34.00 ± 1.41", "1.80 ± 0.00"]
+    assert rows["softmax"] == ["1.2500", "3.49", "72.50", "-", "-", "-"]
+    text = comparison([translation("leap", 25.0, source="text")])
+    assert "LAAL words k=5" in text.columns and "LAAL s k=5" not in text.columns
+
+
+def test_a_split_that_was_only_translated_is_compared_without_a_loss():
+    curves = {"test": [curve_point(5, 25.0, 1800)]}
+    runs = [translation("leap", None, curves=curves), translation("softmax", None, curves=curves)]
+    table = comparison(runs, split="test")
+    assert "loss" not in table.columns and [row[0] for row in table.rows] == ["LeaPformer", "softmax"]
+    tested = {"test": {"loss": 1.0}}
+    table = comparison([*runs[:1], translation("softmax", None, curves=curves, splits=tested)], split="test")
+    assert [row[:3] for row in table.rows] == [["softmax", "0", "1.0000"], ["LeaPformer", "0", "-"]]
+
+
+def test_paired_seeds_compare_loss_and_bleu():
+    runs = [translation("leap", bleu, seed=seed) for seed, bleu in enumerate([25.0, 27.0, 26.0])]
+    runs += [translation("softmax", bleu, seed=seed) for seed, bleu in enumerate([22.0, 24.5, 22.5])]
+    loss, bleu = comparison(runs).notes
+    assert loss == (
+        "LeaPformer - softmax: +0.0000 nats/token, standard error 0.0000 over 3 paired seeds: no difference"
+    )
+    assert bleu == (
+        "LeaPformer - softmax: +3.00 BLEU at k = 5, standard error 0.29 over 3 paired seeds: LeaPformer is better"
+    )
 
 
 def test_faults():

@@ -146,6 +146,15 @@ def test_a_server_writes_a_word_for_every_chunk(statistics):
     assert list(server._streams) == [1] and len(server.translators._streams) == 1
 
 
+def test_threads_are_as_before_afterwards():
+    before = torch.get_num_threads()
+    with speakers.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with pytest.raises(KeyboardInterrupt), speakers.threads(before + 1):
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == before
+
+
 # ---- the command
 
 
@@ -155,7 +164,8 @@ def small(monkeypatch):
     monkeypatch.setattr(streaming, "MODEL", {**TINY, "num_features": 80})
     monkeypatch.setattr(streaming, "SPEAKERS", (2, 3))
     monkeypatch.setattr(streaming, "SPEAKERS_SECONDS", 1)
-    monkeypatch.setattr(streaming, "SPEAKERS_THREADS", 1)
+    # Two threads need a machine of their own; `threads` is tested by itself.
+    monkeypatch.setattr(streaming, "SPEAKERS_RUNS", (("LeaPformer", 1), ("softmax", 1)))
 
 
 def test_the_command_leaves_json_tables_and_a_picture(tmp_path, capsys, small):
@@ -182,8 +192,9 @@ def test_the_command_leaves_json_tables_and_a_picture(tmp_path, capsys, small):
     states = [[row["state_bytes"][name] for row in content["lengths"]] for name in streaming.FORMS]
     assert states[0][0] == states[0][1] and states[1][0] < states[1][1] and states[2][0] < states[2][1]
     assert [profile["contender"] for profile in content["profiles"]] == [streaming.LEAP, streaming.SOFTMAX]
-    pairs = [(row["contender"], row["speakers"]) for row in content["speakers"]]
-    assert pairs == [(name, n) for name in streaming.SPEAKERS_FORMS for n in (2, 3)]
+    found = [(row["contender"], row["threads"], row["clock"], row["speakers"]) for row in content["speakers"]]
+    runs = [("LeaPformer", 1, "cpu"), ("softmax", 1, "cpu")]
+    assert found == [(*run, n) for run in runs for n in (2, 3)]
     assert all(0 < row["busy"] <= 1 <= row["pushes_a_batch"] and row["words"] >= 20 for row in content["speakers"])
     printed = capsys.readouterr().out
     for text in (

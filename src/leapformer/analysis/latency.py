@@ -112,7 +112,7 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
         by_seed: a line for every run; else the seeds of a recipe become one.
 
     Raises:
-        LeapformerError: no runs, one without a curve on the split, or one of speech beside one of text.
+        LeapformerError: no runs, one without a curve on the split, one of speech beside one of text, or of other sentences.
     """
     if not runs:
         raise LeapformerError("quality and latency: expected at least one run, found none")
@@ -132,6 +132,11 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
                 f"{run.folder}: expected a source of {runs[0].results['source']} as in {runs[0].folder}, found {source}: "
                 "seconds and words have no common axis"
             )
+        sizes = [each.latency_curve(split)[0].get("sentences") for each in (runs[0], run)]
+        if sizes[0] != sizes[1]:
+            raise LeapformerError(
+                f"{run.folder}: expected {sizes[0]} sentences of {split} as in {runs[0].folder}, found {sizes[1]}"
+            )
     named = zip(distinct_labels(list(runs)), ([run] for run in runs), strict=True) if by_seed else groups(runs).items()
     return [System(label, members, split, place) for place, (label, members) in enumerate(named)]
 
@@ -146,8 +151,7 @@ def quality_latency(lines: Sequence[System]) -> Figure:
     seeds. The dashed lines are what the same models reach when they hear the whole source first.
     """
     axes_of = [("LAAL", "lagging, LAAL")]
-    # Of text, delays are words and computation is time: there is no such sum.
-    if any(line.unit is UNITS["speech"] and line.mean(k, "LAAL_CA") is not None for line in lines for k in line.ks):
+    if _has_times(lines):
         axes_of.append(("LAAL_CA", "lagging with computation, LAAL_CA"))
     figure = Figure(figsize=(WIDTH, 3.3 * len(axes_of) + 0.15 * len(lines)), layout="constrained")
     panels = figure.subplots(len(axes_of), 1, squeeze=False, sharey=True)[:, 0]
@@ -162,10 +166,18 @@ def quality_latency(lines: Sequence[System]) -> Figure:
         axes.set_ylabel("BLEU")
     handles, _ = panels[0].get_legend_handles_labels()
     if any(line.mean(None, "BLEU") is not None for line in lines):
-        panels[0].add_line(Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="offline"))
+        panels[0].add_line(
+            Line2D([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="offline: the whole source first")
+        )
     if handles:
         _legend(panels[0])
     return figure
+
+
+def _has_times(lines: Sequence[System]) -> bool:
+    """Whether lagging with the computation was measured. Of text, delays are words and computation is time: no sum."""
+    speech = lines[0].unit is UNITS["speech"]
+    return speech and any(line.values(k, "LAAL_CA") for line in lines for k in line.ks)
 
 
 def _draw(axes: Axes, line: System, delay: str) -> None:
@@ -173,14 +185,16 @@ def _draw(axes: Axes, line: System, delay: str) -> None:
     marker = MARKERS[line.place % len(MARKERS)]
     points = _points(line, delay)
     if points:
-        bars = axes.errorbar(
-            [x for _, x, _ in points],
-            [y for _, _, y in points],
-            yerr=_deviations(line, points, "BLEU"),
-            xerr=_deviations(line, points, delay),
-            color=color, marker=marker, markersize=5, linewidth=1.4, elinewidth=0.9, capsize=2, zorder=3,
-        )  # fmt: skip
-        bars.set_label(line.label)
+        laggings, qualities = [x for _, x, _ in points], [y for _, _, y in points]
+        axes.plot(
+            laggings, qualities, color=color, marker=marker, markersize=5, linewidth=1.4, zorder=3, label=line.label
+        )
+        if len(line.runs) > 1:
+            spread = {name: [_deviation(line, k, name) for k, _, _ in points] for name in ("BLEU", delay)}
+            axes.errorbar(
+                laggings, qualities, yerr=spread["BLEU"], xerr=spread[delay], fmt="none", ecolor=color, elinewidth=0.9,
+                capsize=2, zorder=2.5,
+            )  # fmt: skip
     ceiling = line.mean(None, "BLEU")
     if ceiling is not None:
         axes.axhline(ceiling, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
@@ -197,16 +211,14 @@ def _points(line: System, delay: str) -> list[tuple[int, float, float]]:
     return [(k, x, y) for k, x, y in found if x is not None and y is not None]
 
 
-def _deviations(line: System, points: Sequence[tuple[int, float, float]], name: str) -> list[float] | None:
-    """Standard deviation over seeds at every point; None for a single run."""
-    if len(line.runs) < 2:
-        return None
-    return [statistics.stdev(line.values(k, name)) for k, _, _ in points]
+def _deviation(line: System, k: int, name: str) -> float:
+    """Standard deviation over seeds; 0 of one."""
+    return statistics.stdev(line.values(k, name)) if len(line.runs) > 1 else 0.0
 
 
 def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
     """k above the points: once for all that lie within a twelfth of the width, as those of one k mostly do."""
-    points = sorted((x, y, k) for line in lines for k, x, y in _points(line, delay))
+    points = sorted((x, y + _deviation(line, k, "BLEU"), k) for line in lines for k, x, y in _points(line, delay))
     reach = (points[-1][0] - points[0][0]) / 12 if points else 0.0
     for k in dict.fromkeys(k for _, _, k in points):
         group: list[tuple[float, float]] = []
@@ -216,7 +228,7 @@ def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
             if place + 1 == len(own) or own[place + 1][0] - group[0][0] > reach:
                 x, y = max(group, key=lambda each: each[1])
                 axes.annotate(
-                    f"k={k}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
+                    f"k={k}", (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
                 )  # fmt: skip
                 group = []
 
@@ -238,20 +250,27 @@ def latency_table(lines: Sequence[System], draws: Draws | None = None) -> Cells:
             of BLEU, and the others the difference from the baseline with its interval.
     """
     draws = draws or {}
-    present = [name for name in SCORES if any(line.values(k, name) for line in lines for k in [*line.ks, None])]
     unit = lines[0].unit.name
+    measured = [name for name in SCORES if any(line.values(k, name) for line in lines for k in [*line.ks, None])]
+    present = [name for name in measured if name != "LAAL_CA" or _has_times(lines)]
     columns = ["model", "k", *(f"{SCORES[name].heading} {unit}" if name in DELAYS else SCORES[name].heading
                                for name in present)]  # fmt: skip
     rows = []
     for line in lines:
         for k in [*line.ks, *([None] if line.values(None, "BLEU") else [])]:
-            cells = [mean_text(line.values(k, name), SCORES[name].digits) for name in present]
+            cells = [_cell(line, k, name) for name in present]
             rows.append([line.label, "offline" if k is None else str(k), *cells])
             if draws:
                 rows[-1][3:3] = _chance(line, lines[0], k, draws)
     if draws:
-        columns[3:3] = ["95 %", f"- {lines[0].label}"]
+        columns[3:3] = ["95 %", f"against {lines[0].label}"]
     return columns, rows
+
+
+def _cell(line: System, k: int | None, name: str) -> str:
+    """A score, that of quality with its deviation over seeds; the seeds' delays are nearly the same."""
+    values = line.values(k, name) if name in ("BLEU", "chrF") else [line.mean(k, name)]
+    return mean_text(values, SCORES[name].digits)
 
 
 def _chance(line: System, baseline: System, k: int | None, draws: Draws) -> list[str]:
@@ -294,12 +313,12 @@ def equal_lagging_table(lines: Sequence[System], draws: Draws | None = None) -> 
     for itself, then averaged. With `draws`, the differences have their 95 % interval (the LAAL taken as it was measured).
 
     Returns:
-        No columns and no rows where the curves have no lagging in common.
+        No columns and no rows for one system, and where the curves have no lagging in common.
     """
     baseline = lines[0]
     unit = baseline.unit.name
     rows = []
-    for lagging in common_laggings(lines):
+    for lagging in common_laggings(lines) if len(lines) > 1 else []:
         base = _qualities_at(baseline, lagging)
         for line in lines:
             own = _qualities_at(line, lagging)
@@ -309,7 +328,7 @@ def equal_lagging_table(lines: Sequence[System], draws: Draws | None = None) -> 
             if line is not baseline and samples is not None and base_samples is not None:
                 cell += f" {_interval_text(samples - base_samples)}"
             rows.append([line.label, f"{lagging:g}", mean_text(own, 2), cell])
-    return (["model", f"LAAL {unit}", "BLEU", f"- {baseline.label}"], rows) if rows else ([], [])
+    return (["model", f"LAAL {unit}", "BLEU", f"against {baseline.label}"], rows) if rows else ([], [])
 
 
 def common_laggings(lines: Sequence[System]) -> list[float]:
@@ -318,10 +337,10 @@ def common_laggings(lines: Sequence[System]) -> list[float]:
     if not all(curves):
         return []
     low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
-    if low > high:
-        return []
-    ticks = [float(tick) for tick in MaxNLocator(nbins=6).tick_values(low, high) if low <= tick <= high]
-    return ticks or [low]
+    if low >= high:
+        return [low] if low == high else []
+    ticks = [round(float(tick), 9) for tick in MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high)]
+    return [tick for tick in ticks if low <= tick <= high] or [low]
 
 
 def interpolate(points: Sequence[tuple[float, Value]], at: float) -> Value | None:

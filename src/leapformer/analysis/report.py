@@ -6,11 +6,12 @@ Everything is inside the page: styles, plots (SVG) and text. It loads nothing, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from leapformer.analysis.latency import UNITS, equal_lagging_table, latency_table, quality_latency, systems
 from leapformer.analysis.plots import (
     figure_svg,
     learning_curves,
@@ -20,6 +21,7 @@ from leapformer.analysis.plots import (
 )
 from leapformer.analysis.proportions import LayerProportions
 from leapformer.analysis.runs import RunRecord, distinct_labels
+from leapformer.analysis.tables import K
 from leapformer.errors import MissingExtra
 
 try:
@@ -75,11 +77,21 @@ class TableRow:
     best: bool = False
 
 
+@dataclass(frozen=True)
+class Quality:
+    """What a kind of run is judged by: a figure of a run on a split, lower being better, and how it is said."""
+
+    value: Callable[[RunRecord, str], float | None]
+    columns: tuple[tuple[str, str, Callable[[RunRecord, str], str | None]], ...]
+    summary: Callable[[RunRecord, str], str]
+
+
 def write_report(
     path: str | Path,
     runs: Sequence[RunRecord],
     *,
     title: str,
+    split: str = "validation",
     samples: Sequence[GeneratedSample] = (),
     text_proportions: TextProportions | None = None,
     command: str | None = None,
@@ -88,7 +100,7 @@ def write_report(
     """Write the page of `render_report` to `path`, whole or not at all, and return the path."""
     path = Path(path)
     page = render_report(
-        runs, title=title, samples=samples, text_proportions=text_proportions, command=command, note=note
+        runs, title=title, split=split, samples=samples, text_proportions=text_proportions, command=command, note=note
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
@@ -101,6 +113,7 @@ def render_report(
     runs: Sequence[RunRecord],
     *,
     title: str,
+    split: str = "validation",
     samples: Sequence[GeneratedSample] = (),
     text_proportions: TextProportions | None = None,
     command: str | None = None,
@@ -111,6 +124,7 @@ def render_report(
     Arguments:
         runs: what to compare, in the order of the table; at least one.
         title: the heading.
+        split: whose figures are shown.
         samples: generated text to show.
         text_proportions: learned proportions to show.
         command: the command that makes the page again.
@@ -118,9 +132,12 @@ def render_report(
 
     Raises:
         ValueError: no runs.
+        LeapformerError: translation runs that have no common axis of lagging.
     """
     if not runs:
         raise ValueError("runs: expected at least one, found none")
+    is_translation = all(run.results.get("source") in UNITS for run in runs)
+    quality = TRANSLATION if is_translation else LANGUAGE
     environment = Environment(
         loader=PackageLoader("leapformer.analysis", "."),
         autoescape=True,
@@ -131,14 +148,16 @@ def render_report(
     first = runs[0].results
     return environment.get_template("report.html.j2").render(
         title=title,
-        summary=_summary(runs),
-        columns=COLUMNS,
-        rows=_table_rows(runs),
+        summary=_summary(runs, quality, split),
+        columns=[(heading, explanation) for heading, explanation, _ in (*quality.columns, *COLUMNS)],
+        rows=_table_rows(runs, quality, split),
+        is_translation=is_translation,
+        latency=_latency(runs, split) if is_translation else None,
         learning_curves=_inline(figure_svg(learning_curves(runs), prefix="curves-")),
         by_position=_inline(figure_svg(perplexity_by_position(runs), prefix="position-"))
         if any(run.results.get("perplexity_by_position") for run in runs)
         else None,
-        quality_and_speed=_inline(figure_svg(quality_and_speed(runs), prefix="speed-")),
+        quality_and_speed=None if is_translation else _inline(figure_svg(quality_and_speed(runs), prefix="speed-")),
         layers=_layers(text_proportions) if text_proportions else [],
         text_proportions=text_proportions,
         samples=samples,
@@ -146,49 +165,103 @@ def render_report(
         versions=first.get("versions") or {},
         git=first.get("git"),
         recipe=first.get("recipe"),
-        split=runs[0].split(),
+        split=runs[0].split(split),
+        split_name=split,
         command=command,
         note=note,
     )
 
 
-COLUMNS = (
-    ("word perplexity", "lower is better"),
-    ("bits per byte", "lower is better"),
-    ("tokens per second", "training"),
-    ("training time", "min:s"),
-    ("parameters", "all"),
-    ("LeaP modules", "share of them"),
+def _language_quality(run: RunRecord, split: str) -> float | None:
+    return run.split(split).get("bits_per_byte")
+
+
+def _language_summary(run: RunRecord, split: str) -> str:
+    text = f"{_number(_language_quality(run, split), digits=3)} bits per byte"
+    bits = [bits for name, _, bits in _baselines(run, split) if name == "bigram"]
+    return f"{text} (a bigram counted from the training text: {_number(bits[0], digits=3)})" if bits else text
+
+
+LANGUAGE = Quality(
+    _language_quality,
+    (
+        ("word perplexity", "lower is better", lambda run, split: _number(run.split(split).get("word_perplexity"))),
+        ("bits per byte", "lower is better", lambda run, split: _number(_language_quality(run, split), digits=3)),
+    ),
+    _language_summary,
 )
 
 
-def _table_rows(runs: Sequence[RunRecord]) -> list[TableRow]:
+def _bleu(run: RunRecord, split: str, k: int | None) -> str | None:
+    return _number(run.scores_at(k, split).get("BLEU"), digits=2)
+
+
+def _translation_quality(run: RunRecord, split: str) -> float | None:
+    """BLEU, upside down, where sentences were written; the loss tells of runs of which none was."""
+    bleu, loss = run.scores_at(K, split).get("BLEU"), run.split(split).get("loss")
+    return loss if bleu is None else -bleu
+
+
+def _translation_summary(run: RunRecord, split: str) -> str:
+    bleu, offline = _bleu(run, split, K), _bleu(run, split, None)
+    if bleu is None:
+        return f"a loss of {_number(run.split(split)['loss'], digits=3)} nats per token"
+    return f"BLEU {bleu} at k = {K}" + (f" (offline: {offline})" if offline else "")
+
+
+def _lagging(run: RunRecord, split: str) -> str | None:
+    unit, lagging = UNITS[run.results["source"]], run.scores_at(K, split).get("LAAL")
+    return None if lagging is None else f"{_number(lagging * unit.factor, digits=2)} {unit.name}"
+
+
+TRANSLATION = Quality(
+    _translation_quality,
+    (
+        (f"BLEU, k = {K}", "higher is better", lambda run, split: _bleu(run, split, K)),
+        ("BLEU, offline", "higher is better", lambda run, split: _bleu(run, split, None)),
+        (f"lagging, k = {K}", "LAAL", _lagging),
+        ("loss", "nats per token", lambda run, split: _number(run.split(split).get("loss"), digits=3)),
+        ("perplexity", "per token", lambda run, split: _number(run.split(split).get("perplexity"), digits=2)),
+    ),
+    _translation_summary,
+)
+
+# Of every run, behind those of its kind.
+COLUMNS: tuple[tuple[str, str, Callable[[RunRecord, str], str | None]], ...] = (
+    ("tokens per second", "training", lambda run, split: _number(run.results.get("tokens_per_second"), digits=0)),
+    ("training time", "min:s", lambda run, split: _minutes(run.results.get("seconds"))),
+    ("parameters", "all", lambda run, split: _number(run.results.get("parameters"), digits=0)),
+    ("LeaP modules", "share of them", lambda run, split: _leap_share(run)),
+)
+
+
+def _leap_share(run: RunRecord) -> str | None:
+    parameters, leap = run.results.get("parameters"), run.results.get("parameters_leap") or 0
+    return f"{leap / parameters:.2%}" if parameters and leap else None
+
+
+def _table_rows(runs: Sequence[RunRecord], quality: Quality, split: str) -> list[TableRow]:
     """One row per run, then the counted baselines."""
-    qualities = [run.split().get("bits_per_byte", math.inf) for run in runs]
+    columns = (*quality.columns, *COLUMNS)
+    found = [quality.value(run, split) for run in runs]
+    values = [math.inf if value is None else value for value in found]
     rows = []
     for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
-        parameters, leap = run.results.get("parameters"), run.results.get("parameters_leap") or 0
-        cells = [
-            _number(run.split().get("word_perplexity")),
-            _number(run.split().get("bits_per_byte"), digits=3),
-            _number(run.results.get("tokens_per_second"), digits=0),
-            _minutes(run.results.get("seconds")),
-            _number(parameters, digits=0),
-            f"{leap / parameters:.2%}" if parameters and leap else None,
-        ]
-        best = qualities[place] == min(qualities) and len(runs) > 1
+        cells = [text(run, split) for _, _, text in columns]
+        best = values[place] == min(values) and len(runs) > 1
         rows.append(TableRow(label=label, cells=cells, series=place % 6 + 1, best=best))
+    empty = [None] * (len(columns) - 2)
     return rows + [
-        TableRow(label=f"{name}, counted", cells=[_number(perplexity), _number(bits, digits=3)] + [None] * 4)
-        for name, perplexity, bits in _baselines(runs[0])
+        TableRow(label=f"{name}, counted", cells=[_number(perplexity), _number(bits, digits=3), *empty])
+        for name, perplexity, bits in _baselines(runs[0], split)
     ]
 
 
-def _baselines(run: RunRecord) -> list[tuple[str, float, float | None]]:
+def _baselines(run: RunRecord, split: str) -> list[tuple[str, float, float | None]]:
     """Name, word perplexity and bits per byte of the counted baselines, the best first."""
     suffix = "_word_perplexity"
     found = {key.removesuffix(suffix): value for key, value in (run.results.get("baselines") or {}).items()}
-    words, size = run.split().get("words"), run.split().get("bytes")
+    words, size = run.split(split).get("words"), run.split(split).get("bytes")
     bits_per_nat = words / size / math.log(2) if words and size else None
     return [
         (name.replace("_", " "), value, bits_per_nat and math.log(value) * bits_per_nat)
@@ -196,16 +269,30 @@ def _baselines(run: RunRecord) -> list[tuple[str, float, float | None]]:
     ]
 
 
-def _summary(runs: Sequence[RunRecord]) -> str:
+def _summary(runs: Sequence[RunRecord], quality: Quality, split: str) -> str:
     """The outcome in one sentence."""
-    known = [run for run in runs if run.split().get("bits_per_byte") is not None]
+    values = [quality.value(run, split) for run in runs]
+    known = [(value, place) for place, value in enumerate(values) if value is not None]
     if not known:
         return f"{len(runs)} runs, none of them evaluated."
-    best = min(known, key=lambda run: run.split()["bits_per_byte"])
-    label = distinct_labels(list(runs))[list(runs).index(best)]
-    text = f"Best on the validation text: {label} with {_number(best.split()['bits_per_byte'], digits=3)} bits per byte"
-    bits = [bits for name, _, bits in _baselines(best) if name == "bigram"]
-    return f"{text} (a bigram counted from the training text: {_number(bits[0], digits=3)})." if bits else f"{text}."
+    _, place = min(known)
+    label = distinct_labels(list(runs))[place]
+    return f"Best on the {split} text: {label} with {quality.summary(runs[place], split)}."
+
+
+def _latency(runs: Sequence[RunRecord], split: str) -> dict[str, Any] | None:
+    """Picture and tables of those runs that were translated with at several k; None where none was."""
+    measured = [run for run in runs if run.latency_curve(split)]
+    if not measured:
+        return None
+    # A line for each run, in the colours of the table above.
+    lines = systems(measured, split=split, by_seed=True)
+    labels = distinct_labels(list(runs))
+    lines = [replace(line, label=labels[runs.index(line.runs[0])], place=runs.index(line.runs[0])) for line in lines]
+    return {
+        "picture": _inline(figure_svg(quality_latency(lines), prefix="latency-")),
+        "tables": [table for table in (latency_table(lines), equal_lagging_table(lines)) if table[1]],
+    }
 
 
 def _layers(shown: TextProportions) -> list[dict[str, Any]]:

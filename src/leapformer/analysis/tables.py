@@ -188,7 +188,7 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
             if len(seeds) < 2:
                 continue
             mean, error = paired_difference([values[s] for s in seeds], [other_values[s] for s in seeds])
-            verdict = "no difference" if abs(mean) < 2 * error else f"{name if mean * better > 0 else other} is better"
+            verdict = "no difference" if abs(mean) <= 2 * error else f"{name if mean * better > 0 else other} is better"
             notes.append(
                 f"{name} - {other}: {mean:+.{column.digits}f} {unit}, standard error {error:.{column.digits}f} over "
                 f"{len(seeds)} paired seeds: {verdict}"

@@ -138,6 +138,32 @@ def generate(
 
 
 @app.command()
+def translate(
+    folder: RunFolder,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Audio (wav, flac, ogg, mp3), or text where the run's source is text.")
+    ],
+    k: Annotated[int, typer.Option(min=0, help="wait-k: chunks to read before the first word; 0: everything.")] = 5,
+    policy: Annotated[str, typer.Option(help="wait-k, local-agreement or align-att.")] = "wait-k",
+    agreement: Annotated[int, typer.Option(min=2, help="local-agreement: translations that have to agree.")] = 2,
+    frames: Annotated[
+        int, typer.Option(min=1, help="align-att: chunks that the attention has to lie before the last one.")
+    ] = 1,
+    continuous: Annotated[
+        bool, typer.Option("--continuous", help="Begin another sentence where one ends before the audio does.")
+    ] = False,
+    realtime: Annotated[bool, typer.Option("--realtime", help="Read the audio no faster than it is heard.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for every word, and a last one.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input."""
+    _work("leapformer.cli.translate", "translate_file", "speech")(
+        folder, file, k=k, policy=policy, agreement=agreement, frames=frames, continuous=continuous, realtime=realtime,
+        as_json=as_json, threads=threads,
+    )  # fmt: skip
+
+
+@app.command()
 def lra(
     tasks: Annotated[
         str, typer.Option(help="all, or names with commas: listops,text,retrieval,image,pathfinder.")

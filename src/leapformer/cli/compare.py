@@ -13,6 +13,7 @@ from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import comparison, markdown_table
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
+LAGGING = "; LAAL lagging of the words behind the source; offline: the whole source read first"
 
 
 def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output: Path | None) -> None:
@@ -22,13 +23,13 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
     for columns, rows in ((result.columns, result.rows), (["run", *result.columns[1:]], result.runs)):
         if rows:
             typer.echo(markdown_table(columns, rows) + "\n") if markdown else print_table(columns, rows)
-    typer.echo(UNITS)
+    typer.echo(UNITS + (LAGGING if any("LAAL" in column for column in result.columns) else ""))
     for line in result.notes:
         typer.echo(line)
     if output is not None:
         from leapformer.analysis.report import write_report
 
-        typer.echo(f"Written to {write_report(output, runs, title='Comparison')}")
+        typer.echo(f"Written to {write_report(output, runs, title='Comparison', split=split)}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -118,7 +118,8 @@ def _convert(
     if source is None:
         raise LeapformerError(f"{name}: expected --from with the folder of the corpus, found none")
     if source_language is None or target_language is None:
-        raise LeapformerError(f"{name}: expected --source-language and --target-language, found none")
+        found = source_language or target_language or "none"
+        raise LeapformerError(f"{name}: expected --source-language and --target-language, found {found}")
     return prepare_corpus(
         name.removeprefix("speech-"), source, output,
         source_language=source_language, target_language=target_language, **arguments,

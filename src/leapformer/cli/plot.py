@@ -28,7 +28,8 @@ from leapformer.analysis.tables import markdown_table
 from leapformer.cli.compare import print_table
 from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
-from leapformer.tasks.simulst.instances import LOG_NAME, read_instances
+from leapformer.tasks.simulst.curves import log_path
+from leapformer.tasks.simulst.instances import read_instances
 from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
 from leapformer.training.saving import write_text
@@ -69,7 +70,7 @@ def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Pat
     samples: dict[tuple[Path, int | None], Any] = {}
     if draws:
         counts = _counts(lines, split)
-        check_paired({_log(folder, split, k): own for (folder, k), own in counts.items()})
+        check_paired({log_path(folder, split, k): own for (folder, k), own in counts.items()})
         samples = {key: bootstrap_bleu(own, draws=draws) for key, own in counts.items()}
     tables = [latency_table(lines, samples), equal_lagging_table(lines, samples)]
     for columns, rows in tables:
@@ -92,12 +93,12 @@ def _counts(lines: Sequence[System], split: str) -> dict[tuple[Path, int | None]
     return {
         (run.folder, k): _read_counts(run, split, k, float(point["BLEU"]))
         for run, k, point in points
-        if _log(run.folder, split, k).is_file()
+        if log_path(run.folder, split, k).is_file()
     }
 
 
 def _read_counts(run: RunRecord, split: str, k: int | None, expected: float) -> SentenceCounts:
-    path = _log(run.folder, split, k)
+    path = log_path(run.folder, split, k)
     instances = sorted(read_instances(path), key=lambda instance: instance.index)
     counts = sentence_counts([each.prediction for each in instances], [each.reference for each in instances])
     if abs(counts.score() - expected) > ROUNDING:
@@ -105,10 +106,6 @@ def _read_counts(run: RunRecord, split: str, k: int | None, expected: float) -> 
             f"{path}: expected BLEU {expected:.2f} as results.json has it, found {counts.score():.2f}; evaluate again"
         )
     return counts
-
-
-def _log(folder: Path, split: str, k: int | None) -> Path:
-    return folder / "evaluation" / split / ("offline" if k is None else f"k-{k}") / LOG_NAME
 
 
 def _note(lines: Sequence[System], samples: Any, draws: int) -> str:

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from leapformer.errors import LeapformerError
+from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.tasks.card import CARD, read_card
 
 PARTS = ".parts"
@@ -59,9 +59,11 @@ class BadRows:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Notes the LeapformerError that ends the block, if bad rows are to be skipped."""
+        """Notes the LeapformerError that ends the block, if bad rows are to be skipped. A missing package is no bad row."""
         try:
             yield
+        except MissingExtra:
+            raise
         except LeapformerError as error:
             self.report(str(error))
 

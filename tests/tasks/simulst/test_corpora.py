@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leapformer.errors import LeapformerError
+from leapformer.errors import LeapformerError, MissingExtra
 
 sf = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
@@ -539,7 +540,7 @@ def test_damaged_archives_and_recordings(tmp_path):
         fails("fr.tar.xz: expected a whole tar archive, found", "tuxpaint", folder, tmp_path / "x", "fr", "en")
     folder = write_stamps(tmp_path / "b", pack=False)
     recording = folder / "fr" / "5.ogg"
-    recording.write_bytes(recording.read_bytes()[:-200])
+    recording.write_bytes(recording.read_bytes()[:4_500])
     fails(r"manifest.tsv:7: fr/5.ogg: expected a last ogg page .*: the file is cut off", "tuxpaint", folder,
           tmp_path / "x", "fr", "en")  # fmt: skip
     change_line(folder / "manifest.tsv", 3, "fr\tfr/1.ogg\ta/1\tsoon\tUne\tOne\tEins\tUne")
@@ -640,6 +641,13 @@ def test_wrong_arguments(tmp_path):
     )
     fails("--count: expected 1 or more, found 0", "mustc", tmp_path, output, count=0)
     fails(f"speech: expected one of {', '.join(CORPORA)}, found 'must-c'", "must-c", tmp_path, output)
+
+
+def test_a_missing_package_is_no_bad_row(tmp_path, monkeypatch):
+    folder = write_stamps(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(MissingExtra, match=r"'soundfile'.*leapformer\[speech\]"):
+        prepare("tuxpaint", folder, tmp_path / "x", "fr", "en", skip_bad=True)
 
 
 def test_holding_out():

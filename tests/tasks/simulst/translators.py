@@ -46,14 +46,21 @@ def speech_processor() -> TranslationProcessor:
 
 @cache
 def text_processor() -> TranslationProcessor:
-    return TranslationProcessor(vocabulary(), source_vocabulary=vocabulary(), source_language="de", target_language="de")
+    return TranslationProcessor(
+        vocabulary(), source_vocabulary=vocabulary(), source_language="de", target_language="de"
+    )
 
 
 def speech_model(
     *, seed: int = 0, ends: bool = True, dtype: torch.dtype = torch.float64, **fields
 ) -> LeapformerForConditionalGeneration:
     """`ends`: whether there is an end of sentence at all."""
-    fields = {"num_features": 80, "vocab_size": len(vocabulary()), "pre_decision": CHUNK, "tie_word_embeddings": False} | fields
+    fields = {
+        "num_features": 80,
+        "vocab_size": len(vocabulary()),
+        "pre_decision": CHUNK,
+        "tie_word_embeddings": False,
+    } | fields
     model = tiny_translator(seed=seed, dtype=dtype, **fields)
     model.config.eos_token_id = 2 if ends else None
     return model

@@ -75,7 +75,7 @@ def _translate(translator: StreamingTranslator, pieces: Iterator[Any]) -> tuple[
 def _pieces(data: Any, model: Any, split: str, index: int) -> Iterator[Any]:
     """The source as it comes in: a chunk of audio, or a word, at a time."""
     sentence = data.dataset(split).sentences[index]
-    if data.recipe.data.source == "text":
+    if not data.is_speech:
         yield from sentence.text.split()
         return
     samples = data.spoken(split)[sentence.number]["audio"].astype(np.float32) / 32768

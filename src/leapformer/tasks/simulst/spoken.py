@@ -20,17 +20,7 @@ from leapformer.tasks.files import decode_line, read_raw_lines
 from leapformer.tasks.preparation import BadRows, Progress, as_json, is_there, silent
 from leapformer.tasks.simulst import espeak
 from leapformer.tasks.simulst.audio import SAMPLE_RATE, resample
-from leapformer.tasks.simulst.prepared import (
-    SpokenSplit as SpokenSplit,
-)
-from leapformer.tasks.simulst.prepared import (
-    Utterance,
-    check_count,
-    draw,
-    file_names,
-    hold_out,
-    write_prepared,
-)
+from leapformer.tasks.simulst.prepared import Utterance, check_count, draw, file_names, hold_out, write_prepared
 
 SPEAKING = "spoken 1"  # a change of the audio needs a new version
 LICENCE = (

@@ -26,6 +26,7 @@ from leapformer.tasks.simulst.evaluation import batches_by_length, simulate
 from leapformer.tasks.simulst.examples import Sentence, TranslationCollator, TranslationDataset
 from leapformer.tasks.simulst.feature_cache import CachedFeatures
 from leapformer.tasks.simulst.features import FeatureStatistics
+from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import Instance, score
 from leapformer.tasks.simulst.prepared import SpokenSplit
 from leapformer.tasks.simulst.processor import TranslationProcessor
@@ -37,6 +38,8 @@ from leapformer.training.run import Run
 from leapformer.training.task import Task, TaskData
 
 SET_BY_DATA = ("source", "num_features", "source_vocab_size", "ctc_vocab_size")
+GRAMMAR_SENTENCES = 20_000  # for training
+HELD_OUT = 300  # each for validation and the test
 # Encoder fields that a recipe for pre-training takes from the recipe that it comes before.
 _SHARED = tuple(name for name in ENCODER_FIELDS if name not in SET_BY_DATA)
 
@@ -44,9 +47,11 @@ _SHARED = tuple(name for name in ENCODER_FIELDS if name not in SET_BY_DATA)
 class DataSection(Section):
     """Which sentences, and how many of them."""
 
-    source: Literal["speech", "text"] = "speech"
-    path: str = Field(
-        description="speech: folder that `leapformer data prepare speech-...` filled; text: folder with SPLIT.LANGUAGE files"
+    source: Literal["speech", "text", "grammar"] = "speech"
+    path: str | None = Field(
+        default=None,
+        description="speech: folder that `leapformer data prepare speech-...` filled; text: folder with SPLIT.LANGUAGE files; "
+        "grammar: none, text of the built-in grammar",
     )
     source_language: str = "en"
     target_language: str = "de"
@@ -56,9 +61,18 @@ class DataSection(Section):
     splits: dict[str, str] = Field(
         default_factory=dict, description="text: names of files for train, validation, test where they differ"
     )
-    limit: int | None = Field(default=None, ge=1, description="training sentences to take, from the start; none: all")
+    limit: int | None = Field(
+        default=None, ge=1, description="training sentences to take, from the start; none: all (grammar: 20,000)"
+    )
     max_seconds: float = Field(default=30.0, gt=0, description="speech: longer utterances are left out of the training")
     max_tokens: int = Field(default=200, ge=1, description="longer targets are left out of the training")
+
+    @model_validator(mode="after")
+    def _check_path(self) -> DataSection:
+        if (self.path is None) != (self.source == "grammar"):
+            expected = "none with the source grammar" if self.source == "grammar" else "a folder"
+            raise ValueError(f"data.path: expected {expected}, found {self.path!r}")
+        return self
 
 
 class VocabularySection(Section):
@@ -130,7 +144,8 @@ class TranslationData(TaskData):
 
     def __init__(self, recipe: TranslationRecipe, *, cache: Path, processor: TranslationProcessor | None) -> None:
         self.recipe, self.cache = recipe, cache
-        self.folder = expand_path(recipe.data.path, key="data.path")
+        self.is_speech = recipe.data.source == "speech"
+        self.folder = expand_path(recipe.data.path or "grammar", key="data.path")
         self.transcribe = recipe.data.target == "transcription"
         self._datasets: dict[str, TranslationDataset] = {}
         self._spoken: dict[str, SpokenSplit] = {}
@@ -160,7 +175,7 @@ class TranslationData(TaskData):
         """
         if split not in self._datasets:
             sentences = self.sentences(split)
-            features = None if self.recipe.data.source == "text" else self._features(split)
+            features = self._features(split) if self.is_speech else None
             dataset = TranslationDataset(sentences, self.processor, features=features, transcribe=self.transcribe)
             if split == "train":
                 dataset = self._without_long_ones(dataset)
@@ -176,6 +191,8 @@ class TranslationData(TaskData):
                 _find(self.folder, f"{name}.{code}") for code in (section.source_language, section.target_language)
             ]
             found = [Sentence(pair.text, pair.translation) for pair in read_pairs(files[0], files[1], BadRows(False))]
+        elif section.source == "grammar":
+            found = self._grammar(split)
         else:
             found = [
                 Sentence(
@@ -184,6 +201,13 @@ class TranslationData(TaskData):
                 for n, row in enumerate(self.spoken(split).rows)
             ]
         return found[: section.limit] if split == "train" else found
+
+    def _grammar(self, split: str) -> list[Sentence]:
+        sizes = {"train": self.recipe.data.limit or GRAMMAR_SENTENCES, "validation": HELD_OUT, "test": HELD_OUT}
+        if split not in sizes:
+            raise LeapformerError(f"the built-in grammar: expected the split {', '.join(sizes)}, found {split!r}")
+        drawn = Grammar(0).sentences(split, sizes[split], seed=0)
+        return [Sentence(each.english, each.german) for each in drawn]
 
     def spoken(self, split: str) -> SpokenSplit:
         """The audio of a split."""
@@ -223,8 +247,9 @@ class TranslationData(TaskData):
         section, before = self.recipe.data, None
         if self._start is not None:
             before = TranslationProcessor.from_pretrained(self._start.model_path)
-            if before.source != section.source:
-                raise LeapformerError(f"start.run: expected a source of {section.source}, found {before.source}")
+            expected = "speech" if self.is_speech else "text"
+            if before.source != expected:
+                raise LeapformerError(f"start.run: expected a source of {expected}, found {before.source}")
             if self.recipe.start.take == "all":
                 return before
         return TranslationProcessor(
@@ -236,7 +261,7 @@ class TranslationData(TaskData):
         )
 
     def _needs_source_vocabulary(self) -> bool:
-        return self.recipe.data.source == "text" or bool(self.recipe.model.get("ctc_weight"))
+        return not self.is_speech or bool(self.recipe.model.get("ctc_weight"))
 
     def _vocabulary(self, *, of_source: bool) -> Vocabulary:
         section = self.recipe.vocabulary
@@ -251,7 +276,7 @@ class TranslationData(TaskData):
 
     def _statistics(self) -> FeatureStatistics | None:
         """Of the training split, computed once."""
-        if self.recipe.data.source == "text":
+        if not self.is_speech:
             return None
         features = self._features("train")
         path = features.path.with_suffix(".safetensors")
@@ -348,7 +373,7 @@ class TranslationData(TaskData):
 
     def _batch_size(self) -> int:
         """Frames or source tokens of a batch of an evaluation: a state takes four frames."""
-        return self.recipe.training.eval_batch_tokens * (4 if self.recipe.data.source == "speech" else 1)
+        return self.recipe.training.eval_batch_tokens * (4 if self.is_speech else 1)
 
     @torch.no_grad()
     def metrics(

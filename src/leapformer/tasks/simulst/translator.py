@@ -60,7 +60,7 @@ class _Target:
     continuous: bool
     save: Callable[[], None]
     restore: Callable[[], None]
-    last: int = -1
+    last: int
     written: int = 0
     available: int = 0
     source_ended: bool = False
@@ -71,9 +71,6 @@ class _Target:
     pieces: tuple[int, ...] = ()  # of the word that is not complete
     words: int = 0
     new: list[Word] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.last = self.config.bos_token_id
 
     @property
     def pre_decision(self) -> int:
@@ -218,7 +215,7 @@ class TranslatorBatch:
         number, self._opened = self._opened, self._opened + 1
         target = _Target(
             self.model.config, self.processor, self._tokens_per_chunk, self.continuous,
-            save=lambda: self._save(number), restore=lambda: self._restore(number),
+            save=lambda: self._save(number), restore=lambda: self._restore(number), last=self.model.config.bos_token_id,
         )  # fmt: skip
         self._streams[number] = _Stream(self._new_source(), target, policy)
         if self._full:

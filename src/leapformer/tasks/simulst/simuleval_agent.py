@@ -1,0 +1,78 @@
+"""An agent for SimulEval 1.1.4, which scores a trained run by playing audio to it.
+
+    simuleval --agent simuleval_agent.py --run runs/NAME --k 5 --source source.txt --target target.txt \\
+        --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
+
+SimulEval's pins conflict with those of the training, so it lives in an environment of its own: with torch, transformers and
+leapformer, kaldi-native-fbank, sentencepiece, soundfile, and soxr for audio of another rate than 16 kHz. Nothing else of
+leapformer is imported here.
+
+SimulEval calls `policy` after each segment, and once after the last; whatever is not written then is lost. Where a sentence is
+said to be finished before its source is, SimulEval begins a new one with the rest of the audio, so an early end is kept back.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from simuleval.agents import SpeechToTextAgent  # type: ignore[import-not-found]
+from simuleval.agents.actions import ReadAction, WriteAction  # type: ignore[import-not-found]
+from simuleval.utils import entrypoint  # type: ignore[import-not-found]
+
+from leapformer.tasks.simulst.policies import WaitK
+from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.translator import StreamingTranslator
+from leapformer.training.loading import load_model
+
+
+@entrypoint
+class LeapformerAgent(SpeechToTextAgent):
+    """Wait-k with the model of a run; a stream of its own for every sentence."""
+
+    def __init__(self, args: Namespace) -> None:
+        folder = Path(args.run) / "model"
+        self.model = load_model(folder)
+        self.processor = TranslationProcessor.from_pretrained(folder)
+        self.wait_k = WaitK(args.k or None)
+        self.translator: StreamingTranslator | None = None
+        self.taken = 0
+        super().__init__(args)
+
+    @staticmethod
+    def add_args(parser: ArgumentParser) -> None:
+        """--run and --k of the command line."""
+        parser.add_argument("--run", required=True, help="folder of a trained run")
+        parser.add_argument("--k", type=int, default=5, help="chunks to read before the first word; 0: everything")
+
+    def reset(self) -> None:
+        """Another sentence comes: nothing of the last one stays."""
+        super().reset()
+        if self.translator is not None:
+            self.translator.close()
+        self.translator, self.taken = None, 0
+
+    def policy(self, states: Any = None) -> Any:
+        """Take what is new of the source, and write the words that are complete with it."""
+        states = self.states if states is None else states
+        if self.translator is None:
+            if not states.source and not states.source_finished:
+                return ReadAction()
+            # An empty source comes without a sample rate.
+            rate = states.source_sample_rate or 16_000
+            self.translator = StreamingTranslator(self.model, self.processor, self.wait_k, sample_rate=rate)
+        new = np.asarray(states.source[self.taken :], dtype=np.float32)
+        self.taken += len(new)
+        words = self.translator.push(new)
+        if states.source_finished:
+            words += self.translator.finish()
+        text = " ".join(word.text for word in words)
+        if states.source_finished:
+            return WriteAction(text, finished=True)
+        return WriteAction(text, finished=False) if text else ReadAction()
+
+    def to(self, device: str, *args: Any, **kwargs: Any) -> None:
+        """Move the model."""
+        self.model.to(device)
