@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from leapformer.cli import main
-from leapformer.cli.translate import audio_pieces, translate_audio
+from leapformer.cli.translate import Report, audio_pieces, translate_audio
 from leapformer.tasks.simulst.audio import read_audio
 from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
 from leapformer.tasks.simulst.translator import StreamingTranslator, Word
@@ -145,7 +145,10 @@ def test_words_are_printed_as_the_audio_is_read(model):
     def show(word: Word, clock: float) -> None:
         events.append(word)
 
-    translate_audio(lambda: StreamingTranslator(model, speech_processor(), WaitK(1)), pieces(), show, realtime=False)
+    def begin():
+        return StreamingTranslator(model, speech_processor(), WaitK(1))
+
+    translate_audio(begin, pieces(), show, Report(), realtime=False)
     heard = 0.0
     for event in events:
         if isinstance(event, Word):
@@ -164,9 +167,10 @@ def test_realtime_takes_as_long_as_the_audio(model, monkeypatch):
     def begin():
         return StreamingTranslator(model, speech_processor(), WaitK(3))
 
-    report = translate_audio(begin, iter(pieces), lambda word, clock: None, realtime=True)
-    assert now[0] == pytest.approx(101.2) and report.audio_ms == 1200
-    translate_audio(begin, iter(pieces), lambda word, clock: None, realtime=False)
+    report = Report()
+    translate_audio(begin, iter(pieces), lambda word, clock: None, report, realtime=True)
+    assert now[0] == pytest.approx(101.2) and report.audio_ms == 1200 and report.done
+    translate_audio(begin, iter(pieces), lambda word, clock: None, Report(), realtime=False)
     assert now[0] == pytest.approx(101.2)
 
 
@@ -207,6 +211,11 @@ def test_broken_audio_is_one_line(run, text_run, wav, tmp_path, capsys):
     (tmp_path / "speech.wav").write_bytes(b"")
     assert "expected an audio file, found an empty one" in one_line(capsys, run, path)
     assert "expected an audio file, found No such file" in one_line(capsys, run, tmp_path / "none.wav")
+    late = noise(8.0, seed=1)
+    late[-1] = np.inf
+    assert main(["translate", str(run), wav(late, name="late.wav"), "--k", "1"]) == 2
+    captured = capsys.readouterr()  # what was written before stays, on a line of its own
+    assert captured.out.endswith("\n") and captured.out.strip() and captured.err.startswith("leapformer: ")
     assert "FILE: expected an audio file, found -" in one_line(capsys, run, "-")
     assert "expected the folder of a run" in one_line(capsys, tmp_path, path)
     assert "--policy: expected one of wait-k, local-agreement, align-att, found 'x'" in one_line(

@@ -55,8 +55,12 @@ def translate_file(
             "FILE: expected an audio file, found - (which reads text, and this run translates speech)"
         )
     pieces = audio_pieces(file, round(model.config.pre_decision * STATE_MS * SAMPLE_RATE / 1000))
-    report = translate_audio(translator, pieces, show, realtime=realtime)
-    end_of_line(as_json)
+    report = Report()
+    try:
+        translate_audio(translator, pieces, show, report, realtime=realtime)
+    finally:
+        if report.words or report.done:
+            end_of_line(as_json)
     tell(report.summary(), report.line(), as_json=as_json)
 
 
@@ -93,7 +97,7 @@ class Report:
             live: no piece is translated before it was heard, or before the one ahead of it is done.
         state_bytes: largest size of the state. words: how many were written.
         first: of the first word, its `read_ms` and the clock; None without words.
-        ended_at: `read_ms` where the sentence ended before the audio did.
+        ended_at: `read_ms` where the sentence ended before the audio did. done: whether the audio was read to its end.
     """
 
     audio_ms: float = 0.0
@@ -103,6 +107,7 @@ class Report:
     words: int = 0
     first: tuple[float, float] | None = None
     ended_at: float | None = None
+    done: bool = False
 
     def summary(self) -> dict[str, Any]:
         """For a machine."""
@@ -133,17 +138,19 @@ class Report:
 
 
 def translate_audio(
-    begin: Callable[[], StreamingTranslator], pieces: Pieces, show: Callable[[Word, float], None], *, realtime: bool
-) -> Report:
+    begin: Callable[[], StreamingTranslator], pieces: Pieces, show: Callable[[Word, float], None], report: Report, *,
+    realtime: bool,
+) -> None:  # fmt: skip
     """Translate one stream of audio.
 
     Arguments:
         begin: makes the translator.
         pieces: samples at 16 kHz.
         show: is given every word and the clock in ms, see `Report`.
+        report: is filled in.
         realtime: wait until each piece would have been heard.
     """
-    report, started = Report(), time.monotonic()
+    started = time.monotonic()
 
     def run(work: Callable[[], list[Word]]) -> None:
         before = time.perf_counter()
@@ -169,7 +176,7 @@ def translate_audio(
         run(translator.finish)
     if report.ended_at is not None and report.ended_at >= report.audio_ms:
         report.ended_at = None
-    return report
+    report.done = True
 
 
 # ---- text

@@ -13,10 +13,12 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("sacrebleu")
 
 from leapformer.errors import LeapformerError
+from leapformer.tasks.registry import load_recipe
 from leapformer.tasks.simulst.curves import evaluate_curve, log_path, parse_ks
 from leapformer.tasks.simulst.evaluation import complete_words, simulate, word_ends
 from leapformer.tasks.simulst.examples import TranslationCollator, stretch
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import read_instances, score
 from leapformer.tasks.simulst.live import translate_live
 from leapformer.tasks.simulst.processor import TranslationProcessor
@@ -51,7 +53,9 @@ def test_a_run_has_a_model_its_processor_and_results(runs, source):
     results, model = run.results(), load_model(run.model_path)
     processor = TranslationProcessor.from_pretrained(run.model_path)
     assert (results["source"], results["attention"], results["steps"]) == (source, "leap", 6)
-    assert {"loss", "perplexity", "token_accuracy", "BLEU", "LAAL", "exchanged_BLEU"} <= results["splits"]["validation"].keys()
+    assert {"loss", "perplexity", "token_accuracy", "BLEU", "LAAL", "exchanged_BLEU"} <= results["splits"][
+        "validation"
+    ].keys()
     assert processor.source == model.config.source == source
     assert (processor.statistics is None) == (source == "text")
     assert model.config.vocab_size == len(processor.target_vocabulary)
@@ -162,6 +166,24 @@ def test_batches_of_one_length_hold_every_example_once_a_pass():
     assert order == list(PassSampler(64, total=64 * 3, seed=1, lengths=lengths, batch=8))
 
 
+def test_the_grammar_needs_no_files(tmp_path):
+    content = tiny_content(tmp_path)
+    content["data"] = {"source": "grammar", "limit": 80}
+    content["vocabulary"] = {"size": 90, "source_size": 90}
+    recipe, task = load_recipe(write_recipe(tmp_path, content))
+    data = task.prepare(recipe, cache=tmp_path / ".cache")
+    drawn = Grammar(0).sentences("train", 80, seed=0)
+    assert [(s.text, s.translation) for s in data.sentences("train")] == [(d.english, d.german) for d in drawn]
+    assert len(data.dataset("validation")) == len(data.dataset("test")) == 300
+    with pytest.raises(
+        LeapformerError, match="the built-in grammar: expected the split train, validation, test, found 'x'"
+    ):
+        data.dataset("x")
+    for section in ({"source": "grammar", "path": "x"}, {"source": "speech"}):
+        with pytest.raises(RecipeError, match="data.path: expected"):
+            load_recipe(write_recipe(tmp_path, {**content, "data": section}))
+
+
 def test_long_utterances_are_left_out_of_the_training_alone(runs):
     recipe, task = tiny_recipe(runs, "data.max_seconds=0.5", source="speech")
     data = task.prepare(recipe, cache=runs / ".cache")
@@ -182,8 +204,6 @@ def test_pretraining_hands_its_encoder_over(runs, tmp_path):
     before = write_recipe(tmp_path, {**content, "data": {**content["data"], "target": "transcription"}}, "before")
     main = tiny_content(runs / "speech-data", source="speech")
     main["training"] = {**main["training"], "max_steps": 1, "learning_rate": 1e-12}
-    from leapformer.tasks.registry import load_recipe
-
     recipe, task = load_recipe(write_recipe(tmp_path, {**main, "pretraining": str(before)}, "main"))
     outcome = train(recipe, task, tmp_path / "run")
     assert outcome.results is not None

@@ -212,10 +212,12 @@ class TranslatorBatch:
         policy = self.policy if policy is None else policy
         if policy.keep_mass != self.policy.keep_mass:
             raise ValueError("policy: expected one that looks at the attention as the batch's policy does, or neither")
+        begin = self.model.config.bos_token_id
+        assert begin is not None
         number, self._opened = self._opened, self._opened + 1
         target = _Target(
             self.model.config, self.processor, self._tokens_per_chunk, self.continuous,
-            save=lambda: self._save(number), restore=lambda: self._restore(number), last=self.model.config.bos_token_id,
+            save=lambda: self._save(number), restore=lambda: self._restore(number), last=begin,
         )  # fmt: skip
         self._streams[number] = _Stream(self._new_source(), target, policy)
         if self._full:
