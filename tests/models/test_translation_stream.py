@@ -187,7 +187,9 @@ def test_wrong_use_is_one_clear_line():
     with pytest.raises(ValueError, match="expected the same keep_mass in all streams, found both"):
         DecoderStream.join(both)
     streams = [EncoderStream.begin(model) for _ in range(2)]
-    streams[0].push(speech(1, 5))
+    streams[0].push(speech(1, 17))
+    with pytest.raises(ValueError, match="EncoderStream.put: expected streams at the end of a chunk, found other ones"):
+        streams[1].put(torch.tensor([0]), streams[0])
     with pytest.raises(ValueError, match="expected streams at the same place of a chunk, found different ones"):
         EncoderStream.join(streams)
     for begin in (EncoderStream.begin, DecoderStream.begin):
@@ -252,6 +254,65 @@ def test_independent_utterances_step_as_one_batch(fields):
         if decoders[r].cross[0].keys is not None:  # no padding is left of the company of longer ones
             assert decoders[r].cross[0].keys.shape[1] == int(decoders[r].seen)
             assert decoders[r].cross[0].key_mask is None
+
+
+@settings
+def test_some_rows_step_and_go_back_to_their_places(fields):
+    """Rows at different places of their sources and targets; each is what it is alone."""
+    model, x, labels = tiny_translator(**fields), speech(3, 72), targets(3, 6)
+    inputs, size = model.shift_right(labels), 4 * CHUNK
+    expected = model(x, labels=labels, k=1).logits
+    encoder, decoder = EncoderStream.begin(model, 3), DecoderStream.begin(model, 3, k=1, keep_mass=True)
+    places, logits = [0, 0, 0], [[], [], []]
+    for rows in ([0], [2, 0], [1], [0, 1, 2], [2, 1], [0, 2], [1], [1, 0], [1], [1, 2], [0], [2]):
+        index = torch.tensor(rows)
+        part = encoder.reorder(index)
+        states = part.push(torch.cat([x[r : r + 1, places[r] * size : (places[r] + 1) * size] for r in rows]))
+        encoder.put(index, part)
+        decoder.feed(states, rows=rows)
+        assert decoder.available.tolist() == [(places[r] + (r in rows)) * CHUNK for r in range(3)]
+        together = decoder.reorder(index)
+        new = together.step(torch.stack([inputs[r, places[r]] for r in rows]))
+        decoder.put(index, together)
+        for r, row in zip(rows, new, strict=True):
+            logits[r].append(row)
+            places[r] += 1
+    assert places == [6, 6, 6] and decoder.written.tolist() == [6, 6, 6]
+    torch.testing.assert_close(torch.stack([torch.stack(row) for row in logits]), expected, atol=1e-9, rtol=1e-9)
+    decoder.finish(rows=[1])
+    assert decoder.finished.tolist() == [False, True, False]
+    if decoder.cross[0].keys is not None:  # no slot that is padding in every row
+        assert decoder.cross[0].keys.shape[1] == 18 and decoder.cross[0].key_mask is None
+
+
+def test_full_context_replaces_the_source_of_some_rows():
+    model, x, labels = tiny_translator(context="full"), speech(2, 48), targets(2, 2)
+    inputs, decoder = model.shift_right(labels), DecoderStream.begin(model, 2, keep_mass=True)
+    decoder.feed(model.encode(x[:, :24]).hidden)
+    decoder.step(inputs[:, 0], see=decoder.available)
+    decoder.feed(model.encode(x[1:]).hidden, rows=[1])
+    assert decoder.seen.tolist() == [6, 0] and decoder.available.tolist() == [6, 12]
+    one = DecoderStream.begin(model, keep_mass=True)
+    one.feed(model.encode(x[1:, :24]).hidden)
+    one.step(inputs[1:, 0], see=one.available)
+    one.feed(model.encode(x[1:]).hidden)
+    expected = one.step(inputs[1:, 1], see=one.available)
+    torch.testing.assert_close(decoder.step(inputs[:, 1], see=decoder.available)[1:], expected, atol=1e-9, rtol=1e-9)
+
+
+@settings
+def test_what_is_absorbed_beforehand_changes_nothing(fields):
+    model, x, labels = tiny_translator(**fields), speech(2, 48), targets(2, 3)
+    inputs, states = model.shift_right(labels), model.encode(x).hidden
+    decoders = [DecoderStream.begin(model, 2) for _ in range(2)]
+    for decoder in decoders:
+        decoder.feed(states)
+    decoders[1].absorb(torch.tensor([5, 0]))
+    decoders[1].absorb()
+    assert [len(row) for row in decoders[1].waiting] == [0, 0] and decoders[1].seen.tolist() == [12, 12]
+    for i in range(3):
+        first, second = (decoder.step(inputs[:, i], see=decoder.available) for decoder in decoders)
+        torch.testing.assert_close(first, second, atol=1e-10, rtol=1e-10)
 
 
 @settings

@@ -183,6 +183,14 @@ def test_files_that_are_cut_off(tmp_path, name, match):
     fails(match, path)
 
 
+@pytest.mark.parametrize("name", ["a.ogg", "opus.ogg"])
+@pytest.mark.parametrize("missing", [1, 200, 500])
+def test_ogg_files_that_are_cut_off_within_their_last_page(tmp_path, name, missing):
+    path = write(tmp_path / name, voice(16_000))
+    path.write_bytes(path.read_bytes()[:-missing])
+    fails("expected a last ogg page that ends the stream, found none: the file is cut off", path)
+
+
 def test_a_wav_file_from_a_pipe_does_not_know_its_size(tmp_path):
     path = write(tmp_path / "pcm16.wav", voice(3000))
     whole, content = read_audio(path), bytearray(path.read_bytes())

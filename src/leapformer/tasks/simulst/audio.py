@@ -251,7 +251,9 @@ def _check_ogg(raw: BinaryIO, size: int, where: str) -> None:
     raw.seek(max(0, size - _OGG_TAIL))
     tail = raw.read()
     page = tail.rfind(b"OggS")
-    if page < 0 or len(tail) < page + 6 or not tail[page + 5] & 4:
+    # A page is a header of 27 bytes, a table of so many sizes as byte 26 says, and as many bytes as their sum.
+    sizes = tail[page + 27 : page + 27 + tail[page + 26]] if 0 <= page < len(tail) - 26 else b""
+    if not sizes or not tail[page + 5] & 4 or len(tail) < page + 27 + tail[page + 26] + sum(sizes):
         raise LeapformerError(
             f"{where}: expected a last ogg page that ends the stream, found none: the file is cut off"
         )

@@ -14,10 +14,9 @@ import torch
 from leapformer.models.translation_stream import greedy_translation
 from leapformer.tasks.simulst.examples import TranslationCollator, TranslationDataset
 from leapformer.tasks.simulst.instances import Instance
+from leapformer.tasks.simulst.sources import STATE_MS
 from leapformer.tasks.simulst.translator import SPARE_TOKENS, TOKENS_PER_CHUNK
 from leapformer.tasks.simulst.vocabulary import Vocabulary
-
-STATE_MS = 40.0  # of audio that a state of speech stands for
 
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 

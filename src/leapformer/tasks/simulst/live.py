@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
-from leapformer.tasks.simulst.evaluation import STATE_MS
 from leapformer.tasks.simulst.instances import Instance
 from leapformer.tasks.simulst.policies import WaitK
+from leapformer.tasks.simulst.sources import STATE_MS
 from leapformer.tasks.simulst.translator import StreamingTranslator, Word
 
 
