@@ -264,7 +264,7 @@ def test_some_rows_step_and_go_back_to_their_places(fields):
     expected = model(x, labels=labels, k=1).logits
     encoder, decoder = EncoderStream.begin(model, 3), DecoderStream.begin(model, 3, k=1, keep_mass=True)
     places, logits = [0, 0, 0], [[], [], []]
-    for rows in ([0], [2, 0], [1], [0, 1, 2], [2, 1], [0, 2], [1], [1, 0], [1], [1, 2], [0], [2]):
+    for rows in ([0], [2, 0], [1], [0, 1, 2], [2, 1], [0, 2], [1], [1, 0], [1, 2], [0], [2]):
         index = torch.tensor(rows)
         part = encoder.reorder(index)
         states = part.push(torch.cat([x[r : r + 1, places[r] * size : (places[r] + 1) * size] for r in rows]))

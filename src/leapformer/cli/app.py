@@ -300,5 +300,5 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo's runs and page.")] = Path("runs/demo"),
     threads: Threads = None,
 ) -> None:
-    """Train LeaPformer, cosFormer and softmax on built-in text, compare them, write a page. Nothing to download."""
+    """Train language models and simultaneous translation on what is built in, compare, write pages. Nothing to download."""
     _work("leapformer.cli.demo", "run_demo", "plots")(output=output, threads=threads)

@@ -1,4 +1,4 @@
-"""``leapformer demo``: three models on built-in text, one table, one page."""
+"""``leapformer demo``: language models and simultaneous translation on what is built in, a table and a page of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leapformer.analysis.tables import comparison
 from leapformer.cli.compare import UNITS, print_table
 from leapformer.cli.generate import continue_text
 from leapformer.cli.train import use_threads
-from leapformer.errors import LeapformerError
+from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
@@ -40,14 +40,42 @@ TEXT = (
 SAMPLE = {"tokens": 150, "temperature": 0.7, "top_p": 0.95, "seed": 0}
 
 
+TRANSLATION_RECIPE = "simulmt/demo"
+TRANSLATION_OVERRIDES = {
+    "translation-leapformer": [],
+    "translation-softmax": [f"{place}_attention=softmax" for place in ("encoder", "decoder", "cross")],
+}
+TRANSLATION_NOTE = (
+    "Sentences of the built-in grammar; none of the test shares its template, verb and object with the training. Each model is "
+    "one model: the number of words that it stays behind, k, is chosen when it translates."
+)
+KS = (1, 3, 5, 9, None)
+SHOWN_K = 3
+SHOWN_SENTENCES = 3
+TEST = "test"
+
+
 def run_demo(*, output: Path, threads: int | None) -> None:
-    """Train what isn't trained yet, then print the table and a sample and write the page."""
+    """Train what isn't trained yet, then print tables and samples and write the pages."""
     use_threads(threads)
     started = perf_counter()
+    pages = [_language_models(output)]
+    if pages[0] is None:
+        return
+    try:
+        pages.append(_translation(output))
+    except MissingExtra as error:
+        typer.echo(f"\nSimultaneous translation is left out: {error}")
+    if None not in pages:
+        typer.echo(f"\nWritten to {output} in {perf_counter() - started:.0f} s; open {' and '.join(map(str, pages))}")
+
+
+def _language_models(output: Path) -> Path | None:
+    """Three language models, their table, a sample, and their page; None where the user interrupted it."""
     typer.echo(f"Training {len(OVERRIDES)} small models with the recipe {RECIPE} on the documentation of Python.")
     for name, overrides in OVERRIDES.items():
-        if not _train(output / name, overrides):
-            return
+        if not _train(RECIPE, output / name, overrides):
+            return None
     runs = [load_run(output / name) for name in OVERRIDES]
     result = comparison(runs)
     print_table(result.columns, result.rows)
@@ -55,7 +83,7 @@ def run_demo(*, output: Path, threads: int | None) -> None:
     samples = [_sample(run) for run in runs]
     typer.echo(f"\n{samples[0].model} goes on from a prompt ({samples[0].settings}):\n")
     typer.echo(samples[0].prompt + samples[0].continuation)
-    page = write_report(
+    return write_report(
         output / "report.html",
         runs,
         title="LeaPformer demo",
@@ -64,21 +92,81 @@ def run_demo(*, output: Path, threads: int | None) -> None:
         command="leapformer demo",
         note=NOTE,
     )
-    typer.echo(f"\nWritten to {output} in {perf_counter() - started:.0f} s; open {page}")
 
 
-def _train(folder: Path, overrides: list[str]) -> bool:
-    """Train one model, or go on with it; False where the user interrupted it.
+def _translation(output: Path) -> Path | None:
+    """Two models that translate text while it is read, their quality against lagging, sentences, and their page."""
+    typer.echo(
+        f"\nTraining {len(TRANSLATION_OVERRIDES)} small models with the recipe {TRANSLATION_RECIPE}: English to German, "
+        "written while the source is being read."
+    )
+    for name, overrides in TRANSLATION_OVERRIDES.items():
+        if not _train(TRANSLATION_RECIPE, output / name, overrides):
+            return None
+        _curve(output / name)
+    runs = [load_run(output / name) for name in TRANSLATION_OVERRIDES]
+    result = comparison(runs, split=TEST)
+    print_table(result.columns, result.rows)
+    samples = _live_samples(output / next(iter(TRANSLATION_OVERRIDES)), runs[0].label)
+    for sample in samples:
+        typer.echo(f"\n{sample.prompt}\n  {sample.continuation}")
+    typer.echo(f"\n({samples[0].settings})")
+    return write_report(
+        output / "translation.html", runs, title="LeaPformer demo: simultaneous translation", split=TEST,
+        samples=samples, command="leapformer demo", note=TRANSLATION_NOTE,
+    )  # fmt: skip
+
+
+def _curve(folder: Path) -> None:
+    """Translate the test with every k, unless that is done."""
+    from leapformer.tasks.simulst.curves import evaluate_curve
+
+    run = Run(folder)
+    results = run.results()
+    if TEST in results.get("curves", {}):
+        return
+    data, model = _open_translation(run)
+    points = evaluate_curve(run.path, TEST, KS, write=lambda k: data.simulate(model, split=TEST, k=k))
+    run.write_results({**results, "curves": {TEST: points}})
+
+
+def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
+    """Test sentences as they are translated word by word, each word with the number of source words before it."""
+    from leapformer.tasks.simulst.policies import WaitK
+    from leapformer.tasks.simulst.translator import StreamingTranslator
+
+    data, model = _open_translation(Run(folder))
+    settings = f"wait-k with k = {SHOWN_K}; in brackets the source words read when the word was written"
+    samples = []
+    for sentence in data.sentences(TEST)[:SHOWN_SENTENCES]:
+        with StreamingTranslator(model, data.processor, WaitK(SHOWN_K)) as translator:
+            words = [word for text in sentence.text.split() for word in translator.push(text)] + translator.finish()
+        written = " ".join(f"{word.text} [{word.read_ms:.0f}]" for word in words)
+        samples.append(
+            GeneratedSample(model=label, prompt=f"{sentence.text} ", continuation=written, settings=settings)
+        )
+    return samples
+
+
+def _open_translation(run: Run) -> tuple[Any, Any]:
+    """The data and the model of a run."""
+    recipe, task = load_recipe(run.recipe_path)
+    data = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
+    return data, load_model(run.model_path)
+
+
+def _train(name: str, folder: Path, overrides: list[str]) -> bool:
+    """Train one model of a recipe, or go on with it; False where the user interrupted it.
 
     Raises:
         LeapformerError: the folder holds a finished run of another recipe.
     """
-    recipe, task = load_recipe(RECIPE, overrides)
+    recipe, task = load_recipe(name, overrides)
     run = Run(folder)
     if run.finished:
         if run.recipe() != recipe.to_dict():
             raise LeapformerError(
-                f"{folder}: expected a run of the recipe {RECIPE} as it is now, found one of another recipe; "
+                f"{folder}: expected a run of the recipe {name} as it is now, found one of another recipe; "
                 "choose another --output"
             )
         typer.echo(f"{folder} is trained already.")
