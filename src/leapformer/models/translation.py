@@ -325,7 +325,8 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
 
         Raises CheckpointError (one line) where ``path`` holds no such model or its encoder is another.
         """
-        self.take_encoder(type(self).from_pretrained(path), named=str(path))
+        other: Any = type(self).from_pretrained(path)
+        self.take_encoder(other, named=str(path))
 
     def take_encoder(self, other: LeapformerForConditionalGeneration, *, named: str = "another model") -> None:
         """`load_encoder` from a model in memory, called ``named`` in errors."""
