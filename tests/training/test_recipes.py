@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from leapformer.errors import LeapformerError
+from leapformer.models import LeapformerTranslationConfig
+from leapformer.tasks.model_section import build_config
 from leapformer.tasks.registry import get_task, load_recipe
 from leapformer.training.recipes import RecipeError, expand_path, parse_value, read_recipe, recipe_names
 
@@ -19,10 +21,13 @@ def test_every_recipe_of_the_package_is_valid():
         for kind in ("", "-base", "-cpu")
     ]
     language = ["lm/pydocs-tiny", "lm/wikitext103", "lm/wikitext2-base", "lm/wikitext2-small"]
-    assert recipe_names() == sorted(language + arena)
+    speech = ["demo", "multi30k-en-de", "multi30k-fr-en", "mustc-en-de", "covost-fr-en"]
+    translation = [f"simulst/{name}{stage}" for name in speech for stage in ("", "-transcription")]
+    translation += ["simulst/tuxpaint-fr-en", "simulmt/demo", "simulmt/multi30k-en-de"]
+    assert recipe_names() == sorted(language + arena + translation)
     for name in recipe_names():
         recipe, task = load_recipe(name)
-        kind = name.split("/")[0]
+        kind = name.split("/")[0].replace("simulmt", "simulst")
         assert (recipe.name, recipe.task, task.name) == (name, kind, kind)
         assert recipe.description
 
@@ -31,8 +36,37 @@ def test_every_recipe_of_the_package_is_valid():
 @pytest.mark.parametrize("variant", ["paper", "gated"])
 def test_attention_and_variant_are_overrides_of_every_recipe(attention, variant):
     for name in recipe_names():
+        if name.startswith("simul"):  # three places of attention, each on its own
+            continue
         recipe, _ = load_recipe(name, [f"attention={attention}", f"variant={variant}"])
         assert recipe.model["attention"] == attention and recipe.model["variant"] == variant
+
+
+@pytest.mark.parametrize("place", ["encoder_attention", "decoder_attention", "cross_attention"])
+@pytest.mark.parametrize("attention", ["leap", "linear", "softmax"])
+def test_each_place_is_an_override_of_every_recipe_of_translation(place, attention):
+    for name in recipe_names():
+        if name.startswith("simul"):
+            recipe, task = load_recipe(name, [f"{place}={attention}"])
+            assert recipe.model[place] == attention
+            before = task.pretraining(recipe)
+            if before is not None:
+                assert before[0].model["encoder_attention"] == recipe.model["encoder_attention"]
+                assert before[0].data.target == "transcription" and before[0].data.path == recipe.data.path
+
+
+def test_the_sizes_of_the_paper_on_speech():
+    """arXiv 2405.13046, appendix: 12 + 6 layers of width 256, 8 heads, 2048, k of pre-decision ratio 9."""
+    for name in ("simulst/mustc-en-de", "simulst/covost-fr-en"):
+        recipe, task = load_recipe(name)
+        before, _ = task.pretraining(recipe)
+        config = build_config(recipe.model, config_class=LeapformerTranslationConfig)
+        sizes = (config.encoder_layers, config.decoder_layers, config.hidden_size, config.intermediate_size)
+        assert sizes == (12, 6, 256, 2048)
+        assert (config.num_attention_heads, config.head_dim, config.leap_hidden, config.pre_decision) == (8, 32, 8, 9)
+        assert (before.training.learning_rate, before.training.warmup_steps) == (2.5e-4, 8000)
+        assert (recipe.training.learning_rate, recipe.training.warmup_steps) == (3.3e-4, 6000)
+        assert recipe.training.clip == 10.0 and recipe.vocabulary.size == 10_000
 
 
 def test_the_paper_recipe_has_the_paper_size_and_schedule():
