@@ -42,6 +42,28 @@ def test_attention_and_variant_are_overrides_of_every_recipe(attention, variant)
         assert recipe.model["attention"] == attention and recipe.model["variant"] == variant
 
 
+def test_a_recipe_on_the_base_of_another(tmp_path):
+    first = tmp_path / "first.yaml"
+    first.write_text(
+        "name: a\ndescription: d\ntask: lm\ndata: {source: pydocs, block_size: 8}\nmodel: {hidden_size: 8}\n"
+    )
+    second = tmp_path / "second.yaml"
+    second.write_text(f"base: {first}\ndata: {{block_size: 16}}\ntask: lra\n")
+    third = tmp_path / "third.yaml"
+    third.write_text(f"name: c\nbase: {second}\nmodel: {{num_hidden_layers: 1}}\n")
+    assert read_recipe(third) == {
+        "name": "c",
+        "task": "lra",
+        "data": {"source": "pydocs", "block_size": 16},
+        "model": {"hidden_size": 8, "num_hidden_layers": 1},
+    }
+    first.write_text(f"base: {third}\n")
+    with pytest.raises(
+        LeapformerError, match=r"recipe .*third.yaml: base: expected another recipe, found .*third.yaml"
+    ):
+        read_recipe(third)
+
+
 @pytest.mark.parametrize("place", ["encoder_attention", "decoder_attention", "cross_attention"])
 @pytest.mark.parametrize("attention", ["leap", "linear", "softmax"])
 def test_each_place_is_an_override_of_every_recipe_of_translation(place, attention):

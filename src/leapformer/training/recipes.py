@@ -112,14 +112,35 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(reference: str | os.PathLike[str]) -> dict[str, Any]:
-    """The unvalidated content of a recipe.
+    """The unvalidated content of a recipe, on top of that of the recipe which its `base` names.
 
     Arguments:
         reference: a name out of `recipe_names`, or the path of a .yaml file.
 
     Raises:
-        LeapformerError: there is no such recipe, or the file is not a YAML mapping.
+        LeapformerError: there is no such recipe, the file is not a YAML mapping, or it is its own base.
     """
+    content, seen = _read_alone(reference), [os.fspath(reference)]
+    while (base := content.pop("base", None)) is not None:
+        if base in seen:
+            raise LeapformerError(
+                f"recipe {seen[0]}: base: expected another recipe, found {' -> '.join([*seen, base])}"
+            )
+        seen.append(base)
+        content = _on_top(_read_alone(base), content)
+    return content
+
+
+def _on_top(base: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key, anything else is replaced; the next base is the base's."""
+    merged = {key: value for key, value in base.items() if key not in ("name", "description")}
+    for key, value in content.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _read_alone(reference: str | os.PathLike[str]) -> dict[str, Any]:
     reference = os.fspath(reference)
     if reference.endswith((".yaml", ".yml")):
         path, name = Path(reference), Path(reference).stem
