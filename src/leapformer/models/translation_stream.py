@@ -478,18 +478,20 @@ def greedy_translation(
     config = model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     assert config.bos_token_id is not None
-    tokens = torch.full((len(hidden),), config.bos_token_id)
-    rows, unfinished = [[] for _ in range(len(hidden))], set(range(len(hidden)))
+    written: list[list[int]] = [[] for _ in range(len(hidden))]
+    rows, tokens = torch.arange(len(hidden)), torch.full((len(hidden),), config.bos_token_id)
     for _ in range(max_tokens):
         tokens = stream.step(tokens).argmax(-1).to("cpu")
-        for row, token in enumerate(tokens.tolist()):
-            if token in ends:
-                unfinished.discard(row)
-            elif row in unfinished:
-                rows[row].append(token)
-        if not unfinished:
+        goes_on = ~torch.isin(tokens, torch.tensor([end for end in ends if end is not None]))
+        for row, token, real in zip(rows.tolist(), tokens.tolist(), goes_on.tolist(), strict=True):
+            if real:
+                written[row].append(token)
+        if not bool(goes_on.any()):
             break
-    return rows
+        if not bool(goes_on.all()):  # sentences that have ended are computed no further
+            kept = goes_on.nonzero()[:, 0]
+            stream, rows, tokens = stream.reorder(kept), rows[kept], tokens[kept]
+    return written
 
 
 # ---- states of layers ------------------------------------------------------------------------------------------------
