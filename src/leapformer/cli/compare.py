@@ -13,6 +13,7 @@ from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import comparison, markdown_table
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
+WIDEST = 1000  # columns that a table may take
 LAGGING = "; LAAL lagging of the words behind the source; offline: the whole source read first"
 
 
@@ -33,8 +34,9 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text to the terminal."""
+    """Print rows of text to the terminal, whole: lines that are longer than it is wide go on in the next, uncut."""
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    needed = Console(width=WIDEST).measure(table).maximum
+    Console(width=max(Console().width, needed)).print(table)
