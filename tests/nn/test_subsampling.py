@@ -104,6 +104,20 @@ def test_padding_never_leaks_whatever_it_holds():
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in module.parameters())
 
 
+def test_gradients_of_a_padded_batch_are_those_of_its_utterances():
+    module, lengths = layer(), [13, 12, 6, 1, 0]
+    x, weights = frames(5, 13, M).requires_grad_(), frames(5, 4, D, seed=2)
+    (module(x, torch.tensor(lengths)) * weights).sum().backward()
+    got = [x.grad.clone(), *(weight.grad.clone() for weight in module.parameters())]
+    module.zero_grad()
+    x.grad = None
+    for row, length in enumerate(lengths):
+        real = subsampled_length(length)
+        (module(x[row : row + 1, :length])[0] * weights[row, :real]).sum().backward()
+    for one, other in zip(got, [x.grad, *(weight.grad for weight in module.parameters())], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 @torch.no_grad()
 def test_caches_are_small_and_can_be_picked_and_joined():
     module, x = layer(), frames(3, 60, M)

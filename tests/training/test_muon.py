@@ -33,6 +33,30 @@ def test_only_the_singular_values_change(shape):
     assert orthogonalize(matrix).dtype == torch.float64
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 4), (2, 3, 4, 6)])
+def test_a_batch_is_its_matrices_one_by_one(shape):
+    matrices = torch.randn(shape)
+    flat = matrices.reshape(-1, *shape[-2:])
+    expected = torch.stack([orthogonalize(matrix) for matrix in flat]).reshape(shape)
+    # Five rounds of float32 products of unit size.
+    torch.testing.assert_close(orthogonalize(matrices), expected, rtol=0, atol=1e-4)
+
+
+def test_matrices_of_one_shape_do_not_touch_each_other():
+    def stepped(shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
+        matrices = [nn.Parameter(torch.full(shape, 0.1)) for shape in shapes]
+        optimizer = Muon(matrices, [{"params": [nn.Parameter(torch.ones(2))]}], lr=0.1)
+        for number, matrix in enumerate(matrices):
+            generator = torch.Generator().manual_seed(number)
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+        return [matrix.detach() for matrix in matrices]
+
+    first, *_, last = stepped([(4, 6), (4, 6), (6, 4), (4, 6)])
+    torch.testing.assert_close(first, stepped([(4, 6)])[0])
+    torch.testing.assert_close(last, stepped([(5, 5), (2, 7), (3, 3), (4, 6)])[3])
+
+
 def test_singular_values_come_near_one():
     values = torch.linalg.svdvals(orthogonalize(torch.randn(64, 128)))
     assert 0.5 < values.min() and values.max() < 1.3

@@ -74,12 +74,16 @@ class ConvSubsampling(nn.Module):
         hidden = self._check(x)[:, None]
         hidden = _clear_padding(hidden, lengths)
         for conv in self.convs:
+            lengths = None if lengths is None else (lengths + 1) // STRIDE
             if hidden.shape[2]:
-                hidden = torch.relu(conv(hidden))
+                hidden = conv(hidden)
+                # In place and unseen by autograd, which would copy all of it twice: where the output is 0, the gradient
+                # that ReLU passes on is 0 already.
+                with torch.no_grad():
+                    _clear_padding(hidden, lengths, in_place=True)
+                hidden = torch.relu_(hidden)
             else:  # PyTorch has no convolution of nothing
                 hidden = hidden.new_zeros(len(x), self.channels, 0, subsampled_width(hidden.shape[3]))
-            lengths = None if lengths is None else (lengths + 1) // STRIDE
-            hidden = _clear_padding(hidden, lengths)
         states = self._project(hidden)
         if lengths is None:
             return states
@@ -140,8 +144,9 @@ def _real(T: int, lengths: Tensor) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def _clear_padding(hidden: Tensor, lengths: Tensor | None) -> Tensor:
+def _clear_padding(hidden: Tensor, lengths: Tensor | None, *, in_place: bool = False) -> Tensor:
     """hidden [B, C, F, M] with 0 in all frames from lengths [B] on."""
     if lengths is None:
         return hidden
-    return hidden.masked_fill(~_real(hidden.shape[2], lengths)[:, None, :, None], 0)
+    padding = ~_real(hidden.shape[2], lengths)[:, None, :, None]
+    return hidden.masked_fill_(padding, 0) if in_place else hidden.masked_fill(padding, 0)

@@ -57,35 +57,44 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         own, *others = self.param_groups
-        for matrix in own["params"]:
-            if matrix.grad is not None:
-                self._step_of(matrix, matrix.grad, own)
+        self._step_matrices([matrix for matrix in own["params"] if matrix.grad is not None], own)
         # Both live in the groups and the state of this optimizer; loading a checkpoint replaces them.
         self.adamw.param_groups, self.adamw.state = others, self.state
         self.adamw.step()
         return loss
 
-    def _step_of(self, matrix: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[matrix]
+    def _step_matrices(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape take their rounds as one batch: many small products leave cores idle."""
+        alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        for matrix in matrices:
+            alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(matrix)
+        for (shape, _, _), some in alike.items():
+            updates = orthogonalize(torch.stack([self._direction(matrix, group) for matrix in some]))
+            for matrix, update in zip(some, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                # 0.2 is the usual root mean square of AdamW's steps.
+                matrix.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+    def _direction(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+        state, grad = self.state[matrix], matrix.grad
+        assert grad is not None
         if not state:
             state["momentum"] = torch.zeros_like(matrix)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalize(grad.lerp(momentum, group["momentum"]))
-        matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        # 0.2 is the usual root mean square of AdamW's steps.
-        matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
+        return grad.lerp(momentum, group["momentum"])
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T of `matrix` [m, n] = U S V^T, by Newton-Schulz rounds in float32; a matrix of zeros stays zero."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of each of `matrices` [..., m, n] = U S V^T, by Newton-Schulz rounds in float32; zeros stay zeros."""
     a, b, c = COEFFICIENTS
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix.float() if wide else matrix.float().T
-    x = x / x.norm().clamp(min=1e-7)
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices.float() if wide else matrices.float().mT
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).reshape(-1, *x.shape[-2:])
     for _ in range(ROUNDS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix.dtype)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    x = x if wide else x.mT
+    return x.reshape(matrices.shape).to(matrices.dtype)
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
