@@ -220,6 +220,7 @@ def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
     """k above the points: once for all that lie within a twelfth of the width, as those of one k mostly do."""
     points = sorted((x, y + _deviation(line, k, "BLEU"), k) for line in lines for k, x, y in _points(line, delay))
     reach = (points[-1][0] - points[0][0]) / 12 if points else 0.0
+    labels: list[tuple[str, float, float]] = []
     for k in dict.fromkeys(k for _, _, k in points):
         group: list[tuple[float, float]] = []
         own = [(x, y) for x, y, other in points if other == k]
@@ -227,10 +228,24 @@ def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
             group.append(point)
             if place + 1 == len(own) or own[place + 1][0] - group[0][0] > reach:
                 x, y = max(group, key=lambda each: each[1])
-                axes.annotate(
-                    f"k={k}", (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
-                )  # fmt: skip
+                labels.append((f"k={k}", x, y))
                 group = []
+    height = (max(y for _, y, _ in points) - min(y for _, y, _ in points)) / 12 if points else 0.0
+    for text, x, y in _joined(labels, 1.5 * reach, height):
+        axes.annotate(
+            text, (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
+        )  # fmt: skip
+
+
+def _joined(labels: Sequence[tuple[str, float, float]], width: float, height: float) -> list[tuple[str, float, float]]:
+    """Labels (text, x, y) that would cover one another become one, such as k=7, k=9, over the higher point."""
+    joined: list[tuple[str, float, float]] = []
+    for text, x, y in labels:
+        if joined and abs(x - joined[-1][1]) <= width and abs(y - joined[-1][2]) <= height:
+            before, left, top = joined.pop()
+            text, x, y = f"{before}, {text}", (left + x) / 2, max(top, y)
+        joined.append((text, x, y))
+    return joined
 
 
 # ---- tables
