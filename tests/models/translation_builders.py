@@ -22,6 +22,7 @@ SETTINGS = {
         for place in ("encoder", "decoder", "cross")
         for kind in ("softmax", "linear", "cosformer")
     },
+    "leap-conv": {"conv_width": 4},
     "gated": {"variant": "gated"},
     "gated-cosformer": {"variant": "gated", "cross_attention": "cosformer", **MAXIMA},
     "softmax-conv": {"cross_attention": "softmax", "encoder_attention": "softmax", "conv_width": 3},
