@@ -16,13 +16,13 @@ from sacrebleu.significance import PairedTest
 from leapformer.analysis.latency import (
     SentenceCounts,
     System,
-    _joined,
     bootstrap_bleu,
     check_paired,
     common_laggings,
     equal_lagging_table,
     interpolate,
     interval,
+    k_labels,
     latency_table,
     quality_latency,
     sentence_counts,
@@ -332,12 +332,11 @@ def test_points_of_one_k_that_lie_together_share_its_name():
 
 
 def test_labels_that_would_cover_one_another_become_one():
-    points = [(1, 1.0, 10.0), (3, 2.0, 20.0), (7, 2.9, 22.0), (9, 3.0, 22.5)]
-    assert _joined([(f"k={k}", x, y) for k, x, y in points], 0.2, 1.0) == [
-        ("k=1", 1.0, 10.0), ("k=3", 2.0, 20.0), ("k=7, k=9", 2.95, 22.5),
-    ]  # fmt: skip
-    far = [("k=1", 1.0, 10.0), ("k=3", 1.1, 20.0)]
-    assert _joined(far, 0.2, 1.0) == far
+    points = [(1, 1.0, 10.0), (3, 2.0, 20.0), (7, 2.9, 22.0), (9, 3.0, 22.5), (9, 3.01, 14.0)]
+    assert k_labels(points) == [("k=1", 1.0, 10.0), ("k=3", 2.0, 20.0), ("k=7, k=9", 3.0, 22.5)]
+    above = [(1, 1.0, 10.0), (3, 1.1, 20.0), (5, 2.0, 21.0)]
+    assert k_labels(above) == [("k=1", 1.0, 10.0), ("k=3", 1.1, 20.0), ("k=5", 2.0, 21.0)]
+    assert k_labels([]) == []
 
 
 def test_computation_gets_a_panel_of_its_own_where_it_was_measured():

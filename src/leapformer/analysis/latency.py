@@ -217,35 +217,45 @@ def _deviation(line: System, k: int, name: str) -> float:
 
 
 def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
-    """k above the points: once for all that lie within a twelfth of the width, as those of one k mostly do."""
-    points = sorted((x, y + _deviation(line, k, "BLEU"), k) for line in lines for k, x, y in _points(line, delay))
-    reach = (points[-1][0] - points[0][0]) / 12 if points else 0.0
-    labels: list[tuple[str, float, float]] = []
-    for k in dict.fromkeys(k for _, _, k in points):
-        group: list[tuple[float, float]] = []
-        own = [(x, y) for x, y, other in points if other == k]
-        for place, point in enumerate(own):
-            group.append(point)
-            if place + 1 == len(own) or own[place + 1][0] - group[0][0] > reach:
-                x, y = max(group, key=lambda each: each[1])
-                labels.append((f"k={k}", x, y))
-                group = []
-    height = (max(y for _, y, _ in points) - min(y for _, y, _ in points)) / 12 if points else 0.0
-    for text, x, y in _joined(labels, 1.5 * reach, height):
+    """k above the points."""
+    points = [(k, x, y + _deviation(line, k, "BLEU")) for line in lines for k, x, y in _points(line, delay)]
+    for text, x, y in k_labels(points):
         axes.annotate(
             text, (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
         )  # fmt: skip
 
 
-def _joined(labels: Sequence[tuple[str, float, float]], width: float, height: float) -> list[tuple[str, float, float]]:
-    """Labels (text, x, y) that would cover one another become one, such as k=7, k=9, over the higher point."""
-    joined: list[tuple[str, float, float]] = []
-    for text, x, y in labels:
-        if joined and abs(x - joined[-1][1]) <= width and abs(y - joined[-1][2]) <= height:
-            before, left, top = joined.pop()
-            text, x, y = f"{before}, {text}", (left + x) / 2, max(top, y)
-        joined.append((text, x, y))
-    return joined
+def k_labels(points: Sequence[tuple[int, float, float]]) -> list[tuple[str, float, float]]:
+    """Labels (text, x, y) of points (k, x, y), each over the highest of the points that it names.
+
+    Points of one k within a twelfth of the width share one, as the systems' mostly do. So do those of several k where
+    labels would cover one another: within an eighth of the width, which a label takes, and a twelfth of the height.
+    """
+    if not points:
+        return []
+    _, xs, ys = zip(*points, strict=True)
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    groups: list[list[tuple[int, float, float]]] = []
+    for k, x, y in sorted(points):
+        near = (
+            group
+            for group in groups
+            if (k == group[-1][0] and abs(x - group[0][1]) <= width / 12)
+            or (
+                k != group[-1][0]
+                and abs(x - group[0][1]) <= width / 8
+                and abs(y - max(top for _, _, top in group)) <= height / 12
+            )
+        )
+        group = next(near, None)
+        if group is None:
+            groups.append(group := [])
+        group.append((k, x, y))
+    labels = []
+    for group in groups:
+        _, x, y = max(group, key=lambda point: point[2])
+        labels.append((", ".join(dict.fromkeys(f"k={k}" for k, _, _ in group)), x, y))
+    return labels
 
 
 # ---- tables

@@ -13,8 +13,8 @@ from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import comparison, markdown_table
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
-WIDEST = 1000  # columns that a table may take
 LAGGING = "; LAAL lagging of the words behind the source; offline: the whole source read first"
+WIDEST = 1000  # columns that a table may take
 
 
 def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output: Path | None) -> None:

@@ -72,15 +72,17 @@ class ConvSubsampling(nn.Module):
         for both convolutions, as what follows the end of an utterance is.
         """
         hidden = self._check(x)[:, None]
-        hidden = _clear_padding(hidden, lengths)
+        if lengths is not None:
+            hidden = hidden.masked_fill(_padding(hidden, lengths), 0)
         for conv in self.convs:
             lengths = None if lengths is None else (lengths + 1) // STRIDE
             if hidden.shape[2]:
                 hidden = conv(hidden)
-                # In place and unseen by autograd, which would copy all of it twice: where the output is 0, the gradient
-                # that ReLU passes on is 0 already.
-                with torch.no_grad():
-                    _clear_padding(hidden, lengths, in_place=True)
+                if lengths is not None:
+                    # In place and unseen by autograd, which would copy all of it twice: where the output is 0, the
+                    # gradient that ReLU passes on is 0 already.
+                    with torch.no_grad():
+                        hidden.masked_fill_(_padding(hidden, lengths), 0)
                 hidden = torch.relu_(hidden)
             else:  # PyTorch has no convolution of nothing
                 hidden = hidden.new_zeros(len(x), self.channels, 0, subsampled_width(hidden.shape[3]))
@@ -144,9 +146,6 @@ def _real(T: int, lengths: Tensor) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def _clear_padding(hidden: Tensor, lengths: Tensor | None, *, in_place: bool = False) -> Tensor:
-    """hidden [B, C, F, M] with 0 in all frames from lengths [B] on."""
-    if lengths is None:
-        return hidden
-    padding = ~_real(hidden.shape[2], lengths)[:, None, :, None]
-    return hidden.masked_fill_(padding, 0) if in_place else hidden.masked_fill(padding, 0)
+def _padding(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """bool [B, 1, F, 1], True in the frames of hidden [B, C, F, M] from lengths [B] on."""
+    return ~_real(hidden.shape[2], lengths)[:, None, :, None]
