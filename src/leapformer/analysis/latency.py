@@ -237,25 +237,19 @@ def k_labels(points: Sequence[tuple[int, float, float]]) -> list[tuple[str, floa
     width, height = max(xs) - min(xs), max(ys) - min(ys)
     groups: list[list[tuple[int, float, float]]] = []
     for k, x, y in sorted(points):
-        near = (
-            group
-            for group in groups
-            if (k == group[-1][0] and abs(x - group[0][1]) <= width / 12)
-            or (
-                k != group[-1][0]
-                and abs(x - group[0][1]) <= width / 8
-                and abs(y - max(top for _, _, top in group)) <= height / 12
-            )
-        )
-        group = next(near, None)
-        if group is None:
-            groups.append(group := [])
-        group.append((k, x, y))
-    labels = []
+        if groups and groups[-1][0][0] == k and x - groups[-1][0][1] <= width / 12:
+            groups[-1].append((k, x, y))
+        else:
+            groups.append([(k, x, y)])
+    labels: list[tuple[list[int], float, float]] = []
     for group in groups:
-        _, x, y = max(group, key=lambda point: point[2])
-        labels.append((", ".join(dict.fromkeys(f"k={k}" for k, _, _ in group)), x, y))
-    return labels
+        k, x, y = max(group, key=lambda point: point[2])
+        ks, left, top = labels[-1] if labels else ([], x, y)
+        if ks and k not in ks and abs(x - left) <= width / 8 and abs(y - top) <= height / 12:
+            labels[-1] = ([*ks, k], *((x, y) if y > top else (left, top)))
+        else:
+            labels.append(([k], x, y))
+    return [(", ".join(f"k={k}" for k in ks), x, y) for ks, x, y in labels]
 
 
 # ---- tables
