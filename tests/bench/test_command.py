@@ -234,6 +234,19 @@ def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, cap
     assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
 
 
+def test_processes_against_threads(tmp_path, capsys, threads):
+    """Three forms of one step: their losses are compared in tests/training/test_processes.py."""
+    arguments = ["bench", "processes", "--quick", "--repeats", "1", "--limit", "60", "--output", str(tmp_path)]
+    before = torch.get_num_threads()
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "processes.json").read_text())
+    assert [row["recipe"] for row in content["steps"]] == ["simulst/demo-transcription", "simulst/demo"]
+    for row in content["steps"]:
+        assert list(row["steps_per_second"]) == ["1 thread", "2 threads", "2 processes"]
+        assert row["speed_over"]["1 thread"]["1 thread"]["median"] == 1.0 and row["not_run"] == {}
+    assert "2 processes" in capsys.readouterr().out and torch.get_num_threads() in (1, before)
+
+
 def test_every_mechanism_of_the_long_range_arena(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         lra,

@@ -272,7 +272,10 @@ def data_prepare(
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(metavar="[WHAT]", help="attention, decoding, training, overhead, lra, streaming or all.")
+        str,
+        typer.Argument(
+            metavar="[WHAT]", help="attention, decoding, training, overhead, processes, lra, streaming or all."
+        ),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute for all.")] = False,
     lengths: Annotated[

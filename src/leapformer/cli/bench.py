@@ -23,7 +23,7 @@ from leapformer.errors import LeapformerError
 from leapformer.tasks.simulst.features import FilterbankStream
 from leapformer.training.saving import write_text
 
-BENCHMARKS = ("attention", "decoding", "training", "overhead", "lra", "streaming")
+BENCHMARKS = ("attention", "decoding", "training", "overhead", "processes", "lra", "streaming")
 LIMIT, QUICK_LIMIT = 20.0, 1.0
 LIMITS = {"streaming": 120.0}  # a call of it is a whole stream
 RESOLUTION = 160  # dots per inch of the pictures

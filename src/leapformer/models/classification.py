@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from leapformer.models.configuration import LeapformerConfig
-from leapformer.models.loss import token_losses
+from leapformer.models.loss import reduce_losses, token_losses
 from leapformer.models.modeling import (
     LeapformerPreTrainedModel,
     build_block,
@@ -117,6 +117,9 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
         torch.Size([1, 3])
     """
 
+    # The Trainer then passes num_items_in_batch, so that accumulation averages over examples and not over batches.
+    accepts_loss_kwargs = True
+
     def __init__(self, config: LeapformerConfig):
         super().__init__(config)
         self.model = LeapformerEncoder(config)
@@ -136,6 +139,7 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
         input_ids_1: Tensor | None = None,
         attention_mask_1: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         *,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
@@ -143,6 +147,7 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
 
         input_ids, attention_mask: as in `LeapformerEncoder.forward`; input_ids_1, attention_mask_1: of the second sequence,
         which may have another length, with config.paired_inputs and only then (else ValueError).
+        num_items_in_batch: the loss is the sum over examples divided by this; None: their mean.
         """
         if (input_ids_1 is not None) != self.config.paired_inputs:
             found = "none" if input_ids_1 is None else "one"
@@ -155,6 +160,8 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
             second = self.model.pooled(input_ids_1, attention_mask_1)
             features = torch.cat([features, second, features * second, features - second], dim=-1)
         logits = self.classifier(features)
-        loss = None if labels is None else token_losses(logits, labels).mean()
+        loss = None
+        if labels is not None:
+            loss = reduce_losses(token_losses(logits, labels), labels, num_items_in_batch)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()

@@ -70,6 +70,7 @@ class TrainingSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     bf16: bool | Literal["auto"] = Field(default="auto", description="auto: on a GPU that has it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int = Field(default=1, ge=1, description="that share each batch on the CPU, at most one a thread")
     gradient_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile the model")
 
@@ -94,9 +95,9 @@ class Recipe(Section):
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:
-    """A short digest of a resolved recipe without its seed and its name."""
+    """A short digest of a resolved recipe without its name, its seed, and the number of processes that share the work."""
     content = {key: value for key, value in recipe.items() if key not in ("name", "description")}
-    content["training"] = {key: value for key, value in recipe["training"].items() if key != "seed"}
+    content["training"] = {key: value for key, value in recipe["training"].items() if key not in ("seed", "processes")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

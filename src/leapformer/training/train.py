@@ -12,6 +12,7 @@ from leapformer.training.arguments import choose_device, training_arguments
 from leapformer.training.callbacks import MetricsFile, ProgressBar, Stop, evaluation_bar, interruptible
 from leapformer.training.loading import load_model
 from leapformer.training.machine import git_revision, machine, peak_memory_mib, reset_peak_memory, versions
+from leapformer.training.processes import helpers, process_count
 from leapformer.training.recipes import Recipe
 from leapformer.training.run import Run
 from leapformer.training.task import Task
@@ -68,18 +69,20 @@ def train(
     if progress_bar:
         data.progress = evaluation_bar
         callbacks.append(ProgressBar(run.name, progress, data.unit))
-    trainer = LeapformerTrainer(
-        model=model,
-        data=data,
-        section=section,
-        run=run,
-        args=training_arguments(section, checkpoints=run.checkpoints_path),
-        callbacks=callbacks,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    with interruptible(stop):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with helpers(model, section) as others:
+        trainer = LeapformerTrainer(
+            model=model,
+            data=data,
+            section=section,
+            run=run,
+            args=training_arguments(section, checkpoints=run.checkpoints_path),
+            callbacks=callbacks,
+            helpers=others,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        with interruptible(stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if step < section.max_steps:
         return TrainingOutcome(run, step, None)
@@ -124,6 +127,7 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
         "peak_memory_mib": peak_memory,
         "splits": {"validation": evaluation.pop("metrics")},
         **evaluation,
+        "processes": process_count(recipe.training),
         "machine": machine(),
         "versions": versions(),
         "git": git_revision(),

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leapformer.training.arguments import build_optimizer, build_schedule
+from leapformer.training.processes import Helpers, divide
 from leapformer.training.recipes import TrainingSection
 from leapformer.training.run import Run, checkpoint_step
 from leapformer.training.saving import staged_folder, write_json
@@ -78,6 +79,7 @@ class LeapformerTrainer(Trainer):
         run: the folder to write to.
         args: what `training_arguments` returned.
         callbacks: further callbacks, such as a progress bar.
+        helpers: processes that share each batch; None: this one does all.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class LeapformerTrainer(Trainer):
         run: Run,
         args: TrainingArguments,
         callbacks: list[TrainerCallback],
+        helpers: Helpers | None = None,
     ) -> None:
         self.data = data
+        self.helpers = helpers
         self.section = section
         self.run = run
         self.targets_seen = 0
@@ -140,6 +144,16 @@ class LeapformerTrainer(Trainer):
             count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
         self.targets_seen += int(count)
         return batches, count if self.model_accepts_loss_kwargs else None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss and gradients of a batch, with the helpers where there are some."""
+        if self.helpers is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        own, *others = divide(inputs, self.helpers.parts)
+        with self.helpers.at_work():
+            begun = self.helpers.begin(others, num_items_in_batch)
+            loss = super().training_step(model, own, num_items_in_batch)
+            return loss + self.helpers.add(begun)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.section.clip_values:
