@@ -240,6 +240,7 @@ def test_processes_against_threads(tmp_path, capsys, threads):
     before = torch.get_num_threads()
     assert main(arguments) == 0
     content = json.loads((tmp_path / "processes.json").read_text())
+    assert (content["settings"]["clock"], content["settings"]["threads"]) == ("wall", 2)
     assert [row["recipe"] for row in content["steps"]] == ["simulst/demo-transcription", "simulst/demo"]
     for row in content["steps"]:
         assert list(row["steps_per_second"]) == ["1 thread", "2 threads", "2 processes"]

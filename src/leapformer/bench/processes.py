@@ -33,6 +33,8 @@ K = 5
 def measure_processes(settings: Settings, result: Result, say: Say) -> None:
     """For each recipe one thread, several threads, and as many processes of one thread, in one race by the clock on the wall."""
     count, before = max(2, settings.threads), torch.get_num_threads()
+    # Time of this process would leave out its helpers'.
+    result.content["settings"] |= {"threads": count, "clock": "wall"}
     for name in RECIPES:
         recipe: Any = load_recipe(name)[0]
         rows = 4 if settings.quick else recipe.training.batch_size
