@@ -71,7 +71,7 @@ def tiny_content(path: Path, *, source: str = "text") -> dict[str, Any]:
         "data": {"source": source, "path": str(path)},
         "vocabulary": {"size": 40, "source_size": 40},
         "wait_k": {"max_k": 3, "whole_share": 0.2, "eval_k": 2},
-        "augmentation": {"time_share": 0.2, "speed": 0.1},
+        "augmentation": {"time_share": 0.2, "speed": 0.1, "vocal_tract": 0.1},
         "model": {
             "pre_decision": 1 if source == "text" else 9,
             "conv_channels": 4,

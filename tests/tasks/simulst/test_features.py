@@ -1,4 +1,4 @@
-"""Log-mel features: Kaldi's formula in float64, streams equal to the whole, statistics, SpecAugment."""
+"""Log-mel features: Kaldi's formula in float64, streams equal to the whole, statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from leapformer.tasks.simulst.features import (
     FilterbankStream,
     frame_count,
     offline,
-    spec_augment,
 )
 
 pytest.importorskip("kaldi_native_fbank")
@@ -254,49 +253,3 @@ def test_statistics_check_what_they_are_given():
         FeatureStatistics.empty(5).normalize(torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"features: expected \[..., 5\], got \[3, 4\]"):
         statistics(utterances()).normalize(torch.zeros(3, 4))
-
-
-# ---- SpecAugment
-
-
-def masks(T: int, **keywords) -> torch.Tensor:
-    """What is masked in T frames of ones, for 300 draws: bool [300, T, 80]."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([spec_augment(torch.ones(T, 80), generator=generator, **keywords) == 0 for _ in range(300)])
-
-
-def is_stretch(masked: torch.Tensor) -> bool:
-    where = masked.nonzero().flatten()
-    return len(where) == 0 or len(where) == int(where[-1] - where[0]) + 1
-
-
-def test_masks_are_one_band_and_one_stretch():
-    drawn = masks(300)
-    bands, stretches = drawn.all(dim=1), drawn.all(dim=2)
-    assert torch.equal(drawn, bands[:, None, :] | stretches[:, :, None])
-    assert all(map(is_stretch, bands)) and all(map(is_stretch, stretches))
-    widths, lengths = bands.sum(1), stretches.sum(1)
-    assert (int(widths.min()), int(widths.max())) == (0, 27)
-    assert int(lengths.max()) <= 100
-    # means of uniform draws from 0 to 27 and 0 to 100, within 4 standard deviations
-    assert abs(float(widths.double().mean()) - 13.5) < 4 * (27 * 29 / 12 / 300) ** 0.5
-    assert abs(float(lengths.double().mean()) - 50) < 4 * (100 * 102 / 12 / 300) ** 0.5
-    assert bands.any(0).all() and stretches.any(0).all()  # every bin and frame can be masked
-
-
-def test_numbers_and_widths_of_masks():
-    assert not masks(50, frequency_masks=0, time_masks=0).any()
-    only_time = masks(50, frequency_masks=0, time_masks=2, time_width=5)
-    assert torch.equal(only_time.any(2), only_time.all(2)) and int(only_time.all(2).sum(1).max()) in range(6, 11)
-    shared = masks(50, frequency_masks=0, time_share=0.2)
-    assert int(shared.all(2).sum(1).max()) == 10
-    assert masks(0).shape == (300, 0, 80)
-    assert int(masks(3).all(2).sum(1).max()) == 3
-
-
-def test_masking_changes_nothing_else():
-    x = torch.randn(200, 80, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    kept = x.clone()
-    y, again = (spec_augment(x, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(x, kept) and torch.equal(y, again) and y.dtype == torch.float64
-    assert (y == 0).any() and torch.equal(y[y != 0], x[y != 0])

@@ -16,7 +16,7 @@ from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
 from leapformer.tasks.simulst.curves import evaluate_curve, log_path, parse_ks
 from leapformer.tasks.simulst.evaluation import complete_words, simulate, word_ends
-from leapformer.tasks.simulst.examples import TranslationCollator, stretch
+from leapformer.tasks.simulst.examples import TranslationCollator
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import read_instances, score
@@ -143,15 +143,6 @@ def test_exchanged_sources(speech):
         assert other.reference(index) == dataset.reference(index)
         assert torch.equal(other[index]["input_features"], dataset[(index + 1) % 12]["input_features"])
         assert other.sentences[index].text == dataset.sentences[(index + 1) % 12].text
-
-
-def test_speed_changes_the_length_alone():
-    ramp = torch.arange(40.0)[:, None].expand(40, 3)
-    longer = stretch(ramp, 1.5)
-    assert longer.shape == (60, 3)
-    steps = longer[5:-5, 0].diff()
-    torch.testing.assert_close(steps, torch.full_like(steps, 1 / 1.5))
-    assert torch.equal(stretch(ramp, 1.0), ramp)
 
 
 def test_batches_of_one_length_hold_every_example_once_a_pass():

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from leapformer.models.loss import IGNORE_INDEX
+from leapformer.tasks.simulst.augmentation import augment
 from leapformer.tasks.simulst.feature_cache import CachedFeatures
-from leapformer.tasks.simulst.features import spec_augment
 from leapformer.tasks.simulst.processor import TranslationProcessor
 from leapformer.tasks.simulst.vocabulary import END, PAD
 from leapformer.training.draws import generator_for
@@ -98,21 +98,19 @@ class TranslationDataset(Dataset):
 
 
 class TranslationCollator:
-    """Pads a batch on the right and draws for it, by the seed and its examples alone, its k and the masks of SpecAugment.
+    """Pads a batch on the right and draws for it, by the seed and its examples alone, its k and the augmentation of speech.
 
     Arguments:
         seed: of the draws.
         max_k: k is drawn from 1 to it; 0: every token sees the whole source.
         whole_share: share of the batches in which every token sees the whole source.
-        augment: keywords of `spec_augment`, or None for no masks.
-        speed: share by which the source of speech is stretched or shortened in time at most, one factor an utterance.
+        augmentation: keywords of `augment`, drawn anew for every utterance of speech; None: speech as it is.
     """
 
     def __init__(
-        self, *, seed: int = 0, max_k: int = 0, whole_share: float = 0.0, augment: dict[str, Any] | None = None,
-        speed: float = 0.0,
+        self, *, seed: int = 0, max_k: int = 0, whole_share: float = 0.0, augmentation: dict[str, Any] | None = None
     ) -> None:  # fmt: skip
-        self.seed, self.max_k, self.whole_share, self.augment, self.speed = seed, max_k, whole_share, augment, speed
+        self.seed, self.max_k, self.whole_share, self.augmentation = seed, max_k, whole_share, augmentation
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         generator = generator_for(self.seed, [item["index"] for item in items])
@@ -137,16 +135,7 @@ class TranslationCollator:
         return int(torch.randint(1, self.max_k + 1, (), generator=generator))
 
     def _augmented(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        if self.speed:
-            factor = 1 + self.speed * (2 * float(torch.rand((), generator=generator)) - 1)
-            features = stretch(features, factor)
-        return features if self.augment is None else spec_augment(features, generator=generator, **self.augment)
-
-
-def stretch(features: Tensor, factor: float) -> Tensor:
-    """Features [F, M] of speech that is `factor` times as long, by linear interpolation in time: [round(F factor), M]."""
-    frames = max(1, round(len(features) * factor))
-    return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear", align_corners=False)[0].T
+        return features if self.augmentation is None else augment(features, generator=generator, **self.augmentation)
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-mel features of speech, whole or as a stream, their statistics, and SpecAugment.
+"""Log-mel features of speech, whole or as a stream, and their statistics.
 
 Kaldi's filterbank: 80 mel bins from 20 Hz to 8 kHz, Povey windows of 25 ms every 10 ms, pre-emphasis 0.97, the mean of
 each window removed, no dither, samples scaled to the range of 16-bit integers, natural logarithm floored at float32's
@@ -240,50 +240,3 @@ class FeatureStatistics:
         if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
             raise LeapformerError(f"{path}: expected finite means and variances from 0 on, found others")
         return cls(int(tensors["count"]), int(tensors["utterances"]), mean, variance)
-
-
-# ---- augmentation
-
-
-def spec_augment(
-    features: Tensor,
-    *,
-    generator: torch.Generator,
-    frequency_width: int = 27,
-    frequency_masks: int = 1,
-    time_width: int = 100,
-    time_masks: int = 1,
-    time_share: float = 1.0,
-) -> Tensor:
-    """Masks bands of bins and stretches of frames of one utterance.
-
-    A band is f bins wide, f drawn from 0 to `frequency_width`, and begins at 0 to M - f; a stretch likewise, of at most
-    `time_width` frames and `time_share` of the utterance. What is masked is 0, the mean of normalised features.
-
-    Source: SpecAugment, Park et al. 2019 (arXiv 1904.08779), sec. 2, without time warping.
-
-    Arguments:
-        features: [T, M], normalised; they are not changed.
-        generator: draws the masks, on the CPU; one state of it gives one result.
-        frequency_width, time_width: F and T of the paper. frequency_masks, time_masks: how many.
-        time_share: p of the paper, 0 to 1.
-
-    Returns:
-        A copy [T, M] of the same dtype.
-    """
-    masked = features.clone()
-    T, M = features.shape
-    for _ in range(frequency_masks):
-        start, end = _stretch(M, frequency_width, generator)
-        masked[:, start:end] = 0
-    for _ in range(time_masks):
-        start, end = _stretch(T, min(time_width, int(time_share * T)), generator)
-        masked[start:end] = 0
-    return masked
-
-
-def _stretch(length: int, longest: int, generator: torch.Generator) -> tuple[int, int]:
-    """Where a mask begins and ends (excluded) within `length`."""
-    width = int(torch.randint(min(longest, length) + 1, (), generator=generator))
-    start = int(torch.randint(length - width + 1, (), generator=generator))
-    return start, start + width

@@ -40,7 +40,7 @@ TIMBRES = {
 SPEEDS = (150, 190)  # words a minute
 PITCHES = (35, 65)
 SNR = (15.0, 40.0)  # dB
-SIZES = {"train": 6_000, "validation": 300, "test": 300}
+SIZES = {"train": 8_000, "validation": 300, "test": 300}
 
 _LEVELS = (0.15, 0.6)  # peak of the speech, 1 being full scale
 _SILENCE = (0.05, 0.4)  # seconds before the speech
@@ -169,7 +169,7 @@ def prepare_grammar(
 
     Arguments:
         output: the folder to fill; what is complete there and was made the same way is left as it is.
-        sizes: sentences of each split; default: 6,000 for training, 300 each for validation and test.
+        sizes: sentences of each split; default: 8,000 for training, 300 each for validation and test.
         seed: of all that is drawn; the result does not depend on `workers`.
         workers: processes; default: as many as there are processors.
 

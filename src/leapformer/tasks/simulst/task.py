@@ -92,7 +92,7 @@ class WaitKSection(Section):
 
 
 class AugmentationSection(Section):
-    """SpecAugment (arXiv 1904.08779) and speed, for speech in training."""
+    """SpecAugment (arXiv 1904.08779), speed and vocal tract length, for speech in training."""
 
     frequency_width: int = Field(default=27, ge=0)
     frequency_masks: int = Field(default=1, ge=0)
@@ -100,6 +100,9 @@ class AugmentationSection(Section):
     time_masks: int = Field(default=1, ge=0)
     time_share: float = Field(default=1.0, ge=0, le=1, description="longest mask as a share of the utterance")
     speed: float = Field(default=0.0, ge=0, lt=0.5, description="0.1: utterances become up to 10 % longer or shorter")
+    vocal_tract: float = Field(
+        default=0.0, ge=0, lt=0.5, description="0.1: formants lie up to 10 % higher or lower (Jaitly and Hinton 2013)"
+    )
 
 
 class StartSection(Section):
@@ -161,8 +164,7 @@ class TranslationData(TaskData):
             seed=recipe.training.seed,
             max_k=section.max_k,
             whole_share=section.whole_share,
-            augment=recipe.augmentation.model_dump(exclude={"speed"}),
-            speed=recipe.augmentation.speed,
+            augmentation=recipe.augmentation.model_dump(),
         )
 
     # ---- sentences
