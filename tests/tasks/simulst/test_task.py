@@ -208,6 +208,14 @@ def test_pretraining_hands_its_encoder_over(runs, tmp_path):
     assert outcome.results["pretraining"]["steps"] == 6
 
 
+def test_pretraining_uses_the_machine_as_the_recipe_does(tmp_path):
+    recipe, task = load_recipe("simulst/demo", ["processes=1", "device=cpu", "seed=3", "learning_rate=1.0"])
+    before, _ = task.pretraining(recipe)
+    named, _ = load_recipe("simulst/demo-transcription")
+    found, own = before.training.model_dump(), named.training.model_dump()
+    assert found == {**own, "processes": 1, "device": "cpu", "seed": 3} != own
+
+
 def test_start_from_a_run(runs, tmp_path):
     run = str(runs / "speech")
     recipe, task = tiny_recipe(runs, f"start.run={run}", source="speech")

@@ -42,6 +42,8 @@ GRAMMAR_SENTENCES = 20_000  # for training
 HELD_OUT = 300  # each for validation and the test
 # Encoder fields that a recipe for pre-training takes from the recipe that it comes before.
 _SHARED = tuple(name for name in ENCODER_FIELDS if name not in SET_BY_DATA)
+# What it takes of that recipe's training: the seed, and how the machine is used.
+_SHARED_TRAINING = ("seed", "device", "processes", "bf16", "gradient_checkpointing", "compile")
 
 
 class DataSection(Section):
@@ -418,7 +420,7 @@ class TranslationTask(Task):
         return TranslationProcessor.from_pretrained(folder)
 
     def pretraining(self, recipe: TranslationRecipe) -> tuple[Recipe, Task] | None:
-        """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed."""
+        """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed, on its device."""
         if recipe.pretraining is None:
             return None
         content = read_recipe(recipe.pretraining)
@@ -427,7 +429,10 @@ class TranslationTask(Task):
         content["vocabulary"] = own["vocabulary"]
         shared = {name: recipe.model[name] for name in _SHARED if name in recipe.model}
         content["model"] = {**content.get("model", {}), **shared}
-        content["training"] = {**content.get("training", {}), "seed": recipe.training.seed}
+        content["training"] = {
+            **content.get("training", {}),
+            **{name: own["training"][name] for name in _SHARED_TRAINING},
+        }
         resolved = resolve_recipe(content, schema=TranslationRecipe, model_fields=self.model_fields)
         return resolved, self
 
