@@ -121,11 +121,16 @@ def test_a_classifier_divides_by_the_examples_of_the_batch():
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_a_shared_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+def test_a_shared_run_resumes_to_the_same_weights(tmp_path, monkeypatch, two_threads):
     """With dropout, whose draws in the helper come from the first process's generator."""
-    if torch.get_num_threads() < 2:
-        pytest.skip("one thread has no second process")
-    threads = torch.get_num_threads()
     recipe, task = tiny_recipe(tmp_path, "processes=2", "seed=1", "accumulation=2", "batch_size=3")
     outcome = train(recipe, task, tmp_path / "whole")
     assert outcome.results is not None and outcome.results["processes"] == 2
@@ -136,7 +141,7 @@ def test_a_shared_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole, parts = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == two_threads
     alone, _ = tiny_recipe(tmp_path, "seed=1", "accumulation=2", "batch_size=3")
     assert alone.fingerprint == recipe.fingerprint
     assert Run(tmp_path / "whole").results()["recipe_fingerprint"] == alone.fingerprint

@@ -21,7 +21,7 @@ def test_every_recipe_of_the_package_is_valid():
         for kind in ("", "-base", "-cpu")
     ]
     language = ["lm/pydocs-tiny", "lm/wikitext103", "lm/wikitext2-base", "lm/wikitext2-small"]
-    speech = ["demo", "multi30k-en-de", "multi30k-fr-en", "mustc-en-de", "covost-fr-en"]
+    speech = ["demo", "demo-long", "multi30k-en-de", "multi30k-fr-en", "mustc-en-de", "covost-fr-en"]
     translation = [f"simulst/{name}{stage}" for name in speech for stage in ("", "-transcription")]
     translation += ["simulst/tuxpaint-fr-en", "simulmt/demo", "simulmt/multi30k-en-de"]
     assert recipe_names() == sorted(language + arena + translation)

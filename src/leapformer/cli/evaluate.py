@@ -10,7 +10,7 @@ import typer
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
-from leapformer.training.callbacks import evaluation_bar
+from leapformer.training.callbacks import passing_bar
 from leapformer.training.loading import load_model
 from leapformer.training.run import Run
 
@@ -27,8 +27,8 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
     overrides = [] if context_window is None else [f"data.context_window={context_window}"]
     own, _ = load_recipe(run.recipe_path)
     recipe, task = load_recipe(run.recipe_path, overrides)
-    data = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
-    data.progress = evaluation_bar
+    tokenizer = task.load_tokenizer(run.model_path)
+    data = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer, progress=passing_bar)
     found = data.evaluate(model, split=split)
     for name, value in {**found["metrics"], **found.get("baselines", {})}.items():
         typer.echo(f"{name:28} {value:.5g}" if isinstance(value, float) else f"{name:28} {value}")
@@ -54,8 +54,8 @@ def evaluate_latency(
         raise LeapformerError(f"{folder}: --k: expected a run of simultaneous translation, found task {task.name}")
     ks = parse_ks(k)
     model = load_model(run.model_path)
-    data: Any = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
-    data.progress = evaluation_bar
+    tokenizer = task.load_tokenizer(run.model_path)
+    data: Any = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer, progress=passing_bar)
     factors: dict[int | None, float | None] = {}
 
     def write(value: int | None) -> Any:

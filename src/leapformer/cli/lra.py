@@ -25,7 +25,7 @@ from leapformer.errors import LeapformerError
 from leapformer.ops import available_impls
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.arguments import choose_device
-from leapformer.training.callbacks import evaluation_bar
+from leapformer.training.callbacks import passing_bar
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import nearest
 from leapformer.training.run import Run
@@ -125,8 +125,7 @@ def _test(run: Run, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -
     """What results.json gets from the test split: its figures, the speed, and what computed the attention."""
     device = choose_device(recipe.training)
     model = load_model(run.model_path).to(device)
-    data = task.prepare(recipe, cache=run.cache_path)
-    data.progress = evaluation_bar
+    data = task.prepare(recipe, cache=run.cache_path, progress=passing_bar)
     started = time.perf_counter()
     metrics = data.evaluate(model, split=SPLIT)["metrics"]
     seconds = time.perf_counter() - started

@@ -60,12 +60,12 @@ class MetricsFile(TrainerCallback):
             self.writer.close()
 
 
-def evaluation_bar(batches: Sequence[int], what: str) -> Iterable[int]:
-    """The batches of an evaluation under a bar on the error stream that goes when they are through; see ``TaskData``."""
+def passing_bar(items: Sequence[int], what: str) -> Iterable[int]:
+    """The items under a bar on the error stream that goes when they are through; see ``TaskData.progress``."""
     from tqdm import tqdm
 
     return tqdm(
-        batches, desc=f"evaluating {what}", unit="batch", leave=False, dynamic_ncols=True,
+        items, desc=what, leave=False, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )  # fmt: skip
 

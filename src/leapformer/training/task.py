@@ -13,6 +13,14 @@ from transformers import PreTrainedModel
 from leapformer.training.loading import saved_tokenizer
 from leapformer.training.recipes import Recipe
 
+# Wraps what takes long, told what it is; a command puts a bar there.
+ProgressOf = Callable[[Sequence[int], str], Iterable[int]]
+
+
+def untold(items: Sequence[int], what: str) -> Iterable[int]:
+    """The items as they are: nobody watches."""
+    return items
+
 
 class TaskData(ABC):
     """The prepared data of one recipe."""
@@ -22,8 +30,7 @@ class TaskData(ABC):
     train_dataset: Dataset
     # Of every training example: batches are then made of examples of about one length. None: of any.
     train_lengths: Sequence[int] | None = None
-    # Wraps the batches of an evaluation of a whole split, told what it is; a command puts a bar here.
-    progress: Callable[[Sequence[int], str], Iterable[int]] = staticmethod(lambda batches, what: batches)
+    progress: ProgressOf = staticmethod(untold)
     collator: Callable[[list[Any]], dict[str, Any]]
 
     @abstractmethod
@@ -67,11 +74,12 @@ class Task(ABC):
     model_fields: Mapping[str, Any]  # what a recipe may say of the model, with the types
 
     @abstractmethod
-    def prepare(self, recipe: Any, *, cache: Path, tokenizer: Any = None) -> TaskData:
+    def prepare(self, recipe: Any, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold) -> TaskData:
         """Load and encode the data of a validated recipe; what takes long is kept under `cache`.
 
         Arguments:
             tokenizer: that of a trained model; None trains or builds the recipe's.
+            progress: wraps what takes long here, and becomes that of the data: of evaluations of a whole split.
         """
 
     def load_tokenizer(self, folder: Path) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 from transformers import set_seed
 
 from leapformer.training.arguments import choose_device, training_arguments
-from leapformer.training.callbacks import MetricsFile, ProgressBar, Stop, evaluation_bar, interruptible
+from leapformer.training.callbacks import MetricsFile, ProgressBar, Stop, interruptible, passing_bar
 from leapformer.training.loading import load_model
 from leapformer.training.machine import git_revision, machine, peak_memory_mib, reset_peak_memory, versions
 from leapformer.training.processes import helpers, process_count
 from leapformer.training.recipes import Recipe
 from leapformer.training.run import Run
-from leapformer.training.task import Task
+from leapformer.training.task import Task, untold
 from leapformer.training.trainer import LeapformerTrainer
 
 
@@ -48,7 +48,7 @@ def train(
     run = Run(output)
     run.check(recipe)
     cache = run.cache_path if cache is None else cache
-    data = task.prepare(recipe, cache=cache)
+    data = task.prepare(recipe, cache=cache, progress=passing_bar if progress_bar else untold)
     checkpoint = run.start(recipe)
     pretrained = _pretrain(recipe, task, run, progress_bar, cache)
     if pretrained is not None and pretrained.results is None:
@@ -67,7 +67,6 @@ def train(
 
     callbacks: list[Any] = [MetricsFile(run, progress, data.unit), stop]
     if progress_bar:
-        data.progress = evaluation_bar
         callbacks.append(ProgressBar(run.name, progress, data.unit))
     with helpers(model, section) as others:
         trainer = LeapformerTrainer(

@@ -69,13 +69,15 @@ def test_a_whole_run(data, tmp_path):
 
 def test_an_evaluation_of_a_whole_split_tells_its_progress(data, tmp_path):
     recipe, task = tiny(data, "eval_batch_tokens=120")  # two documents of 60 tokens
-    evaluation, told = task.prepare(recipe, cache=tmp_path), []
-    evaluation.progress = lambda batches, what: told.append((len(batches), what)) or batches
+    told = []
+    evaluation = task.prepare(
+        recipe, cache=tmp_path, progress=lambda batches, what: told.append((len(batches), what)) or batches
+    )
     model = evaluation.build_model()
     evaluation.quick_metrics(model)
     assert told == []
     evaluation.evaluate(model, split="test")
-    assert told == [(2, "the test split")]
+    assert told == [(2, "evaluating the test split")]
 
 
 def test_evaluate_and_compare_commands(data, tmp_path, capsys):

@@ -25,7 +25,7 @@ from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, model_fields
 from leapformer.training.recipes import Recipe, Section, expand_path
 from leapformer.training.saving import staged_folder
-from leapformer.training.task import Task, TaskData
+from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 POSITION_BINS = 16
 
@@ -158,7 +158,7 @@ class LanguageModelData(TaskData):
         """Metrics, perplexity by position and the counted baselines of a whole split."""
         encoded = self.encoded(split)
         dataset = self.packed(split, context=self.recipe.data.context_window)
-        losses = self.losses(model, dataset, range(len(dataset)), told=f"the {split} split")
+        losses = self.losses(model, dataset, range(len(dataset)), told=f"evaluating the {split} split")
         return {
             "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
             "perplexity_by_position": losses.perplexity(bins=POSITION_BINS),
@@ -215,7 +215,12 @@ class LanguageModelTask(Task):
     model_fields = model_fields()
 
     def prepare(
-        self, recipe: LanguageModelRecipe, *, cache: Path, tokenizer: PreTrainedTokenizerFast | None = None
+        self,
+        recipe: LanguageModelRecipe,
+        *,
+        cache: Path,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        progress: ProgressOf = untold,
     ) -> LanguageModelData:
         """Read the corpus, and train the tokenizer or take the given one."""
         section = recipe.data
@@ -231,7 +236,9 @@ class LanguageModelTask(Task):
         )
         if tokenizer is None:
             tokenizer = cached_tokenizer(recipe.tokenizer, corpus.split("train"), cache=cache)
-        return LanguageModelData(recipe, corpus=corpus, tokenizer=tokenizer, cache=cache)
+        data = LanguageModelData(recipe, corpus=corpus, tokenizer=tokenizer, cache=cache)
+        data.progress = progress
+        return data
 
 
 def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: Path) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ from leapformer.tasks.lra.dataset import LraDataset, PadCollator
 from leapformer.tasks.lra.task import SET_BY_DATA, LraData, LraRecipe
 from leapformer.tasks.model_section import build_config, model_fields
 from leapformer.training.draws import generator_for
-from leapformer.training.task import Task
+from leapformer.training.task import ProgressOf, Task, untold
 
 MASK_SHARES = {"listops": 0.10, "text": 0.15, "retrieval": 0.15, "image": 0.5, "pathfinder": 0.5}
 COUNTED = 1000  # documents that the commonest symbol is counted on
@@ -136,9 +136,13 @@ class DenoiseTask(Task):
     recipe_type = DenoiseRecipe
     model_fields = model_fields(*SET_BY_DATA)
 
-    def prepare(self, recipe: DenoiseRecipe, *, cache: Path, tokenizer: Any = None) -> DenoiseData:
+    def prepare(
+        self, recipe: DenoiseRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
+    ) -> DenoiseData:
         """Open the prepared data; nothing is cached."""
-        return DenoiseData(recipe)
+        data = DenoiseData(recipe)
+        data.progress = progress
+        return data
 
 
 def pretraining_recipe(recipe: LraRecipe) -> DenoiseRecipe:

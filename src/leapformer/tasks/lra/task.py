@@ -21,7 +21,7 @@ from leapformer.tasks.lra.baselines import majority_baseline, root_operator_base
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator, load
 from leapformer.tasks.model_section import build_config, model_fields
 from leapformer.training.recipes import Recipe, Section, expand_path
-from leapformer.training.task import Task, TaskData
+from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 SET_BY_DATA = ("num_labels", "paired_inputs")
 
@@ -127,7 +127,7 @@ class LraData(TaskData):
     def evaluate(self, model: Any, *, split: str) -> dict[str, Any]:
         """Metrics and trivial baselines of a whole split."""
         dataset = self.split(split)
-        found = self.metrics(model, dataset, range(len(dataset)), told=f"the {split} split")
+        found = self.metrics(model, dataset, range(len(dataset)), told=f"evaluating the {split} split")
         return {"metrics": {**found, **self.baselines(split)}}
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -167,9 +167,13 @@ class LraTask(Task):
     recipe_type = LraRecipe
     model_fields = model_fields(*SET_BY_DATA)
 
-    def prepare(self, recipe: LraRecipe, *, cache: Path, tokenizer: Any = None) -> LraData:
+    def prepare(
+        self, recipe: LraRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
+    ) -> LraData:
         """Open the prepared data; nothing is cached."""
-        return LraData(recipe)
+        data = LraData(recipe)
+        data.progress = progress
+        return data
 
     def pretraining(self, recipe: LraRecipe) -> tuple[Recipe, Task] | None:
         """Filling in masks, where the recipe asks for it."""

@@ -6,7 +6,7 @@ the words and their delays are those of `StreamingTranslator`; only the computat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from leapformer.tasks.simulst.instances import Instance
 from leapformer.tasks.simulst.sources import STATE_MS
 from leapformer.tasks.simulst.translator import SPARE_TOKENS, TOKENS_PER_CHUNK
 from leapformer.tasks.simulst.vocabulary import Vocabulary
-
-Progress = Callable[[Sequence[int], str], Iterable[int]]
+from leapformer.training.task import ProgressOf, untold
 
 
 def batches_by_length(dataset: TranslationDataset, indices: Iterable[int], *, size: int) -> list[list[int]]:
@@ -39,7 +38,7 @@ def simulate(
     k: int | None,
     size: int,
     limit: int | None = None,
-    progress: Progress = lambda batches, what: batches,
+    progress: ProgressOf = untold,
 ) -> list[Instance]:
     """The log of a whole data set.
 
@@ -54,7 +53,7 @@ def simulate(
     instances: dict[int, Instance] = {}
     wanted = range(len(dataset))[:limit]
     batches = batches_by_length(dataset, wanted, size=size)
-    told = "the whole source" if k is None else f"k = {k}"
+    told = "translating, the whole source" if k is None else f"translating, k = {k}"
     for number in progress(range(len(batches)), told):
         batch = collate([dataset[index] for index in batches[number]])
         inputs = {name: batch[name].to(model.device) for name in ("input_features", "input_ids") if name in batch}

@@ -1,5 +1,7 @@
 """The features of all utterances of a split, computed once and kept on disk beside the runs that share them.
 
+They are computed in shards, by several processes where there are many; shards that are there are kept over an interrupt.
+
 A file holds float16 [frames of all utterances, M]: half the size, and an error of at most 2^-11 of a log-mel value (0.01),
 a hundredth of what the least noise changes. Training reads it through a memory map, in random order.
 """
@@ -8,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leapformer.errors import LeapformerError
+from leapformer.tasks.preparation import Progress, make_shards, processors
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
 from leapformer.tasks.simulst.features import MEL_BINS, FeatureStatistics, frame_count, offline
+from leapformer.tasks.simulst.prepared import SpokenSplit
+from leapformer.training.task import ProgressOf, untold
 
-Progress = Callable[[Iterable[int], str], Iterable[int]]
 _INT16 = np.float32(1 / 32768)
 _BLOCK = 1 << 16  # frames of one step of the statistics
+_SHARD = 500  # utterances: a few seconds of work
+_MANY = 2_000  # utterances: for fewer another process starts in vain
 
 
 class CachedFeatures(Sequence[Tensor]):
     """Features of the utterances of a split: item i is float32 [F, M], not normalised.
 
     Arguments:
-        split: rows with "audio", int16 [N] at 16 kHz, and "samples", N; as `SpokenSplit` has them.
+        split: the audio.
         key: names the content of the split; what was computed under another key is not taken.
         cache: the folder to keep the file in.
-        progress: wraps the numbers of the utterances while features are computed.
+        progress: wraps the numbers of the shards while features are computed.
     """
 
-    def __init__(
-        self, split: Any, *, key: str, cache: Path, progress: Progress = lambda numbers, what: numbers
-    ) -> None:
+    def __init__(self, split: SpokenSplit, *, key: str, cache: Path, progress: ProgressOf = untold) -> None:
         counts = [frame_count(row["samples"]) for row in split.rows]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         digest = hashlib.sha256(f"{key}|{MEL_BINS}|{SAMPLE_RATE}|{int(self.starts[-1])}".encode()).hexdigest()[:16]
@@ -63,18 +69,71 @@ class CachedFeatures(Sequence[Tensor]):
             )
         return FeatureStatistics(found.count, len(self), found.mean, found.variance)
 
-    def _compute(self, split: Any, progress: Progress) -> None:
+    def _compute(self, split: SpokenSplit, progress: ProgressOf) -> None:
+        """Make the shards that are missing, and the file of them."""
+        parts = self.path.with_suffix(".parts")
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+            self._put_together(self._make_shards(parts, split, progress))
+        except (OSError, LeapformerError):
+            if not self.path.is_file():  # else another run was done with it first, and took the shards away
+                raise
+        shutil.rmtree(parts, ignore_errors=True)
+
+    def _make_shards(self, parts: Path, split: SpokenSplit, progress: ProgressOf) -> dict[Path, tuple[int, int]]:
+        """Each shard, and the first utterance of it and of the next."""
+        bounds = [(first, min(first + _SHARD, len(self))) for first in range(0, len(self), _SHARD)]
+        shards = {parts / f"{first:08d}-{end:08d}.float16": (first, end) for first, end in bounds}
+        make_shards(
+            compute_shard,
+            list(shards),
+            [(split.folder, split.name, first, end) for first, end in bounds],
+            workers=processors() if len(self) >= _MANY else 1,
+            progress=_stepping(progress),
+            is_whole=Path.is_file,
+        )
+        return shards
+
+    def _put_together(self, shards: dict[Path, tuple[int, int]]) -> None:
         """Write the file under another name, and rename it when it is whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
         try:
             shape = (int(self.starts[-1]), MEL_BINS)
             frames = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-            for number in progress(range(len(self)), "features"):
-                samples = split[number]["audio"].astype(np.float32) * _INT16
-                frames[self.starts[number] : self.starts[number + 1]] = offline(samples).numpy()
+            for shard, (first, end) in shards.items():
+                frames[self.starts[first] : self.starts[end]] = np.fromfile(shard, np.float16).reshape(-1, MEL_BINS)
             frames.flush()
             del frames
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def compute_shard(path: Path, folder: Path, split: str, first: int, end: int) -> None:
+    """Write the features of some utterances of a split, float16, through a temporary file."""
+    spoken = SpokenSplit(folder, split)
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            for number in range(first, end):
+                samples = spoken[number]["audio"].astype(np.float32) * _INT16
+                offline(samples).numpy().astype(np.float16).tofile(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stepping(progress: ProgressOf) -> Progress:
+    """A progress that is told how many are done, and steps through the numbers that the given one wraps."""
+    steps: Any = None
+    taken = 0
+
+    def told(done: int, total: int | None, what: str) -> None:
+        nonlocal steps, taken
+        if steps is None:
+            steps = iter(progress(range(total or 0), "features"))
+        for _ in range(done + 1 - taken):  # a number is taken when its shard is begun, and none after the last
+            next(steps, None)
+        taken = done + 1
+
+    return told

@@ -32,7 +32,7 @@ def translate_live(
     dataset = data.dataset(split)
     wanted = range(len(dataset))[:limit]
     instances, computed, passed = [], 0.0, 0.0
-    for index in data.progress(wanted, "the whole source" if k is None else f"k = {k}"):
+    for index in data.progress(wanted, "translating, the whole source" if k is None else f"translating, k = {k}"):
         pieces = _pieces(data, model, split, index)
         with StreamingTranslator(model, data.processor, WaitK(k)) as translator:
             words, seconds = _translate(translator, pieces)

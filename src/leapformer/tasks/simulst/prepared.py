@@ -53,7 +53,8 @@ class SpokenSplit(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
+        self.name = split
         self.card = read_card(folder)
         if split not in self.card["splits"]:
             raise LeapformerError(f"{folder}: expected the split {split}, found {', '.join(self.card['splits'])}")

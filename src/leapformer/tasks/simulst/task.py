@@ -35,7 +35,7 @@ from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import Recipe, Section, expand_path, read_recipe, resolve_recipe
 from leapformer.training.run import Run
-from leapformer.training.task import Task, TaskData
+from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 SET_BY_DATA = ("source", "num_features", "source_vocab_size", "ctc_vocab_size")
 GRAMMAR_SENTENCES = 20_000  # for training
@@ -147,8 +147,11 @@ class TranslationData(TaskData):
 
     unit = "tokens"
 
-    def __init__(self, recipe: TranslationRecipe, *, cache: Path, processor: TranslationProcessor | None) -> None:
-        self.recipe, self.cache = recipe, cache
+    def __init__(
+        self, recipe: TranslationRecipe, *, cache: Path, processor: TranslationProcessor | None,
+        progress: ProgressOf = untold,
+    ) -> None:  # fmt: skip
+        self.recipe, self.cache, self.progress = recipe, cache, progress
         self.is_speech = recipe.data.source == "speech"
         self.folder = expand_path(recipe.data.path or "grammar", key="data.path")
         self.transcribe = recipe.data.target == "transcription"
@@ -222,7 +225,7 @@ class TranslationData(TaskData):
     def _features(self, split: str) -> CachedFeatures:
         spoken = self.spoken(split)
         key = json.dumps(spoken.card["splits"][split]["sha256"], sort_keys=True)
-        return CachedFeatures(spoken, key=key, cache=self.cache, progress=self.progress)  # type: ignore[arg-type]
+        return CachedFeatures(spoken, key=key, cache=self.cache, progress=self.progress)
 
     def _without_long_ones(self, dataset: TranslationDataset) -> TranslationDataset:
         """Training takes no utterance that is longer than the recipe says, nor one without a target."""
@@ -350,7 +353,7 @@ class TranslationData(TaskData):
     def evaluate(self, model: Any, *, split: str) -> dict[str, Any]:
         """Loss of a whole split, and the quality of what the model writes with the recipe's k."""
         dataset = self.dataset(split)
-        found = self.metrics(model, dataset, range(len(dataset)), told=f"the {split} split")
+        found = self.metrics(model, dataset, range(len(dataset)), told=f"evaluating the {split} split")
         scores = score(self.simulate(model, split=split, k=self.recipe.wait_k.eval_k))
         if self.transcribe:
             return {"metrics": {**found, "chrF": scores["chrF"]}}
@@ -412,9 +415,11 @@ class TranslationTask(Task):
     recipe_type = TranslationRecipe
     model_fields = model_fields(*SET_BY_DATA, config_class=LeapformerTranslationConfig)
 
-    def prepare(self, recipe: TranslationRecipe, *, cache: Path, tokenizer: Any = None) -> TranslationData:
+    def prepare(
+        self, recipe: TranslationRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
+    ) -> TranslationData:
         """Open the data; features, their statistics and vocabularies are computed once and kept under `cache`."""
-        return TranslationData(recipe, cache=cache, processor=tokenizer)
+        return TranslationData(recipe, cache=cache, processor=tokenizer, progress=progress)
 
     def load_tokenizer(self, folder: Path) -> TranslationProcessor:
         return TranslationProcessor.from_pretrained(folder)

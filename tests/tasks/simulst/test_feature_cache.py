@@ -1,0 +1,82 @@
+"""Features of a split on disk: made in shards, by one process or several, through interrupts and beside another run."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("kaldi_native_fbank")
+
+from leapformer.tasks.simulst import feature_cache
+from leapformer.tasks.simulst.feature_cache import CachedFeatures
+from leapformer.tasks.simulst.prepared import SpokenSplit
+from tests.tasks.simulst.builders import write_speech
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """60 utterances."""
+    folder = tmp_path_factory.mktemp("spoken")
+    write_speech(folder)
+    return SpokenSplit(folder, "train")
+
+
+def cached(spoken, cache, **rest) -> CachedFeatures:
+    return CachedFeatures(spoken, key="x", cache=cache, **rest)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(feature_cache, "_SHARD", 25)
+
+
+def test_features_in_processes_are_the_same_and_told(spoken, tmp_path, monkeypatch, small_shards):
+    told = []
+
+    def watched(numbers, what):
+        for number in numbers:
+            told.append((number, len(numbers), what))
+            yield number
+        told.append(what)
+
+    alone = cached(spoken, tmp_path / "a", progress=watched)
+    assert told == [(0, 3, "features"), (1, 3, "features"), (2, 3, "features"), "features"]
+    monkeypatch.setattr(feature_cache, "_MANY", 1)
+    monkeypatch.setattr(feature_cache, "processors", lambda: 2)
+    shared = cached(spoken, tmp_path / "b")
+    assert alone.path.read_bytes() == shared.path.read_bytes()
+    assert [file.name for file in (tmp_path / "b").iterdir()] == [shared.path.name]
+
+
+def test_an_interrupt_of_features_loses_no_shard(spoken, tmp_path, monkeypatch, small_shards):
+    first, made = feature_cache.compute_shard, []
+
+    def interrupted(path, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        first(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(feature_cache, "compute_shard", interrupted)
+        cached(spoken, tmp_path)
+    made.pop(0)
+    monkeypatch.setattr(
+        feature_cache, "compute_shard", lambda path, *rest: (made.append(path.name), first(path, *rest))
+    )
+    whole = cached(spoken, tmp_path)
+    assert len(made) == 2 and made[1].startswith("00000050-00000060")
+    expected = cached(spoken, tmp_path / "other")
+    assert whole.path.read_bytes() == expected.path.read_bytes()
+
+
+def test_another_run_may_be_done_with_the_features_first(spoken, tmp_path, monkeypatch, small_shards):
+    first = feature_cache.compute_shard
+
+    def overtaken(path, *rest):
+        monkeypatch.setattr(feature_cache, "compute_shard", first)
+        cached(spoken, tmp_path)  # makes the file, and takes the shards away
+        first(path, *rest)
+
+    monkeypatch.setattr(feature_cache, "compute_shard", overtaken)
+    found = cached(spoken, tmp_path)
+    assert len(found) == 60 and [file.name for file in tmp_path.iterdir()] == [found.path.name]
