@@ -150,7 +150,7 @@ def test_more_threads_count_wall_time(tmp_path, threads):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attenton"], "bench: expected all, attention, decoding, training, overhead, lra"),
+        (["attenton"], "bench: expected all, attention, decoding, training, overhead, processes, lra, streaming"),
         (["--lengths", "512,x"], "--lengths: expected whole numbers above 0 such as 512,4096, found '512,x'"),
         (["--lengths", "0"], "--lengths: expected whole numbers above 0"),
         (["--lengths", ""], "--lengths: expected whole numbers above 0"),

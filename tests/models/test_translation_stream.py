@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -70,7 +71,26 @@ def test_every_length(frames, cross):
     torch.testing.assert_close(logits, model(x, labels=labels, k=2).logits, atol=1e-9, rtol=1e-9)
 
 
+def one_rounding(model, x, labels, k):
+    """How far rounding each weight once to float32 moves the exact logits of a token: [B, T, 1], largest of four draws.
+
+    A denominator close to 0, as with three source states of which a query likes none, makes float32 that uncertain
+    whatever the order of the sums.
+    """
+    exact, generator = model.double(), torch.Generator().manual_seed(0)
+    expected, moved = exact(x.double(), labels=labels, k=k).logits, []
+    for _ in range(4):
+        weights = {
+            name: value * (1 + 2**-24 * (2 * torch.rand(value.shape, dtype=value.dtype, generator=generator) - 1))
+            for name, value in exact.named_parameters()
+        }
+        logits = torch.func.functional_call(exact, weights, (x.double(),), {"labels": labels, "k": k}).logits
+        moved.append((logits - expected).abs().amax(-1, keepdim=True))
+    return torch.stack(moved).amax(0)
+
+
 @settings
+@torch.no_grad()
 def test_streaming_is_training_in_float32(fields):
     model, x, labels = (
         tiny_translator(dtype=torch.float32, **fields),
@@ -79,7 +99,11 @@ def test_streaming_is_training_in_float32(fields):
     )
     for k in (1, None):
         logits, _ = stream_logits(model, x, labels, k, pieces(99, 40, 0))
-        torch.testing.assert_close(logits, model(x, labels=labels, k=k).logits, atol=1e-5, rtol=1e-5)
+        difference = (logits - model(x, labels=labels, k=k).logits).abs()
+        # Two forms, each with the rounding of its weights and of what it computes from them: four times one rounding.
+        rounding = one_rounding(deepcopy(model), x, labels, k)
+        assert rounding.median() < 1e-6  # so that 1e-5 is what most tokens are held to
+        assert (difference <= (4 * rounding).clamp(min=1e-5)).all(), (difference / rounding).max()
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
