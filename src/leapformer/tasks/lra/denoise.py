@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,9 @@ from torch.utils.data import Dataset
 from leapformer.models import LeapformerForMaskedLM
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator
-from leapformer.tasks.lra.task import SET_BY_DATA, LraData, LraRecipe
-from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.lra.task import LraData, LraRecipe, LraTask
+from leapformer.tasks.model_section import build_config
 from leapformer.training.draws import generator_for
-from leapformer.training.task import ProgressOf, Task, untold
 
 MASK_SHARES = {"listops": 0.10, "text": 0.15, "retrieval": 0.15, "image": 0.5, "pathfinder": 0.5}
 COUNTED = 1000  # documents that the commonest symbol is counted on
@@ -129,20 +127,16 @@ class DenoiseData(LraData):
         return {"loss": nats / max(count, 1), "accuracy": accuracy, "accuracy_error": error, "examples": len(indices)}
 
 
-class DenoiseTask(Task):
+class DenoiseTask(LraTask):
     """`task: lra-denoise`."""
 
     name = "lra-denoise"
     recipe_type = DenoiseRecipe
-    model_fields = model_fields(*SET_BY_DATA)
+    data_type = DenoiseData
 
-    def prepare(
-        self, recipe: DenoiseRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
-    ) -> DenoiseData:
-        """Open the prepared data; nothing is cached."""
-        data = DenoiseData(recipe)
-        data.progress = progress
-        return data
+    def pretraining(self, recipe: LraRecipe) -> None:
+        """Nothing comes before it."""
+        return None
 
 
 def pretraining_recipe(recipe: LraRecipe) -> DenoiseRecipe:

@@ -165,13 +165,14 @@ class LraTask(Task):
 
     name = "lra"
     recipe_type = LraRecipe
+    data_type = LraData
     model_fields = model_fields(*SET_BY_DATA)
 
     def prepare(
         self, recipe: LraRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
     ) -> LraData:
         """Open the prepared data; nothing is cached."""
-        data = LraData(recipe)
+        data = self.data_type(recipe)
         data.progress = progress
         return data
 
