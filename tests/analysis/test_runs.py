@@ -44,6 +44,17 @@ def test_equal_labels_are_told_apart(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_convolution_that_all_have_tells_none_from_another(tmp_path):
+    def labels(**widths: int) -> list[str]:
+        folders = [write_run(tmp_path / str(widths), kind, conv_width=width) for kind, width in widths.items()]
+        return distinct_labels([load_run(folder) for folder in folders])
+
+    assert labels(leap=4, softmax=4) == ["LeaPformer", "softmax"]
+    assert labels(leap=4, softmax=0) == ["LeaPformer + convolution 4", "softmax"]
+    assert labels(leap=4, softmax=3) == ["LeaPformer + convolution 4", "softmax + convolution 3"]
+    assert labels(leap=4) == ["LeaPformer + convolution 4"]
+
+
 def test_scores_by_k_are_from_the_curve_or_else_from_the_evaluation_after_training(tmp_path):
     points = [curve_point(None, 40.0, 4000), curve_point(3, 30.0, 2000), curve_point(1, 20.0, 1000)]
     trained = {"loss": 1.0, "k": 5, "BLEU": 33.0, "LAAL": 2500.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,20 @@ class RunRecord:
     @property
     def label(self) -> str:
         """What plots and tables call it: the attention, with the variant and an added convolution where there is one."""
-        attention = self.results.get("attention", "")
+        return self._model + self._convolution
+
+    @property
+    def _model(self) -> str:
+        attention, variant = self.results.get("attention", ""), self.results.get("variant") or "paper"
         parts = attention if isinstance(attention, list) else [attention]
         label = "+".join(dict.fromkeys(_attention_name(str(part)) for part in parts)) or self.name
-        variant, convolution = self.results.get("variant") or "paper", self.results.get("conv_width")
-        if variant != "paper":
-            return f"{label} ({variant})"
-        return f"{label} + convolution {convolution}" if convolution else label
+        return label if variant == "paper" else f"{label} ({variant})"
+
+    @property
+    def _convolution(self) -> str:
+        """That which was added; other variants than the paper's say how wide theirs is by their name."""
+        convolution, variant = self.results.get("conv_width"), self.results.get("variant") or "paper"
+        return f" + convolution {convolution}" if convolution and variant == "paper" else ""
 
     def split(self, name: str = "validation") -> dict[str, Any]:
         """Results on one split of the data (empty when it wasn't evaluated)."""
@@ -91,9 +99,15 @@ def load_run(folder: str | Path) -> RunRecord:
     return RunRecord(folder=folder, results=results, events=events)
 
 
-def distinct_labels(runs: list[RunRecord]) -> list[str]:
-    """Labels of the runs, with the seed, and if need be the name, added where two would read the same."""
-    labels = [run.label for run in runs]
+def common_labels(runs: Sequence[RunRecord]) -> list[str]:
+    """Labels of runs that stand beside one another: a convolution that all of them have tells none from another."""
+    differ = len(runs) == 1 or len({run._convolution for run in runs}) > 1
+    return [run.label if differ else run._model for run in runs]
+
+
+def distinct_labels(runs: Sequence[RunRecord]) -> list[str]:
+    """`common_labels`, with the seed, and if need be the name, added where two would read the same."""
+    labels = common_labels(runs)
     for extra in (lambda run: f" seed {run.results.get('seed')}", lambda run: f" [{run.name}]"):
         repeated = {label for label in labels if labels.count(label) > 1}
         labels = [label + extra(run) if label in repeated else label for label, run in zip(labels, runs, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from leapformer.analysis.runs import RunRecord
+from leapformer.analysis.runs import RunRecord, common_labels
 from leapformer.errors import LeapformerError
 
 K = 5  # of wait-k, where a table has one figure of a translation model
@@ -116,12 +116,12 @@ def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         LeapformerError: one seed of a recipe twice.
     """
     found: dict[tuple[str, str], dict[Any, RunRecord]] = {}
-    for run in runs:
-        members = found.setdefault((run.label, str(run.results.get("recipe_fingerprint", ""))), {})
+    for run, label in zip(runs, common_labels(runs), strict=True):
+        members = found.setdefault((label, str(run.results.get("recipe_fingerprint", ""))), {})
         seed = run.results.get("seed")
         if seed in members:
             raise LeapformerError(
-                f"{run.folder}: expected each seed of a recipe once, found seed {seed} of {run.label} also in "
+                f"{run.folder}: expected each seed of a recipe once, found seed {seed} of {label} also in "
                 f"{members[seed].folder}"
             )
         members[seed] = run
