@@ -30,6 +30,11 @@ def batches_by_length(dataset: TranslationDataset, indices: Iterable[int], *, si
     return batches
 
 
+def writing(k: int | None) -> str:
+    """What progress is told while a model writes, be it translations or transcriptions."""
+    return "writing, the whole source first" if k is None else f"writing, k = {k}"
+
+
 @torch.no_grad()
 def simulate(
     model: Any,
@@ -53,8 +58,7 @@ def simulate(
     instances: dict[int, Instance] = {}
     wanted = range(len(dataset))[:limit]
     batches = batches_by_length(dataset, wanted, size=size)
-    told = "translating, the whole source" if k is None else f"translating, k = {k}"
-    for number in progress(range(len(batches)), told):
+    for number in progress(range(len(batches)), writing(k)):
         batch = collate([dataset[index] for index in batches[number]])
         inputs = {name: batch[name].to(model.device) for name in ("input_features", "input_ids") if name in batch}
         mask = batch.get("attention_mask")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
+from leapformer.tasks.simulst.evaluation import writing
 from leapformer.tasks.simulst.instances import Instance
 from leapformer.tasks.simulst.policies import WaitK
 from leapformer.tasks.simulst.sources import STATE_MS
@@ -32,7 +33,7 @@ def translate_live(
     dataset = data.dataset(split)
     wanted = range(len(dataset))[:limit]
     instances, computed, passed = [], 0.0, 0.0
-    for index in data.progress(wanted, "translating, the whole source" if k is None else f"translating, k = {k}"):
+    for index in data.progress(wanted, writing(k)):
         pieces = _pieces(data, model, split, index)
         with StreamingTranslator(model, data.processor, WaitK(k)) as translator:
             words, seconds = _translate(translator, pieces)
