@@ -11,11 +11,12 @@ PYTEST_ARGS ?=
 NATIVE := CMakeLists.txt $(wildcard src/leapformer/ops/native/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format native demo clean test-native-sanitize
+.PHONY: help setup test fuzz lint format native demo clean test-native-sanitize
 
 help:
 	@echo "make demo    set up, train three small models, write runs/demo/report.html"
 	@echo "make test    set up, then ruff, pyright and pytest"
+	@echo "make fuzz    set up, then random and damaged input for everything that reads or computes (minutes)"
 	@echo "make lint    set up, then ruff and pyright"
 	@echo "make format  set up, then let ruff rewrite what it can"
 	@echo "make test-native-sanitize   the native kernels' tests with address and undefined-behaviour checks"
@@ -46,6 +47,10 @@ format: $(STAMP)
 # A file stays with one worker, so that what it prepares once for all of its tests is prepared once.
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# FUZZ_ARGS="readers --seed 7" runs a part of it, or other cases.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 # Needs CMake and a compiler, and no set-up: builds the kernels into the source tree, as an editable install does.
 native:

@@ -19,6 +19,9 @@ MAY_IMPORT["analysis"] = {"ops", "nn", "models", "analysis"}
 MAY_IMPORT["bench"] = {*LAYERS[:-1], "analysis", "bench"}
 MAY_IMPORT["cli"] |= {"analysis", "bench"}
 MAY_IMPORT["errors"] = set()
+for layer in MAY_IMPORT:  # reading and writing files, which needs no other part
+    MAY_IMPORT[layer] |= {"files"}
+MAY_IMPORT["files"] = {"files"}
 MAY_IMPORT["__main__"] = {"cli"}
 # `leapformer` itself hands out the public names of these, and only these.
 MAY_IMPORT["__init__"] = {"ops", "nn", "models"}

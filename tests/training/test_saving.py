@@ -12,15 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from leapformer.errors import LeapformerError
-from leapformer.training.saving import (
-    check_archive,
-    check_weights,
-    is_disk_fault,
-    recover,
-    staged_folder,
-    write_json,
-    write_text,
-)
+from leapformer.files.writing import is_disk_fault, recover, staged_folder, write_json, write_text
+from leapformer.training.saving import check_archive, check_weights
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.analysis.tables import markdown_table
+from leapformer.files.writing import write_json, write_text
 from leapformer.training.machine import git_revision, machine, versions
-from leapformer.training.saving import write_json, write_text
 
 FORMAT = 1
 

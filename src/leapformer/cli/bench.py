@@ -20,8 +20,8 @@ from leapformer.bench.training import check_recipe
 from leapformer.cli.compare import print_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_text
 from leapformer.tasks.simulst.features import FilterbankStream
-from leapformer.training.saving import write_text
 
 BENCHMARKS = ("attention", "decoding", "training", "overhead", "processes", "lra", "streaming")
 LIMIT, QUICK_LIMIT = 20.0, 1.0

@@ -22,6 +22,7 @@ from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import markdown_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_text
 from leapformer.ops import available_impls
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.arguments import choose_device
@@ -29,7 +30,6 @@ from leapformer.training.callbacks import passing_bar
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import nearest
 from leapformer.training.run import Run
-from leapformer.training.saving import write_text
 from leapformer.training.train import train
 
 SUFFIXES = {"small": "", "cpu": "-cpu", "base": "-base"}

@@ -27,12 +27,12 @@ from leapformer.analysis.runs import RunRecord, load_run
 from leapformer.analysis.tables import markdown_table
 from leapformer.cli.compare import print_table
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_text
 from leapformer.tasks.registry import load_recipe
 from leapformer.tasks.simulst.curves import log_path
 from leapformer.tasks.simulst.instances import read_instances
 from leapformer.training.loading import load_model, load_tokenizer
 from leapformer.training.run import Run
-from leapformer.training.saving import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

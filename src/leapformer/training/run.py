@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import recover, write_json, write_text
 from leapformer.training.recipes import Recipe
-from leapformer.training.saving import check_archive, check_weights, recover, write_json, write_text
+from leapformer.training.saving import check_archive, check_weights
 
 CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINT_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

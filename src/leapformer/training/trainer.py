@@ -14,11 +14,11 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leapformer.files.writing import staged_folder, write_json
 from leapformer.training.arguments import build_optimizer, build_schedule
 from leapformer.training.processes import Helpers, divide
 from leapformer.training.recipes import TrainingSection
 from leapformer.training.run import Run, checkpoint_step
-from leapformer.training.saving import staged_folder, write_json
 from leapformer.training.task import TaskData
 
 PROGRESS_NAME = "progress.json"

@@ -21,6 +21,7 @@ from leapformer.errors import LeapformerError
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("soxr")
 
+from leapformer.files.writing import write_json  # noqa: E402
 from leapformer.tasks.preparation import BadRows  # noqa: E402
 from leapformer.tasks.simulst import espeak, prepared, spoken  # noqa: E402
 from leapformer.tasks.simulst.prepared import SpokenSplit  # noqa: E402
@@ -33,7 +34,6 @@ from leapformer.tasks.simulst.spoken import (  # noqa: E402
     prepare_text_pairs,
     render,
 )
-from leapformer.training.saving import write_json  # noqa: E402
 
 SIZES = {"train": 12, "validation": 3, "test": 3}
 QUICK = Manner("en-us+m1", 170, 50, 100.0, 0.0, 0.5, 0.2, 0.3, 1)

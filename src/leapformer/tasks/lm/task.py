@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import staged_folder
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
 from leapformer.tasks.lm.corpora import Corpus, load_corpus
@@ -24,7 +25,6 @@ from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedData
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, model_fields
 from leapformer.training.recipes import Recipe, Section, expand_path
-from leapformer.training.saving import staged_folder
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 POSITION_BINS = 16

@@ -15,12 +15,12 @@ import numpy as np
 
 from leapformer import __version__
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_json
 from leapformer.tasks import preparation as shared
 from leapformer.tasks.card import CARD, FORMAT, SPLITS, read_card
 from leapformer.tasks.lra import TASKS
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
 from leapformer.tasks.preparation import PARTS, BadRows, Progress, is_there, processors, silent
-from leapformer.training.saving import write_json
 
 GENERATED = ("listops", "pathfinder")
 VALIDATION_SHARE = 0.1  # of the training examples, where a source has no validation split of its own

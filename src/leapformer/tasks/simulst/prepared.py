@@ -25,11 +25,11 @@ import numpy as np
 
 from leapformer import __version__
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_json, write_text
 from leapformer.tasks.card import CARD, FORMAT, read_card
 from leapformer.tasks.files import parse_json_row, read_lines
 from leapformer.tasks.preparation import PARTS, BadRows, Progress, make_shards, parts_key, processors
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
-from leapformer.training.saving import write_json, write_text
 
 Example = TypeVar("Example")
 

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
-from leapformer.training.saving import write_json
 
 ABOUT = "translation.json"
 STATISTICS = "features.safetensors"

@@ -1,0 +1,92 @@
+"""Checksums beside files, in the form that `sha256sum -c` reads: one file SHA256SUMS for a folder, or FILE.sha256 for one.
+
+They tell that a file is damaged, not who wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from leapformer.errors import LeapformerError
+from leapformer.files.reading import read_text
+from leapformer.files.writing import write_text
+
+SUMS = "SHA256SUMS"
+SUFFIX = ".sha256"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write the checksums of all regular files in a folder and below, in order of their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
+
+
+def check_sums(folder: Path) -> bool:
+    """Check every file that the folder's SHA256SUMS names.
+
+    Returns:
+        False where there is no such file: the folder was written by a version that made none.
+
+    Raises:
+        LeapformerError: a file is missing or is not what was written, or SHA256SUMS is none.
+    """
+    sums = folder / SUMS
+    if not os.path.lexists(sums):
+        return False
+    for row, line in enumerate(read_text(sums).splitlines(), start=1):
+        expected, name = _parse(line, f"{sums}:{row}")
+        path = folder / name
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise LeapformerError(f"{sums}:{row}: expected the name of a file in this folder, found {name}")
+        _check(path, expected)
+    return True
+
+
+def write_sum(path: Path) -> None:
+    """Write the checksum of one file beside it."""
+    write_text(_beside(path), f"{sha256(path)}  {path.name}\n")
+
+
+def check_sum(path: Path) -> bool:
+    """Check one file against the checksum beside it; False where there is none.
+
+    Raises:
+        LeapformerError: the file is missing or is not what was written, or the checksum is none.
+    """
+    beside = _beside(path)
+    if not os.path.lexists(beside):
+        return False
+    expected, _ = _parse(read_text(beside).rstrip("\n"), str(beside))
+    _check(path, expected)
+    return True
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + SUFFIX)
+
+
+def _parse(line: str, where: str) -> tuple[str, str]:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise LeapformerError(f"{where}: expected a checksum and a file's name, found something else")
+    return match[1], match[2]
+
+
+def _check(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise LeapformerError(f"{path}: expected a file with the checksum {expected[:12]}..., found none")
+    found = sha256(path)
+    if found != expected:
+        raise LeapformerError(
+            f"{path}: this file is damaged: expected the checksum {expected[:12]}..., found {found[:12]}..."
+        )
