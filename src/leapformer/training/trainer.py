@@ -216,7 +216,7 @@ class LeapformerTrainer(Trainer):
             counts = {self.data.unit: self.targets_seen, "seconds": round(self.clock.seconds, 3)}
             self.run.log({"step": step, "diverged": True, **found, "learning_rate": rate, **counts})
         names = {"loss": "the loss", "grad_norm": "the norm of the gradient", "weights": "a weight"}
-        bad = [f"{names[key]} is {value}" for key, value in found.items() if not math.isfinite(value)]
+        bad = next(f"{names[key]} is {value}" for key, value in found.items() if not math.isfinite(value))
         helps = "a smaller learning_rate, more warmup_steps or a smaller clip usually helps" + (
             ", or bf16=false" if self.args.bf16 else ""
         )
@@ -228,7 +228,7 @@ class LeapformerTrainer(Trainer):
             left.append(f"the best model (of step {self.state.best_global_step})")
         kept = f"; {' and '.join(left)} {'is' if len(left) == 1 else 'are'} as before" if left else ""
         return TrainingDiverged(
-            f"{self.run.path}: training diverged in step {step} of {self.state.max_steps}: {' and '.join(bad)} at "
+            f"{self.run.path}: training diverged in step {step} of {self.state.max_steps}: {bad} at "
             f"learning rate {rate:.3g}; {helps}{kept}"
         )
 
