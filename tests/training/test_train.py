@@ -373,16 +373,6 @@ def test_checkpoints_have_numbers(tmp_path):
     assert [path.name for path in run.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
 
 
-def test_results_that_cannot_be_kept_are_told_in_one_line(tmp_path, caplog):
-    run = Run(tmp_path)
-    assert run.keep_results({"splits": {}}) and run.results() == {"splits": {}}
-    with largest_file(3):
-        assert not run.keep_results({"splits": {}, "more": 1})
-    (record,) = caplog.records
-    assert "results.json: could not be written" in record.getMessage() and record.getMessage().endswith("not kept")
-    assert run.results() == {"splits": {}}
-
-
 @pytest.mark.slow
 def test_ranks_share_a_run_and_its_checkpoints(tmp_path):
     """torchrun with two processes: one writes, both stop at the same step, and both find their random state again."""

@@ -36,8 +36,8 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
         results = run.results()
         name = split if recipe == own else f"{split}, context window {context_window}"
         results["splits"][name] = found["metrics"]
-        if run.keep_results(results):
-            typer.echo(f"Written to {run.results_path}")
+        run.write_results(results)
+        typer.echo(f"Written to {run.results_path}")
 
 
 def evaluate_latency(
@@ -68,7 +68,7 @@ def evaluate_latency(
     if run.finished:
         results = run.results()
         results.setdefault("curves", {})[split] = points
-        run.keep_results(results)
+        run.write_results(results)
     typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k; {run.results_path.name} has the curve")
 
 

@@ -33,12 +33,14 @@ def write_sums(folder: Path) -> None:
     write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
 
 
-def check_sums(folder: Path, *, needed: Iterable[str] = (), only: Collection[str] | None = None) -> bool:
+def check_sums(
+    folder: Path, *, needed: Iterable[str] = (), only: Collection[str] | None = None, without: Collection[str] = ()
+) -> bool:
     """Check every file that the folder's SHA256SUMS names.
 
     Arguments:
         needed: names that must be among them: a SHA256SUMS that was cut off names too few.
-        only: look at these alone.
+        only: look at these alone. without: look at all but these.
 
     Returns:
         False where there is no such file: the folder was written by a version that made none.
@@ -55,7 +57,7 @@ def check_sums(folder: Path, *, needed: Iterable[str] = (), only: Collection[str
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise LeapformerError(f"{sums}:{row}: expected the name of a file in this folder, found {cut(name)}")
         named.add(name)
-        if only is None or name in only:
+        if name not in without and (only is None or name in only):
             _check(folder / name, expected)
     missing = next((name for name in needed if name not in named), None)
     if missing is not None:

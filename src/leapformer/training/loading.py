@@ -15,7 +15,7 @@ from leapformer.models import (
     LeapformerForMaskedLM,
     LeapformerForSequenceClassification,
 )
-from leapformer.training.saving import check_beside_weights, check_weights
+from leapformer.training.saving import check_weights
 
 # Which class a configuration's `architectures` may name; the first of a model type where it names none.
 _CLASSES: tuple[Any, ...] = (
@@ -47,7 +47,6 @@ def load_model(folder: str | Path) -> Any:
             f"{folder}: expected the weights that config.json describes, found those of another model "
             f"({'; '.join(wrong[:3])})"
         )
-    check_beside_weights(folder)
     return model.eval()
 
 

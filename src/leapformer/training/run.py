@@ -13,7 +13,6 @@ results.json     written last: a run that has it is finished
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,11 +29,10 @@ from leapformer.files.writing import STAGING_PREFIX, json_text, recover, staged_
 from leapformer.training import ranks
 from leapformer.training.recipes import Recipe
 from leapformer.training.restoring import check_trainer_state, read_progress
-from leapformer.training.saving import WEIGHTS, check_archive, check_sealed, check_weights
+from leapformer.training.saving import check_checkpoint
 
 OPTIMIZER, SCHEDULE, TRAINER_STATE, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json", "progress.json"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
-_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -166,18 +164,6 @@ class Run:
         """Write results.json, whole or not at all."""
         write_json(self.results_path, results)
 
-    def keep_results(self, results: Mapping[str, Any]) -> bool:
-        """Write results.json where the folder can be written; else say in one line that the figures are not kept.
-
-        For commands whose figures have been printed, on a run that others own or that lies on read-only storage.
-        """
-        try:
-            self.write_results(results)
-        except LeapformerError as error:
-            _log.warning("%s; the figures are not kept", error)
-            return False
-        return True
-
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one event to metrics.jsonl; NaN and infinity become null."""
         try:
@@ -209,14 +195,8 @@ class Run:
                     kept.write(row)
 
     def divergence(self) -> dict[str, Any] | None:
-        """The event with which this run stopped, if that was a loss that is no number."""
-        if not self.metrics_path.is_file():
-            return None
-        with self.metrics_path.open("rb") as rows:
-            events = [
-                event for row in rows if (event := self._event(row)) is not None and event.get("diverged") is True
-            ]
-        return events[-1] if events else None
+        """The event with which this run stopped, if that was a loss, a gradient or a weight that is no number."""
+        return next((event for event in reversed(self.metrics()) if event.get("diverged") is True), None)
 
     def _event(self, row: bytes) -> dict[str, Any] | None:
         """The event in a row of metrics.jsonl; None where it is damaged or was cut off."""
@@ -245,11 +225,7 @@ class Run:
         with self.resuming(last):
             numbers = range(ranks.count())
             random_states = [f"rng_state_{number}.pth" for number in numbers] if len(numbers) > 1 else ["rng_state.pth"]
-            archives = (OPTIMIZER, SCHEDULE, *random_states)
-            check_weights(last / WEIGHTS)
-            for name in archives:
-                check_archive(last / name)
-            check_sealed(last, needed=(*archives, TRAINER_STATE, PROGRESS))
+            check_checkpoint(last, archives=(OPTIMIZER, SCHEDULE, *random_states), others=(TRAINER_STATE, PROGRESS))
             check_trainer_state(last / TRAINER_STATE, step=checkpoint_step(last))
             read_progress(last / PROGRESS)
         return last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from leapformer.errors import LeapformerError
@@ -19,36 +20,40 @@ def seal(folder: Path) -> None:
     write_sums(folder)
 
 
-def check_sealed(folder: Path, *, needed: tuple[str, ...] = ()) -> None:
-    """Check every file of a folder that `seal` has closed; a folder without checksums is of an older version, and passes.
+def check_checkpoint(folder: Path, *, archives: Sequence[str], others: Sequence[str]) -> None:
+    """Check that a checkpoint is whole; one of an older version has no checksums, and is looked at by its form alone.
 
     Arguments:
-        needed: names of files that must be among them, besides the weights.
+        archives: names of the files of torch.save. others: of the files besides these and the weights.
 
     Raises:
-        LeapformerError: a file is missing or is not what was written.
+        LeapformerError: a file is missing, cut off, or not what was written.
     """
-    check_sums(folder, needed=(WEIGHTS, *needed))
-
-
-def check_beside_weights(folder: Path) -> None:
-    """Say in one line where what lies beside the weights of a saved model is not what was saved: configuration, tokenizer.
-
-    `check_weights` refuses weights that are not; text may have been changed on purpose, and what it says is checked where
-    it is read.
-    """
-    try:
-        check_sealed(folder)
-    except LeapformerError as error:
-        _log.warning("%s; if you changed it yourself, remove %s", error, folder / SUMS)
+    _check_form(folder / WEIGHTS)
+    for name in archives:
+        check_archive(folder / name)
+    check_sums(folder, needed=(WEIGHTS, *archives, *others))
 
 
 def check_weights(path: Path) -> None:
-    """Check that a safetensors file is whole: by the checksum beside it, its header and its length.
+    """Check that the weights of a saved model are whole: by their header, their length and the checksum beside them.
+
+    What lies there besides them, configuration and tokenizer, is text that may have been changed on purpose: where it is
+    not what was saved, that is said in one line and no fault.
 
     Raises:
         LeapformerError: the file is missing, damaged, cut off or not of that format.
     """
+    _check_form(path)
+    check_sums(path.parent, needed=(path.name,), only=(path.name,))
+    try:
+        check_sums(path.parent, without=(path.name,))
+    except LeapformerError as error:
+        _log.warning("%s; if it was changed on purpose, remove %s", error, path.with_name(SUMS))
+
+
+def _check_form(path: Path) -> None:
+    """Check that a file is one of safetensors, and not cut off."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -61,7 +66,6 @@ def check_weights(path: Path) -> None:
             f"{path}: expected whole safetensors weights, found {path.stat().st_size:,} bytes "
             f"that are cut off or damaged ({cut(error)})"
         ) from error
-    check_sums(path.parent, needed=(path.name,), only=(path.name,))
 
 
 def check_archive(path: Path) -> None:
