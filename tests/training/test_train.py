@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from leapformer.training.run import Run
 from leapformer.training.train import train
 from leapformer.training.trainer import LeapformerTrainer, PassSampler
 
-from .builders import tiny_recipe
+from .builders import tiny_recipe, write_recipe
 from .test_saving import largest_file
 
 
@@ -37,22 +40,23 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 class PressesCtrlC(TrainerCallback):
-    """Sends this process the signal of Ctrl-C inside a step."""
+    """Sends this process the signal of Ctrl-C, or another one, inside a step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
         self.step = step
+        self.number = number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
     """Have the next trainings interrupted in step `step`."""
     monkeypatch.setattr(
         train_module,
         "LeapformerTrainer",
-        lambda callbacks, **rest: LeapformerTrainer(callbacks=[*callbacks, PressesCtrlC(step)], **rest),
+        lambda callbacks, **rest: LeapformerTrainer(callbacks=[*callbacks, PressesCtrlC(step, number)], **rest),
     )
 
 
@@ -237,3 +241,188 @@ def test_peak_memory_counts_from_the_reset():
     del block
     reset_peak_memory()
     assert peak_memory_mib() < with_block - 100
+
+
+# ---- stops, locks and rows
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_that_end_a_program_leave_a_checkpoint(tmp_path, monkeypatch, number, code):
+    recipe, task = tiny_recipe(tmp_path)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    interrupt_at(monkeypatch, 4, number)
+    outcome = train(recipe, task, tmp_path / "run")
+    assert (outcome.results, outcome.step, outcome.signal, outcome.exit_code) == (None, 5, number, code)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert Run(tmp_path / "run").last_checkpoint() == tmp_path / "run" / "checkpoints" / "checkpoint-5"
+
+
+def test_a_row_of_losses_averages_over_an_interruption(tmp_path, monkeypatch):
+    """Rows end at steps 4 and 8; the run stops after step 6 and goes on."""
+    recipe, task = tiny_recipe(tmp_path, "log_every=4", "save_every=100")
+    train(recipe, task, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        train(recipe, task, tmp_path / "parts")
+    assert train(recipe, task, tmp_path / "parts").results is not None
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    rows = [event for event in Run(tmp_path / "parts").metrics() if "loss" in event]
+    assert [(row["step"], row["loss_steps"]) for row in rows] == [(4, 4), (8, 4)]
+
+
+def test_a_row_after_an_older_checkpoint_says_that_it_averages_less(tmp_path, monkeypatch):
+    recipe, task = tiny_recipe(tmp_path, "log_every=4", "save_every=100")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        run = train(recipe, task, tmp_path / "run").run
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    (checkpoint / "SHA256SUMS").unlink()
+    (checkpoint / "progress.json").write_text('{"targets": 360, "seconds": 1.0}')
+    assert train(recipe, task, run.path).results is not None
+    rows = [event for event in run.metrics() if "loss" in event]
+    assert [(row["step"], row["loss_steps"]) for row in rows] == [(4, 4), (8, 2)]
+
+
+def test_rewinding_keeps_whole_rows_up_to_the_step_as_they_are(tmp_path):
+    run = Run(tmp_path)
+    rows = [
+        b'{"step": 1, "loss": 5.5}\n',
+        b'{"step": 2, "lo\x00ss": \xff}\n',
+        b"[]\n",
+        b'{"step": "2"}\n',
+        b"[" * 5000 + b"\n",
+    ]
+    rows += [b'{"step": 2, "loss":   5.25}\n', b'{"step": 3, "loss": 5}\n', b'{"step": 2']
+    run.metrics_path.write_bytes(b"".join(rows))
+    run.rewind(2)
+    assert run.metrics_path.read_bytes() == rows[0] + rows[5]
+    Run(tmp_path / "none").rewind(2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_metrics_again(tmp_path, monkeypatch):
+    recipe, task = tiny_recipe(tmp_path)
+
+    def killed(trainer, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LeapformerTrainer, "_save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, task, tmp_path / "run")
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    train(recipe, task, tmp_path / "run")
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_folder_is_of_one_training_at_a_time(tmp_path):
+    recipe, task = tiny_recipe(tmp_path)
+    run = Run(tmp_path / "run")
+    with run.locked():
+        with pytest.raises(
+            LeapformerError, match=rf"{run.path}: process {os.getpid()} on .* is at work in this folder"
+        ):
+            train(recipe, task, run.path)
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+    run.path.rmdir()
+
+
+def test_a_lock_that_is_taken_while_the_data_are_prepared_counts(tmp_path, monkeypatch):
+    recipe, task = tiny_recipe(tmp_path)
+    run, prepare = Run(tmp_path / "run"), type(task).prepare
+    with ExitStack() as held:
+
+        def prepare_and_lock(*arguments, **rest):
+            held.enter_context(run.locked())
+            return prepare(*arguments, **rest)
+
+        monkeypatch.setattr(type(task), "prepare", prepare_and_lock)
+        with pytest.raises(LeapformerError, match="is at work in this folder"):
+            train(recipe, task, run.path)
+    assert not run.recipe_path.exists()
+
+
+def test_a_run_killed_in_its_first_moment_is_taken_up(tmp_path):
+    """What is there before recipe.yaml has its name: the lock, and the recipe half written."""
+    recipe, task = tiny_recipe(tmp_path, "max_steps=1")
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / ".lock").write_text("process 1 on a machine")
+    (run.path / ".saving-recipe.yaml").write_text("name: ti")
+    run.check(recipe)
+    (run.path / "notes.txt").touch()
+    with pytest.raises(LeapformerError, match="found other files"):
+        run.check(recipe)
+    (run.path / "notes.txt").unlink()
+    assert train(recipe, task, run.path).results is not None
+    assert not list(run.path.rglob(".*"))
+
+
+def test_checkpoints_have_numbers(tmp_path):
+    run = Run(tmp_path)
+    for name in (
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-²",
+        "checkpoint-",
+        "checkpoint-1x",
+        "checkpoint-" + "9" * 40,
+    ):
+        (run.checkpoints_path / name).mkdir(parents=True)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.slow
+def test_ranks_share_a_run_and_its_checkpoints(tmp_path):
+    """torchrun with two processes: one writes, both stop at the same step, and both find their random state again."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    write_recipe(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(done.stdout.splitlines())
+    for rank in "01":
+        whole, stopped, resumed, diverged = (line.split(": ", 1)[1] for line in told if line.startswith(f"rank {rank}"))
+        assert (whole, stopped, resumed) == ("1 whole 8 True", "2 parts 4 False", "3 parts 8 True")
+        assert "training diverged in step 2 of 8" in diverged
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    first, second = (
+        load_file(tmp_path / name / "checkpoints" / "checkpoint-8" / "model.safetensors") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [event["step"] for event in Run(tmp_path / "diverged").metrics()] == [1, 2]
+
+
+# What each rank does; only the second one gets Ctrl-C.
+RANKS = """
+import os, sys
+from pathlib import Path
+from leapformer.errors import LeapformerError
+from leapformer.tasks.registry import load_recipe
+from leapformer.training import train as train_module
+from leapformer.training.trainer import LeapformerTrainer
+from tests.training.test_train import PressesCtrlC
+
+folder, rank, presses = Path(sys.argv[1]), os.environ["RANK"], []
+train_module.LeapformerTrainer = lambda callbacks, **rest: LeapformerTrainer(callbacks=[*callbacks, *presses], **rest)
+
+def run(number, name, *changes):
+    recipe, task = load_recipe(folder / "tiny.yaml", changes)
+    try:
+        outcome = train_module.train(recipe, task, folder / name)
+        print(f"rank {rank}: {number} {name} {outcome.step} {outcome.results is not None}", flush=True)
+    except LeapformerError as error:
+        print(f"rank {rank}: {number} {error}", flush=True)
+
+run(1, "whole")
+presses += [PressesCtrlC(3)] if rank == "1" else []
+run(2, "parts")
+presses.clear()
+run(3, "parts")
+run(4, "diverged", "learning_rate=1e38", "clip=0", "warmup_steps=0")
+"""

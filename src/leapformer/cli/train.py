@@ -23,7 +23,7 @@ def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, 
     if outcome.results is None:
         command = shlex.join(["leapformer", "train", recipe, *overrides, "--output", str(folder)])
         typer.echo(f"Interrupted after step {outcome.step} of {resolved.training.max_steps}. To go on: {command}")
-        raise typer.Exit(130)
+        raise typer.Exit(outcome.exit_code)
     typer.echo(f"validation: {describe(outcome.results)}")
     typer.echo(f"Written to {folder}: model/, metrics.jsonl, results.json, checkpoints/, tensorboard/")
 

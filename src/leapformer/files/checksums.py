@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from leapformer.errors import LeapformerError
 from leapformer.files.reading import read_text
+from leapformer.files.showing import cut
 from leapformer.files.writing import write_text
 
 SUMS = "SHA256SUMS"
@@ -31,8 +33,14 @@ def write_sums(folder: Path) -> None:
     write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
 
 
-def check_sums(folder: Path) -> bool:
+def check_sums(
+    folder: Path, *, needed: Iterable[str] = (), only: Collection[str] | None = None, without: Collection[str] = ()
+) -> bool:
     """Check every file that the folder's SHA256SUMS names.
+
+    Arguments:
+        needed: names that must be among them: a SHA256SUMS that was cut off names too few.
+        only: look at these alone. without: look at all but these.
 
     Returns:
         False where there is no such file: the folder was written by a version that made none.
@@ -43,12 +51,17 @@ def check_sums(folder: Path) -> bool:
     sums = folder / SUMS
     if not os.path.lexists(sums):
         return False
+    named = set()
     for row, line in enumerate(read_text(sums).splitlines(), start=1):
         expected, name = _parse(line, f"{sums}:{row}")
-        path = folder / name
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise LeapformerError(f"{sums}:{row}: expected the name of a file in this folder, found {name}")
-        _check(path, expected)
+            raise LeapformerError(f"{sums}:{row}: expected the name of a file in this folder, found {cut(name)}")
+        named.add(name)
+        if name not in without and (only is None or name in only):
+            _check(folder / name, expected)
+    missing = next((name for name in needed if name not in named), None)
+    if missing is not None:
+        raise LeapformerError(f"{sums}: this file is damaged: expected a checksum of {missing}, found none")
     return True
 
 

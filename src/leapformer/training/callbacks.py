@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leapformer.training import ranks
 from leapformer.training.run import Run
 
 
@@ -50,12 +52,18 @@ class MetricsFile(TrainerCallback):
         self.run.log({"step": state.global_step, **values, self.unit: targets, "seconds": round(seconds, 3)})
         if self.writer is not None:
             for name, value in values.items():
+                if name == "loss_steps":
+                    continue
                 group = "eval" if name.startswith("eval_") else "train"
                 self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what TensorBoard has not yet got; also for a training that ends with an error."""
         if self.writer is not None:
             self.writer.close()
 
@@ -122,37 +130,55 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line; also for a training that ends with an error."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Stop(TrainerCallback):
-    """Ends the training with a checkpoint after the step in which it was asked for."""
+    """Ends the training with a checkpoint after the step in which it was asked for, in all ranks after the same one.
+
+    Attributes:
+        requested: whether it was asked for.
+        signal: that which asked for it, such as signal.SIGINT, if it was one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.requested and state.global_step < state.max_steps:
+        asked = ranks.any_of(self.requested, args.device)
+        if asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; what a system sends before it kills
 
 
 @contextmanager
 def interruptible(stop: Stop) -> Iterator[None]:
-    """Within the block, Ctrl-C asks for a stop with a checkpoint; a second one breaks off at once.
+    """Within the block, Ctrl-C and SIGTERM ask for a stop with a checkpoint; a second one breaks off at once.
 
     Only the main thread can do that; elsewhere the block changes nothing.
     """
 
     def request(number: int, frame: Any) -> None:
-        stop.requested = True
-        signal.signal(signal.SIGINT, previous)
+        stop.requested, stop.signal = True, number
+        restore()
 
-    try:
-        previous = signal.signal(signal.SIGINT, request)
-    except ValueError:
+    def restore() -> None:
+        for each, handler in previous.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    previous = {each: signal.signal(each, request) for each in STOPS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

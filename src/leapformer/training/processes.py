@@ -76,7 +76,7 @@ class Helpers:
             ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(model, gradients, threads, bf16))
             for gradients in self.gradients
         ]
-        # From here on Ctrl-C reaches this process alone.
+        # From here on Ctrl-C and SIGTERM reach this process alone.
         with _told():
             for ready in [pool.submit(os.getpid) for pool in self.pools]:
                 ready.result()
@@ -159,7 +159,8 @@ _held: tuple[nn.Module, list[Tensor], bool] | None = None
 
 def _start(model: nn.Module, gradients: list[Tensor], threads: int, bf16: bool) -> None:
     global _held
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a system that shuts down sends it to every process
+        signal.signal(stop, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _held = model.train(), gradients, bf16

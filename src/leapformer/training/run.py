@@ -7,25 +7,32 @@ model/           the best model so far, for `from_pretrained`, with its tokenize
 tensorboard/
 pretraining/     a run of its own, where the recipe asks for one before it
 results.json     written last: a run that has it is finished
+.lock            while a training is at work here
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from leapformer.errors import LeapformerError
-from leapformer.files.writing import recover, write_json, write_text
+from leapformer.files.locking import LOCK, check_free, locked
+from leapformer.files.showing import shown
+from leapformer.files.writing import STAGING_PREFIX, json_text, recover, staged_file, write_json, write_text
+from leapformer.training import ranks
 from leapformer.training.recipes import Recipe
-from leapformer.training.saving import check_archive, check_weights
+from leapformer.training.restoring import check_trainer_state, read_progress
+from leapformer.training.saving import check_checkpoint
 
-CHECKPOINT_PREFIX = "checkpoint-"
-CHECKPOINT_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+OPTIMIZER, SCHEDULE, TRAINER_STATE, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json", "progress.json"
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
 
 
 class Run:
@@ -54,6 +61,20 @@ class Run:
     def finished(self) -> bool:
         return self.results_path.is_file()
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block, this training alone uses the folder, which is made; of several ranks the first one holds it.
+
+        Raises:
+            LeapformerError: another training is at work here, or the folder can't be made.
+        """
+        if not ranks.is_first():
+            yield
+            return
+        self._make_folder()
+        with locked(self.path):
+            yield
+
     def check(self, recipe: Recipe) -> None:
         """Check that this recipe can be trained here, before anything is written.
 
@@ -63,7 +84,9 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise LeapformerError(f"{self.path}: expected a folder for the run, found a file")
         if not self.recipe_path.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # A training that was killed in its first moment has left no more than these.
+            leftovers = {LOCK, STAGING_PREFIX + self.recipe_path.name}
+            if self.path.is_dir() and any(path.name not in leftovers for path in self.path.iterdir()):
                 raise LeapformerError(
                     f"{self.path}: expected an empty folder or an unfinished run, found other files; "
                     "choose another --output"
@@ -78,6 +101,15 @@ class Run:
                 "choose another --output"
             )
 
+    def check_free(self) -> None:
+        """Check that no training is at work in this folder, before anything is read or written.
+
+        Raises:
+            LeapformerError: one is.
+        """
+        if ranks.is_first():
+            check_free(self.path)
+
     def start(self, recipe: Recipe) -> Path | None:
         """Make the folder, or take up the interrupted run that is there.
 
@@ -88,12 +120,14 @@ class Run:
             LeapformerError: see `check` and `last_checkpoint`.
         """
         self.check(recipe)
-        if self.recipe_path.is_file():
+        if ranks.is_first():
+            self._make_folder()
             for folder in (self.path, self.checkpoints_path):
                 recover(folder)
+        if self.recipe_path.is_file():
             return self.last_checkpoint()
-        self._make_folder()
-        write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        if ranks.is_first():
+            write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         return None
 
     def recipe(self) -> dict[str, Any]:
@@ -131,10 +165,10 @@ class Run:
         write_json(self.results_path, results)
 
     def log(self, event: Mapping[str, Any]) -> None:
-        """Append one event to metrics.jsonl."""
+        """Append one event to metrics.jsonl; NaN and infinity become null."""
         try:
             with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json_text(event) + "\n")
         except OSError as error:
             raise LeapformerError(f"{self.metrics_path}: could not be written ({error.strerror})") from error
 
@@ -151,32 +185,64 @@ class Run:
         return events
 
     def rewind(self, step: int) -> None:
-        """Forget the events after `step`, which a resumed run logs again."""
-        kept = [event for event in self.metrics() if event.get("step", 0) <= step]
-        write_text(self.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
+        """Forget the events after `step`, which a resumed run logs again, and rows that are damaged."""
+        if not self.metrics_path.is_file():
+            return
+        with self.metrics_path.open("rb") as rows, staged_file(self.metrics_path) as kept:
+            for row in rows:
+                event = self._event(row)
+                if event is not None and event["step"] <= step:
+                    kept.write(row)
+
+    def divergence(self) -> dict[str, Any] | None:
+        """The event with which this run stopped, if that was a loss, a gradient or a weight that is no number."""
+        return next((event for event in reversed(self.metrics()) if event.get("diverged") is True), None)
+
+    def _event(self, row: bytes) -> dict[str, Any] | None:
+        """The event in a row of metrics.jsonl; None where it is damaged or was cut off."""
+        try:
+            event = json.loads(row) if row.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            return None
+        step = event.get("step") if isinstance(event, dict) else None
+        return event if isinstance(step, int) and not isinstance(step, bool) else None
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints by step, the last one last."""
-        found = self.checkpoints_path.glob(f"{CHECKPOINT_PREFIX}*")
-        return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
+        found = self.checkpoints_path.glob("checkpoint-*")
+        return sorted((path for path in found if checkpoint_step(path) >= 0 and path.is_dir()), key=checkpoint_step)
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, checked to be whole.
 
         Raises:
-            LeapformerError: it is cut off; says which to remove to go on from an earlier one.
+            LeapformerError: it is damaged; says which to remove to go on from an earlier one.
         """
         checkpoints = self.checkpoints()
         if not checkpoints:
             return None
         last = checkpoints[-1]
-        try:
-            check_weights(last / "model.safetensors")
-            for name in CHECKPOINT_ARCHIVES:
-                check_archive(last / name)
-        except LeapformerError as error:
-            raise LeapformerError(f"{error}; remove {last} to resume from the checkpoint before it") from error
+        with self.resuming(last):
+            numbers = range(ranks.count())
+            random_states = [f"rng_state_{number}.pth" for number in numbers] if len(numbers) > 1 else ["rng_state.pth"]
+            check_checkpoint(last, archives=(OPTIMIZER, SCHEDULE, *random_states), others=(TRAINER_STATE, PROGRESS))
+            check_trainer_state(last / TRAINER_STATE, step=checkpoint_step(last))
+            read_progress(last / PROGRESS)
         return last
+
+    @contextmanager
+    def resuming(self, checkpoint: Path) -> Iterator[None]:
+        """Within the block, what is said of a checkpoint that can't be used ends with the way out.
+
+        Raises:
+            LeapformerError: what the block raises, and what to remove.
+        """
+        try:
+            yield
+        except LeapformerError as error:
+            before = [path.name for path in self.checkpoints() if checkpoint_step(path) < checkpoint_step(checkpoint)]
+            way = f"resume from {before[-1]}" if before else "begin again with step 1"
+            raise LeapformerError(f"{error}; remove {checkpoint} to {way}") from error
 
     def _make_folder(self) -> None:
         try:
@@ -187,8 +253,8 @@ class Run:
 
 def checkpoint_step(path: Path) -> int:
     """The step a checkpoint folder was written at; -1 where the name has none."""
-    number = path.name.removeprefix(CHECKPOINT_PREFIX)
-    return int(number) if number.isdigit() else -1
+    match = _CHECKPOINT.fullmatch(path.name)
+    return -1 if match is None else int(match[1])
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Any:
@@ -198,4 +264,4 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            yield f"{prefix}{key} was {before!r}, now {after!r}"
+            yield f"{prefix}{key} was {shown(before)}, now {shown(after)}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,27 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from leapformer.files.writing import staged_folder, write_json
+from leapformer.errors import LeapformerError
+from leapformer.files.writing import STAGING_PREFIX, staged_folder, write_json
+from leapformer.training import ranks
 from leapformer.training.arguments import build_optimizer, build_schedule
 from leapformer.training.processes import Helpers, divide
 from leapformer.training.recipes import TrainingSection
-from leapformer.training.run import Run, checkpoint_step
+from leapformer.training.restoring import (
+    Progress,
+    check_random_state,
+    load_optimizer,
+    load_schedule,
+    load_weights,
+    read_progress,
+)
+from leapformer.training.run import OPTIMIZER, PROGRESS, SCHEDULE, TRAINER_STATE, Run, checkpoint_step
+from leapformer.training.saving import WEIGHTS, seal
 from leapformer.training.task import TaskData
 
-PROGRESS_NAME = "progress.json"
+
+class TrainingDiverged(LeapformerError):
+    """A loss, a gradient or a weight of a training is no finite number."""
 
 
 class PassSampler(Sampler[int]):
@@ -99,13 +114,16 @@ class LeapformerTrainer(Trainer):
         self.run = run
         self.targets_seen = 0
         self.clock = StepClock()
+        self._resumed: Progress | None = None
+        self._losses: list[torch.Tensor] = []  # of the forward passes of this step
+        self._row_begins = 0  # the step after which the next row of losses begins
         super().__init__(
             model=model,
             args=args,
             data_collator=data.collator,
             train_dataset=data.train_dataset,
             eval_dataset=data.train_dataset,  # never read: evaluate() below asks the task
-            callbacks=[self.clock, LastStep(), *callbacks],
+            callbacks=[self.clock, LastStep(), AveragesGoOn(self), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         if section.gradient_checkpointing:
@@ -147,6 +165,11 @@ class LeapformerTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradients of a batch, with the helpers where there are some."""
+        loss = self._loss_and_gradients(model, inputs, num_items_in_batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def _loss_and_gradients(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         if self.helpers is None:
             return super().training_step(model, inputs, num_items_in_batch)
         own, *others = divide(inputs, self.helpers.parts)
@@ -160,14 +183,73 @@ class LeapformerTrainer(Trainer):
             torch.nn.utils.clip_grad_value_(model.parameters(), self.section.clip_values)
         return super()._clip_grad_norm(model)
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The Trainer asks for it once a step, between the gradients and what the optimizer makes of them."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_step(norm)
+        return norm
+
+    def _check_step(self, norm: Any) -> None:
+        """Stop before the weights are touched where the loss or the gradient of this step is no finite number.
+
+        Where losses are scaled for float16, a gradient that overflows only makes the scale smaller.
+        """
+        loss = torch.stack(self._losses).sum()
+        self._losses.clear()
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        watched = [loss] if scaled or norm is None else [loss, torch.as_tensor(norm, device=loss.device)]
+        healthy = bool(torch.stack([value.detach().float() for value in watched]).isfinite().all())
+        if ranks.any_of(not healthy, loss.device):
+            found = {"loss": float(loss), "grad_norm": math.nan if norm is None else float(norm)}
+            raise self._diverged(self.state.global_step + 1, found)
+
+    def _check_weights(self) -> None:
+        """Weights can overflow in a step whose loss and gradient were finite, and must not be saved or evaluated then."""
+        weights = self.unwrapped.parameters()
+        if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
+            raise self._diverged(self.state.global_step, {"weights": math.nan})
+
+    def _diverged(self, step: int, found: Mapping[str, float]) -> TrainingDiverged:
+        """Log what was found, and say it with what usually helps and what is left."""
+        rate = self._get_learning_rate()
+        if ranks.is_first():
+            counts = {self.data.unit: self.targets_seen, "seconds": round(self.clock.seconds, 3)}
+            self.run.log({"step": step, "diverged": True, **found, "learning_rate": rate, **counts})
+        names = {"loss": "the loss", "grad_norm": "the norm of the gradient", "weights": "a weight"}
+        bad = next(f"{names[key]} is {value}" for key, value in found.items() if not math.isfinite(value))
+        helps = "a smaller learning_rate, more warmup_steps or a smaller clip usually helps" + (
+            ", or bf16=false" if self.args.bf16 else ""
+        )
+        if step == 1 and "weights" not in found:
+            helps = "no step came before it, so look at the data and the model"
+        saved = self.run.checkpoints()
+        left = [saved[-1].name] if saved else []
+        if self.state.best_global_step:
+            left.append(f"the best model (of step {self.state.best_global_step})")
+        kept = f"; {' and '.join(left)} {'is' if len(left) == 1 else 'are'} as before" if left else ""
+        return TrainingDiverged(
+            f"{self.run.path}: training diverged in step {step} of {self.state.max_steps}: {bad} at "
+            f"learning rate {rate:.3g}; {helps}{kept}"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """A loss is a mean over some steps; say over how many."""
+        if "loss" in logs:
+            logs["loss_steps"] = self.state.global_step - self._row_begins
+            self._row_begins = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics on a part of the validation set; the best model so far is saved for use."""
+        self._check_weights()
         metrics = {f"eval_{name}": value for name, value in self.data.quick_metrics(self.unwrapped).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not math.isfinite(metrics["eval_loss"]):
+            return False
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best:
             self.save_best()
@@ -183,6 +265,7 @@ class LeapformerTrainer(Trainer):
         if self.args.should_save:
             with staged_folder(self.run.model_path) as folder:
                 self._save(str(folder))
+                seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights, configuration and a tokenizer where there is one; not the pickled arguments that the Trainer adds."""
@@ -192,16 +275,35 @@ class LeapformerTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Everything to resume from, written beside the checkpoints before and renamed when it is whole."""
-        step = self.state.global_step
-        target = self.run.checkpoints_path / f"checkpoint-{step}"
-        with staged_folder(target) as folder:
-            self._save(str(folder))
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
+        self._check_weights()
+        loss_sum = ranks.mean(self._tr_loss)
+        target = self.run.checkpoints_path / f"checkpoint-{self.state.global_step}"
+        with self._shared_folder(target) as folder:
+            if self.args.should_save:
+                self._save(str(folder))
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                write_json(folder / TRAINER_STATE, dict(sorted(asdict(self.state).items())))
+                steps = self.state.global_step - self._globalstep_last_logged
+                progress = Progress(self.targets_seen, self.clock.seconds, loss_sum, steps)
+                write_json(folder / PROGRESS, asdict(progress))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(folder / PROGRESS_NAME, {"targets": self.targets_seen, "seconds": self.clock.seconds})
-        self.remove_old_checkpoints()
+        if self.args.should_save:
+            self.remove_old_checkpoints()
+
+    @contextmanager
+    def _shared_folder(self, target: Path) -> Iterator[Path]:
+        """A `staged_folder` of the first rank, into which every rank writes; sealed when all have done so."""
+        if not self.args.should_save:
+            ranks.meet()
+            yield target.with_name(f"{STAGING_PREFIX}{target.name}")
+            ranks.meet()
+            return
+        with staged_folder(target) as folder:
+            ranks.meet()
+            yield folder
+            ranks.meet()
+            seal(folder)
 
     def remove_old_checkpoints(self) -> None:
         """Keep the newest checkpoints, as many as the recipe says."""
@@ -209,11 +311,43 @@ class LeapformerTrainer(Trainer):
             shutil.rmtree(checkpoint)
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up the counts of a checkpoint; the Trainer itself restores the rest when it trains."""
-        progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
-        self.targets_seen = progress["targets"]
-        self.clock.seconds = progress["seconds"]
-        self.run.rewind(checkpoint_step(checkpoint))
+        """Take up the counts of a checkpoint; the rest is restored when the training begins."""
+        self._resumed = read_progress(checkpoint / PROGRESS)
+        self.targets_seen = self._resumed.targets
+        self.clock.seconds = self._resumed.seconds
+
+    def go_on_averaging(self) -> None:
+        """The next row of metrics averages over the steps before the checkpoint too, as it would have without the stop."""
+        if self._resumed is not None and self._resumed.loss_sum is not None:
+            self._tr_loss += self._resumed.loss_sum
+            self._globalstep_last_logged -= self._resumed.loss_steps or 0
+        self._row_begins = self._globalstep_last_logged
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        with self.run.resuming(checkpoint):
+            load_weights(self.unwrapped if model is None else model, checkpoint / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder, optimizer = Path(checkpoint), self.optimizer
+        with self.run.resuming(folder):
+            # accelerate wraps it
+            load_optimizer(getattr(optimizer, "optimizer", optimizer), folder / OPTIMIZER)
+            load_schedule(self.lr_scheduler, folder / SCHEDULE, step=checkpoint_step(folder))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        with self.run.resuming(folder):
+            check_random_state(folder / name)
+            try:
+                super()._load_rng_state(checkpoint)
+            except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+                raise LeapformerError(f"{folder / name}: expected the states of generators ({error})") from error
 
 
 class StepClock(TrainerCallback):
@@ -232,6 +366,18 @@ class StepClock(TrainerCallback):
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
         self._started = None
+
+
+class AveragesGoOn(TrainerCallback):
+    """Takes up the sum of losses of a checkpoint, which the Trainer itself begins anew when it resumes."""
+
+    def __init__(self, trainer: LeapformerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.go_on_averaging()
 
 
 class LastStep(TrainerCallback):
