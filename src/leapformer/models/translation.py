@@ -33,6 +33,7 @@ from leapformer.nn import (
     build_attention,
 )
 from leapformer.nn.attention import AttentionLayer
+from leapformer.nn.plain import home_of
 from leapformer.nn.subsampling import ConvSubsampling, subsampled_length
 from leapformer.ops import Staircase
 from leapformer.ops.api import Visible
@@ -85,8 +86,8 @@ class CosformerCrossAttention(LinearAttention):
         self.source_proportion = PositionProportion(max_source_positions)
 
     def _factors(
-        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None, state: LayerState | None,
+        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, state: LayerState | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert position_ids is not None and self.position_proportion is not None and not is_self and cu_seqlens is None
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -127,7 +128,7 @@ class SourceEncoder(nn.Module):
     def embed(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features [B, F, num_features] or ids [B, S], real up to ``lengths`` [B] -> ([B, S, D], lengths of the states)."""
         if self.subsampling is not None:
-            states = self.subsampling(source.to(self.norm.weight.dtype), lengths)
+            states = self.subsampling(source.to(home_of(self.norm)["dtype"]), lengths)
             return states, None if lengths is None else subsampled_length(lengths)
         return self.embed_text(source), lengths
 
