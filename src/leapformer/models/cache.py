@@ -118,5 +118,25 @@ class LeapformerCache(Cache):
             layer.slots, layer.is_initialized = kept.slots, kept.is_initialized
 
 
+def is_prefix(past: Any, layers: int) -> bool:
+    """Whether ``past`` is a cache of transformers that holds keys and values for each of so many layers."""
+    if not isinstance(past, Cache) or len(past.layers) != layers:
+        return False
+    return all(isinstance(getattr(layer, "keys", None), Tensor) for layer in past.layers)
+
+
+def absorbed_prefix(past: Cache, blocks: Any, like: Tensor) -> LeapformerCache:
+    """A cache whose blocks have seen the keys and values [B, G, S, K] of another, of prefix tuning; in the dtype of ``like``.
+
+    Raises:
+        ValueError: another shape, or a block whose attention keeps no state.
+    """
+    cache = LeapformerCache(len(past.layers))
+    for number, (block, layer) in enumerate(zip(blocks, past.layers, strict=True)):
+        keys, values = (x.transpose(1, 2).to(like) for x in (layer.keys, layer.values))  # type: ignore[union-attr]
+        cache.layer(number).store(block.attention.prefix_state(keys, values), slots=keys.shape[1])
+    return cache
+
+
 def _no_keys_and_values() -> TypeError:
     return TypeError("LeapformerCache keeps one state per block; it has no keys and values to update")

@@ -172,9 +172,9 @@ class AttentionLayer(nn.Module):
     def _check_packing(
         self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
     ) -> None:
-        check_packing("attention", x, cu_seqlens)
+        check_packing("attention", x.shape, cu_seqlens)
         if context is not None:
-            check_packing("attention", context, cu_seqlens_k, what="cu_seqlens_k")
+            check_packing("attention", context.shape, cu_seqlens_k, what="cu_seqlens_k")
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,

@@ -40,7 +40,7 @@ class ShortConvolution(nn.Module):
         Raises:
             ValueError: ``cu_seqlens`` that doesn't divide the one row of x.
         """
-        check_packing("convolution", x, cu_seqlens)
+        check_packing("convolution", x.shape, cu_seqlens)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         past = x.new_zeros(rows, self.width - 1, x.shape[2]) if past is None else past.to(x.dtype)
         if key_mask is None:

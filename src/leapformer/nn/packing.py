@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,14 @@ def sequence_of(cu_seqlens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return row, slots - bounds[row]
 
 
-def check_packing(name: str, x: Tensor, cu_seqlens: Tensor | None, *, what: str = "cu_seqlens") -> None:
-    """Refuse bounds int [N + 1] that don't divide the one row of x [1, T, ...]; None: nothing is packed.
+def check_packing(name: str, shape: Sequence[int], cu_seqlens: Tensor | None, *, what: str = "cu_seqlens") -> None:
+    """Refuse bounds int [N + 1] that don't divide the one row of something of ``shape`` [1, T, ...]; None: nothing is packed.
 
     The values are looked at on the CPU only; elsewhere that would be a synchronisation for every layer.
     """
     if cu_seqlens is None:
         return
-    B, T = x.shape[:2]
+    B, T = shape[:2]
     if B != 1:
         raise ValueError(f"{name} with {what}: expected a batch of 1 (packed sequences lie in one row), got {B}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
