@@ -104,6 +104,11 @@ class LeapformerCache(Cache):
         """Bytes of all states: constant for linear attention, growing for softmax."""
         return sum(self.layer(number).nbytes for number in range(len(self.layers)))
 
+    @property
+    def max_cache_len(self) -> int:
+        """-1, as for every cache without a limit; PEFT asks."""
+        return -1
+
     def snapshot(self) -> "LeapformerCache":
         """An independent copy, to go back to."""
         copy = LeapformerCache(len(self.layers))

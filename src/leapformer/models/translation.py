@@ -336,6 +336,10 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         """There is no `generate`: PEFT asks for this method when it wraps a model, and calls it in `generate` alone."""
         raise ValueError(NO_GENERATE)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: simultaneous translation is a `DecoderStream`, or `greedy_translation` for whole utterances."""
         raise ValueError(NO_GENERATE)
