@@ -328,6 +328,13 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         mask = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return SourceStates(self.encoder(x, mask=mask)[0], mask)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the target, those of vocab_size."""
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed_tokens = value  # type: ignore[assignment]
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """`shift_right`, by the name that transformers' collators look for."""
         return self.shift_right(labels)
