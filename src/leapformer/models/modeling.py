@@ -3,7 +3,6 @@
 Letters: B sequences, T tokens, D hidden size, V vocabulary, N packed sequences.
 """
 
-import json
 import math
 import os
 from functools import partial
@@ -12,16 +11,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut
 from leapformer.models.adaptive import START, AdaptiveEmbedding, AdaptiveSoftmax, start_with
 from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.inputs import PACKING_NAMES, check_rest, read_layout, wanted
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
+from leapformer.models.reading import CheckpointError, check_folder, check_shapes
 from leapformer.nn import (
     Decay,
     DecoderBlock,
@@ -50,10 +51,6 @@ class NotCausal(LeapformerError, ValueError):
     """A language model was asked for with a mechanism that is bidirectional."""
 
 
-class CheckpointError(LeapformerError, ValueError):
-    """A checkpoint is cut off, damaged, or of another model."""
-
-
 class LeapformerPreTrainedModel(PreTrainedModel):
     """What all LeaPformer models share: initialisation, strict loading, and an own cache in `generate`."""
 
@@ -75,10 +72,15 @@ class LeapformerPreTrainedModel(PreTrainedModel):
 
         Raises CheckpointError (one line) for a file that is cut off or of another model.
         """
-        where = str(pretrained_model_name_or_path)
+        where = os.fspath(pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        _check_model_type(where, cls.config_class.model_type)  # type: ignore[union-attr]
+        subfolder = kwargs.get("subfolder") or ""
+        check_folder(where, cls.config_class, subfolder)
+        if os.path.isdir(where):
+            config = _config_of(cls, where, kwargs)
+            if not kwargs.get("ignore_mismatched_sizes"):
+                check_shapes(where, cls, config, subfolder)
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -501,19 +503,19 @@ def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-def _check_model_type(where: str, expected: str) -> None:
-    """Refuse a folder whose config.json is of another kind of model; transformers would only warn."""
-    if not os.path.isdir(where):
-        return
+def _config_of(cls: Any, where: str, kwargs: dict[str, Any]) -> Any:
+    """The configuration that `from_pretrained` will use: the one given, or the folder's with the fields among ``kwargs``."""
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given
+    others = {name: value for name, value in kwargs.items() if name != "config"}
     try:
-        with open(os.path.join(where, "config.json"), encoding="utf-8") as file:
-            found = json.load(file).get("model_type")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {where}: expected a config.json, found none") from error
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {where}: expected JSON in config.json, found {error}") from error
-    if found != expected:
-        raise CheckpointError(f"checkpoint {where}: expected model_type {expected!r}, found {found!r}")
+        return cls.config_class.from_pretrained(given or where, **others, return_unused_kwargs=True)[0]
+    except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:
+        message = cut(error, 400)
+        raise CheckpointError(
+            message if where in message else f"checkpoint {where}: expected a configuration, found: {message}"
+        ) from error
 
 
 def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]") -> None:

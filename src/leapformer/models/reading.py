@@ -1,0 +1,81 @@
+"""What stands beside a model's weights, read so that a fault is one line and nothing is taken before it is looked at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedConfig
+
+from leapformer.errors import LeapformerError
+from leapformer.files.reading import read_json_object
+from leapformer.files.showing import cut, shown
+
+
+class CheckpointError(LeapformerError, ValueError):
+    """A checkpoint is cut off, damaged, or of another model."""
+
+
+def read_config(cls: type[PreTrainedConfig], json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """In place of transformers' `_dict_from_json_file`: the object in a config.json.
+
+    Raises CheckpointError where there is none.
+    """
+    try:
+        return cls._decode_special_floats(read_json_object(json_file))
+    except LeapformerError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def check_folder(where: str, config_class: Any, subfolder: str = "") -> None:
+    """Refuse a folder whose config.json is of another kind of model (transformers would only warn), or whose
+    generation_config.json is damaged (transformers would take none). What is no folder is left to transformers.
+
+    Raises CheckpointError.
+    """
+    if not os.path.isdir(where):
+        return
+    folder = Path(where, subfolder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"checkpoint {cut(folder, 240)}: expected a config.json, found none")
+    found = read_config(config_class, folder / "config.json").get("model_type")
+    if found != config_class.model_type:
+        raise CheckpointError(
+            f"checkpoint {cut(folder, 240)}: expected model_type {config_class.model_type!r}, found {shown(found)}"
+        )
+    if os.path.lexists(folder / "generation_config.json"):
+        _check_generation(folder / "generation_config.json")
+
+
+def _check_generation(path: Path) -> None:
+    fields = read_config(PreTrainedConfig, path)
+    try:
+        GenerationConfig(**fields)
+    except Exception as error:  # of many kinds: it takes values of any type and computes with them
+        raise CheckpointError(f"{cut(path, 240)}: expected settings of generation, found {cut(error)}") from error
+
+
+def check_shapes(where: str, model_class: Any, config: PreTrainedConfig, subfolder: str = "") -> None:
+    """Compare the shapes that a file of weights names with those of the model, before either takes memory.
+
+    Raises CheckpointError where one differs; weights that are missing or too many are found when they are loaded.
+    """
+    path = Path(where, subfolder, "model.safetensors")
+    if not path.is_file():
+        return
+    with torch.device("meta"):
+        expected = {name: tuple(x.shape) for name, x in model_class(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {where}: expected whole safetensors weights, found {cut(error)}") from error
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            raise CheckpointError(
+                f"checkpoint {where}: its weights have other shapes than its config says ({name}: expected "
+                f"{list(expected[name])}, found {list(found[name])})"
+            )
