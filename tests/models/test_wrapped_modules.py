@@ -129,7 +129,9 @@ def test_lora_on_leap_parameters_is_used():
     model, ids = tiny_model(), tokens(2, 6)
     expected = model(ids).logits
     names = ["q_proportion.w2", "k_proportion.w2"]
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    )
     wrapped = wrapped.double()
     found = wrapped(ids).logits
     assert not torch.allclose(found, expected)
@@ -176,7 +178,11 @@ def test_every_module_with_weights_is_called_or_plain():
     """A hook on any module with weights of its own fires: nothing is read past it."""
     for fields in (*SETTINGS.values(), ADAPTIVE):
         model, called = tiny_model(**fields), set()
-        owners = {name: m for name, m in model.named_modules() if list(m.parameters(recurse=False)) or isinstance(m, RandomFeatures)}
+        owners = {
+            name: m
+            for name, m in model.named_modules()
+            if list(m.parameters(recurse=False)) or isinstance(m, RandomFeatures)
+        }
         for name, module in owners.items():
             module.register_forward_hook(lambda *_, name=name: called.add(name))
         model(tokens(1, 5), labels=tokens(1, 5))

@@ -119,7 +119,9 @@ def test_packed_sequences_with_padding_are_as_if_alone(fields):
     bounds = torch.tensor([0, *itertools.accumulate(map(len, texts))], dtype=torch.int32)
     rows = [numbers(1, text.count("x"), D, seed=n).requires_grad_() for n, text in enumerate(texts)]
     packed = spread(torch.cat(rows, 1), mask)
-    y, state = layer(packed, visible="causal", key_mask=mask, cu_seqlens=bounds, return_state=fields["kind"] != "softmax")
+    y, state = layer(
+        packed, visible="causal", key_mask=mask, cu_seqlens=bounds, return_state=fields["kind"] != "softmax"
+    )
     alone = torch.cat([layer(x, visible="causal")[0] for x in rows], 1)
     close(y[mask], alone[0])
     for found, expected in zip(
@@ -169,7 +171,11 @@ def test_positions_count_real_tokens_in_rows_and_in_packed_sequences():
 @pytest.mark.parametrize(
     ("B", "bounds", "message"),
     [
-        (2, torch.tensor([0, 2, 5]), r"with cu_seqlens: expected a batch of 1 \(packed sequences lie in one row\), got 2"),
+        (
+            2,
+            torch.tensor([0, 2, 5]),
+            r"with cu_seqlens: expected a batch of 1 \(packed sequences lie in one row\), got 2",
+        ),
         (1, torch.tensor([0, 2, 6]), "expected cu_seqlens rising from 0 to the 5 slots, got 0 ... 6"),
         (1, torch.tensor([1, 2, 5]), "expected cu_seqlens rising from 0 to the 5 slots, got 1 ... 5"),
         (1, torch.tensor([0, 4, 2, 5]), "got a fall"),
@@ -190,7 +196,10 @@ def test_bounds_that_do_not_fit_are_refused_at_every_door(B, bounds, message):
 @layers
 def test_a_prefix_of_keys_and_values_is_seen_like_tokens(fields):
     """Keys and values that the layer itself would project, given as a prefix, are a past without a convolution and decay."""
-    layer, x = made({**fields, "decay": False, "conv_width": 0} if "variant" in fields else {**fields, "conv_width": 0}), None
+    layer, x = (
+        made({**fields, "decay": False, "conv_width": 0} if "variant" in fields else {**fields, "conv_width": 0}),
+        None,
+    )
     x = numbers(2, 9, D)
     k, v = (proj(x[:, :4]).unflatten(-1, (layer.num_kv_heads, layer.head_dim)) for proj in (layer.k_proj, layer.v_proj))
     expected, _ = layer(x, visible="causal")

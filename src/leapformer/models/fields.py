@@ -41,7 +41,7 @@ def check_types(config: PreTrainedConfig) -> None:
             value = getattr(config, name, None)
             if isinstance(annotation, str) or any(_is(value, one) for one in kinds):
                 continue
-            words = list(dict.fromkeys(_word(one) for one in kinds))
+            words = list(dict.fromkeys(_word(one) for one in kinds if one is not int or float not in kinds))
             raise ValueError(f"config {name}: expected {' or '.join(words)}, found {shown(value)}")
 
 

@@ -22,7 +22,7 @@ from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.inputs import PACKING_NAMES, check_rest, read_layout, wanted
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
-from leapformer.models.reading import CheckpointError, check_folder, check_shapes
+from leapformer.models.reading import CheckpointError, check_folder, check_shapes, weights_of_another
 from leapformer.nn import (
     Decay,
     DecoderBlock,
@@ -525,7 +525,4 @@ def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]"
     # The body alone may be taken out of a model with a head.
     surplus = [key for key in surplus if not key.startswith(cls.heads_left_out)]
     if missing or surplus:
-        raise CheckpointError(
-            f"checkpoint {where}: expected the weights of {cls.__name__} as its config says, "
-            f"found {len(missing)} missing (first: {missing[:1]}) and {len(surplus)} others (first: {surplus[:1]})"
-        )
+        raise weights_of_another(where, cls, missing, surplus)
