@@ -184,7 +184,7 @@ def test_every_module_with_weights_is_called_or_plain():
             if list(m.parameters(recurse=False)) or isinstance(m, RandomFeatures)
         }
         for name, module in owners.items():
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
+            module.register_forward_hook(lambda *_, name=name, called=called: called.add(name))
         model(tokens(1, 5), labels=tokens(1, 5))
         assert called == set(owners)
 

@@ -15,7 +15,6 @@ from leapformer.errors import LeapformerError
 from leapformer.files.reading import read_json_object
 from leapformer.files.showing import cut, shown
 
-
 # Settings of generation whose type transformers looks at only when it computes with them, if ever.
 GENERATION_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (

@@ -297,6 +297,7 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("translation: expected labels or decoder_input_ids, found neither")
+            _check_right("labels", labels != IGNORE_INDEX)
             decoder_input_ids = self.shift_right(labels)
         visible = wait_k_visibility(k, self.config.pre_decision, source_states.hidden.shape[1])
         states = [] if wanted(output_hidden_states, self.config, "output_hidden_states") else None
@@ -407,6 +408,7 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         states = torch.full((len(hidden),), hidden.shape[1]) if mask is None else mask.sum(1)
         blank: Any = self.config.ctc_vocab_size
         real = ctc_labels != IGNORE_INDEX
+        _check_right("ctc_labels", real)
         return F.ctc_loss(
             self.ctc_log_probs(source_states).transpose(0, 1), ctc_labels.masked_fill(~real, 0), states, real.sum(1),
             blank=blank, reduction="none", zero_infinity=True,
@@ -538,15 +540,20 @@ def _lengths(mask: Tensor | None, batch: int, slots: int) -> Tensor | None:
     if mask.shape != (batch, slots):
         raise ValueError(f"attention_mask: expected [{batch}, {slots}], found {list(mask.shape)}")
     lengths = mask.bool().sum(1)
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and has_other_than_bits(mask):
-        raise ValueError("attention_mask: expected 1 = real and 0 = padding (nothing is packed here), found others")
     # Looking at values costs a synchronisation on other devices.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not torch.equal(mask.bool(), torch.arange(slots) < lengths[:, None]):
-            raise ValueError("attention_mask: expected padding on the right only, found it elsewhere")
-        if bool((lengths == slots).all()):
-            return None
+    if mask.device.type == "cpu" and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        if has_other_than_bits(mask):
+            raise ValueError("attention_mask: expected 1 = real and 0 = padding (nothing is packed here), found others")
+    _check_right("attention_mask", mask.bool())
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths == slots).all()):
+        return None
     return lengths
+
+
+def _check_right(name: str, real: Tensor) -> None:
+    """Refuse padding before something real in a row of bool [B, T]; looked at on the CPU, elsewhere it costs a synchronisation."""
+    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool((real[:, 1:] > real[:, :-1]).any()):
+        raise ValueError(f"{name}: expected padding on the right only, found it elsewhere")
 
 
 def check_target_length(tokens: int, config: LeapformerTranslationConfig) -> None:
