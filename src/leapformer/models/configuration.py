@@ -1,6 +1,6 @@
 """The configuration of every LeaPformer model, with Hugging Face's standard names where they exist."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 
@@ -159,8 +159,9 @@ class LeapformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    # The one reader: transformers' own takes any JSON.
-    _dict_from_json_file = classmethod(read_config)
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_config(cls, json_file)  # transformers' own takes any JSON
 
     def __post_init__(self, **kwargs):
         check_types(self)

@@ -287,6 +287,7 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
     def __init__(self, config: LeapformerConfig):
         super().__init__(config)
         self.model = LeapformerModel(config)
+        self.lm_head: Any  # or what an adapter or another wrapper put around it
         if config.adaptive_cutoffs is None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:

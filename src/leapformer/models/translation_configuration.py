@@ -1,5 +1,7 @@
 """The configuration of the simultaneous translation model."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from leapformer.models.configuration import ATTENTION_CHOICES
@@ -127,8 +129,9 @@ class LeapformerTranslationConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    # The one reader: transformers' own takes any JSON.
-    _dict_from_json_file = classmethod(read_config)
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_config(cls, json_file)  # transformers' own takes any JSON
 
     def __post_init__(self, **kwargs):
         check_types(self)
