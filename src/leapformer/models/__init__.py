@@ -12,6 +12,7 @@ try:
         AutoModelForSequenceClassification,
         AutoModelForSpeechSeq2Seq,
     )
+    from transformers.models.auto import modeling_auto
 except ModuleNotFoundError as error:
     raise MissingExtra("lm", package=error.name, purpose="leapformer.models") from error
 
@@ -40,6 +41,26 @@ AutoConfig.register(LeapformerTranslationConfig.model_type, LeapformerTranslatio
 # Speech or text is a matter of the configuration, so both classes make the model.
 AutoModelForSpeechSeq2Seq.register(LeapformerTranslationConfig, LeapformerForConditionalGeneration, exist_ok=True)
 AutoModelForSeq2SeqLM.register(LeapformerTranslationConfig, LeapformerForConditionalGeneration, exist_ok=True)
+
+
+def _register_names() -> None:
+    """Put our classes' names where transformers decides by them.
+
+    The Trainer shifts the labels of label smoothing for the names of causal language models alone, and pipelines complain of
+    names that they don't know. Registering with the Auto classes doesn't reach these tables.
+    """
+    tables = {
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": LeapformerForCausalLM,
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES": LeapformerForMaskedLM,
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": LeapformerForSequenceClassification,
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": LeapformerForConditionalGeneration,
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": LeapformerForConditionalGeneration,
+    }
+    for table, kind in tables.items():
+        getattr(modeling_auto, table)[kind.config_class.model_type] = kind.__name__
+
+
+_register_names()
 
 __all__ = [
     "AdaptiveEmbedding",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leapformer.models.loss import IGNORE_INDEX
+from leapformer.nn.plain import home_of, is_plain
 
 # The attribute of a module that names the standard deviation of its weights at the start.
 START = "_start_std"
@@ -32,7 +33,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, *, cutoffs: list[int], factor: int = 4, std: float = 0.02):
         super().__init__()
-        self.limits, self.hidden_size = [0, *cutoffs, vocab_size], hidden_size
+        self.limits, self.hidden_size, self.factor = [0, *cutoffs, vocab_size], hidden_size, factor
         if hidden_size // factor ** len(cutoffs) < 1:
             raise ValueError(
                 f"adaptive embedding: expected hidden_size of at least factor^bands = {factor ** len(cutoffs)}, "
@@ -51,7 +52,9 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
-        output = self.embeddings[0].weight.new_zeros(flat.shape[0], self.hidden_size)  # type: ignore[operator]
+        output = torch.zeros(
+            flat.shape[0], self.hidden_size, dtype=home_of(self.embeddings[0])["dtype"], device=ids.device
+        )
         for band, (embedding, projection) in enumerate(zip(self.embeddings, self.projections, strict=True)):
             first, end = self.limits[band], self.limits[band + 1]
             rows = ((flat >= first) & (flat < end)).nonzero().squeeze(1)
@@ -62,7 +65,26 @@ class AdaptiveEmbedding(nn.Module):
 
     def weights(self) -> list[tuple[Tensor, Tensor]]:
         """Per band the embeddings [n_i, d_i] and the projection [D, d_i], for a tied softmax."""
-        return [(e.weight, p.weight) for e, p in zip(self.embeddings, self.projections, strict=True)]  # type: ignore
+        return [
+            (_table(embedding, end - first), _matrix(projection, self.hidden_size // self.factor**band))
+            for band, (embedding, projection, first, end) in enumerate(
+                zip(self.embeddings, self.projections, self.limits[:-1], self.limits[1:], strict=True)
+            )
+        ]
+
+
+def _table(embedding: nn.Module, words: int) -> Tensor:
+    """The vectors [words, d] that an embedding gives, read off the module where it is plain, else asked for."""
+    if is_plain(embedding, nn.Embedding):
+        return embedding.weight  # type: ignore[return-value]
+    return embedding(torch.arange(words, device=home_of(embedding)["device"]))
+
+
+def _matrix(projection: nn.Module, width: int) -> Tensor:
+    """The matrix [D, width] that a projection without bias multiplies with, in the same way."""
+    if is_plain(projection, nn.Linear):
+        return projection.weight  # type: ignore[return-value]
+    return projection(torch.eye(width, **home_of(projection))).T
 
 
 class AdaptiveSoftmax(nn.Module):

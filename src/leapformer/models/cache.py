@@ -104,6 +104,11 @@ class LeapformerCache(Cache):
         """Bytes of all states: constant for linear attention, growing for softmax."""
         return sum(self.layer(number).nbytes for number in range(len(self.layers)))
 
+    @property
+    def max_cache_len(self) -> int:
+        """-1, as for every cache without a limit; PEFT asks."""
+        return -1
+
     def snapshot(self) -> "LeapformerCache":
         """An independent copy, to go back to."""
         copy = LeapformerCache(len(self.layers))
@@ -116,6 +121,26 @@ class LeapformerCache(Cache):
             layer, kept = self.layer(number), snapshot.layer(number)
             layer.state = None if kept.state is None else kept.state.snapshot()
             layer.slots, layer.is_initialized = kept.slots, kept.is_initialized
+
+
+def is_prefix(past: Any, layers: int) -> bool:
+    """Whether ``past`` is a cache of transformers that holds keys and values for each of so many layers."""
+    if not isinstance(past, Cache) or len(past.layers) != layers:
+        return False
+    return all(isinstance(getattr(layer, "keys", None), Tensor) for layer in past.layers)
+
+
+def absorbed_prefix(past: Cache, blocks: Any, like: Tensor) -> LeapformerCache:
+    """A cache whose blocks have seen the keys and values [B, G, S, K] of another, of prefix tuning; in the dtype of ``like``.
+
+    Raises:
+        ValueError: another shape, or a block whose attention keeps no state.
+    """
+    cache = LeapformerCache(len(past.layers))
+    for number, (block, layer) in enumerate(zip(blocks, past.layers, strict=True)):
+        keys, values = (x.transpose(1, 2).to(like) for x in (layer.keys, layer.values))  # type: ignore[union-attr]
+        cache.layer(number).store(block.attention.prefix_state(keys, values), slots=keys.shape[1])
+    return cache
 
 
 def _no_keys_and_values() -> TypeError:

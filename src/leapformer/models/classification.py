@@ -6,23 +6,25 @@ Letters: B sequences, T tokens, D hidden size, N classes.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
+from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
-from leapformer.models.loss import reduce_losses, token_losses
+from leapformer.models.inputs import check_rest, read_mask, wanted
+from leapformer.models.loss import IGNORE_INDEX, reduce_losses, token_losses
 from leapformer.models.modeling import (
     LeapformerPreTrainedModel,
     build_block,
     build_embedding,
     build_positions,
     choose_leap_hidden,
-    count_positions,
-    new_token_mask,
 )
+from leapformer.nn.packing import token_positions
 
 
 class LeapformerEncoder(LeapformerPreTrainedModel):
@@ -57,51 +59,86 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
         *,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> BaseModelOutput | tuple:
-        """input_ids [B, T] int64, attention_mask [B, T] (1 = real; None: all) -> last_hidden_state [B, T or T + 1, D].
+        """The last hidden state [B, T or T + 1, D] of T tokens.
 
-        Raises ValueError for a mask of another shape, and for more than max_position_embeddings tokens where there is a limit.
+        Arguments:
+            input_ids: [B, T] int64, or instead inputs_embeds: [B, T, D], before the embedding scale.
+            attention_mask: [B, T], 1 = real, 0 = padding anywhere; None: all. With a prefix of S keys [B, S + T] will do too.
+            past_key_values: keys and values for each block, [B, G, S, K], that every token sees besides (prefix tuning).
+
+        Raises ValueError for a mask of another shape, for more than max_position_embeddings tokens where there is a limit, for
+        output_attentions, and for a prefix of a mechanism that has no state.
         """
-        key_mask = new_token_mask(attention_mask, *input_ids.shape, past=0)
-        hidden = self.embed_tokens(input_ids)
+        check_rest(type(self).__name__, self.config, output_attentions, rest)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"{type(self).__name__}: expected either input_ids or inputs_embeds, found both or neither"
+            )
+        hidden: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        prefix = self._prefix(past_key_values, hidden)
+        before = 0 if prefix is None else prefix.get_seq_length()
+        if attention_mask is not None and before and attention_mask.shape[-1] == before + hidden.shape[1]:
+            attention_mask = attention_mask[:, before:]
+        key_mask = read_mask(attention_mask, *hidden.shape[:2])
         if self.cls_embedding is not None:
-            hidden = torch.cat([self.cls_embedding.weight[None].expand(len(hidden), -1, -1).to(hidden), hidden], dim=1)
+            symbol = self.cls_embedding(torch.zeros(1, 1, dtype=torch.int64, device=hidden.device))
+            hidden = torch.cat([symbol.expand(len(hidden), -1, -1).to(hidden), hidden], dim=1)
             key_mask = None if key_mask is None else F.pad(key_mask, (1, 0), value=True)
         tokens = hidden.shape[1]
-        position_ids = count_positions(key_mask, None, None, tokens, hidden.device)
-        self._check_length(position_ids, tokens, extra=self.symbols_before)
+        first = None if prefix is None else prefix.length
+        position_ids = token_positions(tokens, hidden.device, key_mask=key_mask, first=first)
+        self._check_length(position_ids, before + tokens, extra=self.symbols_before)
         hidden = hidden * self.config.embedding_scale  # type: ignore[operator]
         if self.positions is not None:
             hidden = hidden + self.positions(position_ids).to(hidden.dtype) * self.config.position_scale
         hidden = self.dropout(hidden)
         states: list[Tensor] = []
-        for block in self.blocks:
-            if output_hidden_states:
+        keep_states = wanted(output_hidden_states, self.config, "output_hidden_states")
+        for number, block in enumerate(self.blocks):
+            if keep_states:
                 states.append(hidden)
-            call = partial(block.__call__, key_mask=key_mask, position_ids=position_ids)
+            state = None if prefix is None else prefix.layer(number).state
+            call = partial(block.__call__, key_mask=key_mask, position_ids=position_ids, state=state)
             if self.gradient_checkpointing and self.training:
                 hidden = self._gradient_checkpointing_func(call, hidden)[0]
             else:
                 hidden = call(hidden)[0]
         hidden = self.norm(hidden)
-        output = BaseModelOutput(
-            last_hidden_state=hidden, hidden_states=(*states, hidden) if output_hidden_states else None
-        )
-        return output if return_dict is not False else output.to_tuple()
+        output = BaseModelOutput(last_hidden_state=hidden, hidden_states=(*states, hidden) if keep_states else None)
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def _prefix(self, past: Any, like: Tensor) -> LeapformerCache | None:
+        if past is None:
+            return None
+        if not is_prefix(past, len(self.blocks)):
+            raise ValueError(
+                f"past_key_values: expected keys and values for {len(self.blocks)} blocks, found {type(past).__name__}"
+            )
+        return absorbed_prefix(past, self.blocks, like)
+
+    def pooled(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
         """One vector [B, D] for each sequence: the mean over real tokens (0 where there are none) or the symbol's state."""
-        hidden = self(input_ids, attention_mask).last_hidden_state
+        return self.pool(
+            self(input_ids, attention_mask, return_dict=True, **keywords).last_hidden_state, attention_mask
+        )
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`pooled` of the last hidden state [B, T or T + 1, D]; of a mask [B, S + T] the last T count."""
         if self.cls_embedding is not None:
             return hidden[:, 0]
         if attention_mask is None:
             return hidden.mean(1)
-        mask = attention_mask.to(hidden.dtype)[..., None]
+        mask = attention_mask[:, attention_mask.shape[1] - hidden.shape[1] :].to(hidden.dtype)[..., None]
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -134,20 +171,30 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_ids_1: Tensor | None = None,
         attention_mask_1: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits [B, N], and the mean cross-entropy where labels [B] int64 are given.
+        """Logits [B, N], and the loss where labels are given.
 
-        input_ids, attention_mask: as in `LeapformerEncoder.forward`; input_ids_1, attention_mask_1: of the second sequence,
-        which may have another length, with config.paired_inputs and only then (else ValueError).
-        num_items_in_batch: the loss is the sum over examples divided by this; None: their mean.
+        input_ids, inputs_embeds, attention_mask, past_key_values: as in `LeapformerEncoder.forward`; input_ids_1,
+        attention_mask_1: of the second sequence, which may have another length, with config.paired_inputs and only then (else
+        ValueError).
+        labels: by config.problem_type, or where it is None as transformers does: classes [B] int64 (cross-entropy); floats
+            [B, N] for several labels at once (binary cross-entropy); floats [B], or [B, N], for a regression (squared
+            error), which N = 1 is.
+        num_items_in_batch: the loss is the sum divided by this; None: the mean. output_hidden_states: those of the first
+            sequence.
         """
         if (input_ids_1 is not None) != self.config.paired_inputs:
             found = "none" if input_ids_1 is None else "one"
@@ -155,13 +202,46 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
             raise ValueError(
                 f"sequence classification: expected {expected} with paired_inputs={self.config.paired_inputs}, found {found}"
             )
-        features = self.model.pooled(input_ids, attention_mask)
+        keywords = {"output_attentions": output_attentions, "past_key_values": past_key_values, **rest}
+        encoded = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **keywords,
+        )
+        features = self.model.pool(encoded.last_hidden_state, attention_mask)
         if input_ids_1 is not None:
-            second = self.model.pooled(input_ids_1, attention_mask_1)
+            second = self.model.pooled(input_ids_1, attention_mask_1, **keywords)
             features = torch.cat([features, second, features * second, features - second], dim=-1)
         logits = self.classifier(features)
-        loss = None
-        if labels is not None:
-            loss = reduce_losses(token_losses(logits, labels), labels, num_items_in_batch)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        kind = self.config.problem_type or _problem_of(logits, labels)
+        if kind == "single_label_classification":
+            return reduce_losses(token_losses(logits, labels.view(-1)), labels, num_items)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if kind == "regression" and logits.shape[1] == 1:
+            wide, labels = wide[:, 0], labels.view(-1)
+        if labels.shape != wide.shape:
+            raise ValueError(
+                f"labels: expected {list(wide.shape)} for problem_type={kind!r}, found {list(labels.shape)}"
+            )
+        there = labels != IGNORE_INDEX
+        targets = labels.to(wide.dtype).masked_fill(~there, 0)
+        if kind == "regression":
+            losses = (wide - targets).square()
+        else:
+            losses = F.binary_cross_entropy_with_logits(wide, targets, reduction="none")
+        return reduce_losses(losses.masked_fill(~there, 0), labels, num_items)
+
+
+def _problem_of(logits: Tensor, labels: Tensor) -> str:
+    """What transformers makes of labels where the configuration has no problem_type."""
+    if logits.shape[1] == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"

@@ -1,14 +1,45 @@
 """The configuration of every LeaPformer model, with Hugging Face's standard names where they exist."""
 
+from typing import Any, get_args
+
 from transformers import PreTrainedConfig
 
-from leapformer.nn import KINDS
+from leapformer.files.showing import shown
+from leapformer.models.fields import (
+    MOST_LAYERS,
+    RANGES,
+    WIDEST,
+    check_choice,
+    check_choices,
+    check_common,
+    check_ranges,
+    check_size,
+    check_types,
+    finish,
+)
+from leapformer.models.reading import read_config
+from leapformer.nn import FEATURE_MAPS, KINDS, REWEIGHTINGS
+from leapformer.nn.blocks import ACTIVATIONS
+from leapformer.nn.proportions import Start
+from leapformer.ops.api import Impl
 
 ATTENTION_KINDS = KINDS
 VARIANTS = ("paper", "gated")
 POSITIONS = ("sinusoidal", "learned", "none")
 OUTPUT_NORMS = ("sum", "rmsnorm")
 POOLINGS = ("mean", "cls")
+# Of the attention, in every configuration.
+ATTENTION_CHOICES = {
+    "variant": VARIANTS, "output_norm": OUTPUT_NORMS, "leap_start": get_args(Start), "feature_map": tuple(FEATURE_MAPS),
+    "reweighting": tuple(REWEIGHTINGS), "attention_impl": get_args(Impl), "hidden_act": tuple(ACTIVATIONS),
+}  # fmt: skip
+OWN_RANGES: dict[str, tuple[float, float]] = {
+    "num_hidden_layers": (1, MOST_LAYERS), "max_position_embeddings": (1, 1 << 40), "attention_features": (1, 1 << 20),
+    "attention_hashes": (1, 1 << 10), "attention_block": (1, 1 << 20), "attention_random_blocks": (0, 1 << 20),
+    "classifier_hidden_size": (1, WIDEST), "classifier_dropout": (0, 1), "adaptive_factor": (1, 1 << 16),
+    "adaptive_dropout": (0, 1),
+}  # fmt: skip
+MOST_BANDS = 64  # of an adaptive softmax
 
 
 class LeapformerConfig(PreTrainedConfig):
@@ -128,8 +159,14 @@ class LeapformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_config(cls, json_file)  # transformers' own takes any JSON
+
     def __post_init__(self, **kwargs):
-        self._check_sizes()
+        check_types(self)
+        check_ranges(self, RANGES | OWN_RANGES)
+        check_common(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -144,7 +181,8 @@ class LeapformerConfig(PreTrainedConfig):
             self.attention = list(self.attention)
         self._check_choices()
         self._check_adaptive()
-        super().__post_init__(**kwargs)
+        check_size(self, self._about_parameters())
+        finish(self, kwargs, super().__post_init__)
 
     def attention_of(self, layer: int) -> str:
         """The attention kind of block `layer`."""
@@ -167,25 +205,16 @@ class LeapformerConfig(PreTrainedConfig):
             return None
         return self.max_position_embeddings, why
 
-    def _check_sizes(self) -> None:
-        names = (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-            "attention_features", "attention_hashes", "attention_block", "classifier_hidden_size",
-        )  # fmt: skip
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"config {name}: expected at least 1, found {getattr(self, name)}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads} "
-                f"(or a head_dim), found {self.hidden_size}"
-            )
-        groups = self.num_key_value_heads
-        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
-            raise ValueError(
-                f"config num_key_value_heads: expected a divisor of num_attention_heads={self.num_attention_heads}, "
-                f"found {groups}"
-            )
+    def _about_parameters(self) -> int:
+        """The parameters of the largest model of this configuration, without what is small beside the rest."""
+        D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
+        places, features = self.max_position_embeddings, self.attention_features
+        block = 2 * D * K * heads + 2 * D * (self.intermediate_size or 0) + (self.conv_width or 0) * D
+        block += heads * (self.leap_hidden or 0) * K
+        kinds = self.attention_kinds
+        other = 2 * features * places * kinds.count("linformer") + features * K * kinds.count("performer")
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + places * (self.positions == "learned")
+        return self.num_hidden_layers * block + other + tables * D + 4 * D * self.classifier_hidden_size
 
     def _check_choices(self) -> None:
         kinds = [self.attention] if isinstance(self.attention, str) else self.attention
@@ -194,12 +223,14 @@ class LeapformerConfig(PreTrainedConfig):
                 f"config attention: expected one kind per block ({self.num_hidden_layers}), found {len(kinds)}"
             )
         for kind in kinds:
-            _check_choice("attention", kind, ATTENTION_KINDS)
-        _check_choice("variant", self.variant, VARIANTS)
-        _check_choice("positions", self.positions, POSITIONS)
-        _check_choice("pooling", self.pooling, POOLINGS)
-        if self.output_norm is not None:
-            _check_choice("output_norm", self.output_norm, OUTPUT_NORMS)
+            check_choice("attention", kind, ATTENTION_KINDS)
+        check_choices(self, ATTENTION_CHOICES | {"positions": POSITIONS, "pooling": POOLINGS})
+        if self.positions == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(
+                f"config hidden_size: expected an even number with sinusoidal positions, found {self.hidden_size}"
+            )
+        if self.leap_share is not None and not 0 < self.leap_share < 1:
+            raise ValueError(f"config leap_share: expected a number between 0 and 1, found {self.leap_share}")
         if self.leap_hidden is not None and self.leap_share is not None:
             raise ValueError("config leap_hidden and leap_share: expected at most one of the two, found both")
 
@@ -207,16 +238,12 @@ class LeapformerConfig(PreTrainedConfig):
         if self.adaptive_cutoffs is None:
             return
         limits = list(self.adaptive_cutoffs)
-        if not limits or limits != sorted(set(limits)) or limits[0] < 1 or limits[-1] >= self.vocab_size:
+        rising = limits == sorted(set(limits)) and len(limits) <= MOST_BANDS
+        if not limits or not rising or limits[0] < 1 or limits[-1] >= self.vocab_size:
             raise ValueError(
                 f"config adaptive_cutoffs: expected rising limits between 1 and vocab_size - 1 = {self.vocab_size - 1}, "
-                f"found {limits}"
+                f"at most {MOST_BANDS}, found {shown(limits)}"
             )
         if not self.tie_word_embeddings:
             raise ValueError("config adaptive_cutoffs: expected tie_word_embeddings=True, found False")
         self.adaptive_cutoffs = limits
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"config {name}: expected one of {', '.join(choices)}, found {value!r}")

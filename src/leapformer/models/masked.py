@@ -5,11 +5,14 @@ Letters: B sequences, T tokens, D hidden size, V vocabulary, M masked tokens of 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
 from leapformer.models.classification import LeapformerEncoder
 from leapformer.models.configuration import LeapformerConfig
+from leapformer.models.inputs import wanted
 from leapformer.models.loss import IGNORE_INDEX, reduce_losses, token_losses
 from leapformer.models.modeling import LeapformerPreTrainedModel
 
@@ -37,19 +40,27 @@ class LeapformerForMaskedLM(LeapformerPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> MaskedLMOutput | tuple:
         """Logits [B, T, V]; with labels [B, T] int64 (-100: not asked for) those of the M asked for, [M, V], and the loss.
 
         Logits of the rest would be most of the memory of a step. num_items_in_batch: the loss is the sum over the M
-        divided by this; None: their mean. input_ids, attention_mask: as in `LeapformerEncoder.forward`.
+        divided by this; None: their mean. The other arguments are those of `LeapformerEncoder.forward`.
         """
-        hidden = self.model(input_ids, attention_mask).last_hidden_state[:, self.model.symbols_before :]
+        encoded = self.model(
+            input_ids, attention_mask, inputs_embeds, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, return_dict=True, **rest,
+        )  # fmt: skip
+        hidden = encoded.last_hidden_state[:, self.model.symbols_before :]
         loss = None
         if labels is None:
             logits = self.lm_head(hidden)
@@ -57,5 +68,5 @@ class LeapformerForMaskedLM(LeapformerPreTrainedModel):
             asked = labels != IGNORE_INDEX
             logits, targets = self.lm_head(hidden[asked]), labels[asked]
             loss = reduce_losses(token_losses(logits, targets), targets, num_items_in_batch)
-        output = MaskedLMOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()

@@ -3,7 +3,6 @@
 Letters: B sequences, T tokens, D hidden size, V vocabulary, N packed sequences.
 """
 
-import json
 import math
 import os
 from functools import partial
@@ -12,15 +11,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut
 from leapformer.models.adaptive import START, AdaptiveEmbedding, AdaptiveSoftmax, start_with
-from leapformer.models.cache import LeapformerCache
+from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
+from leapformer.models.inputs import PACKING_NAMES, check_rest, read_layout, wanted
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
+from leapformer.models.reading import CheckpointError, check_folder, check_shapes, weights_of_another
 from leapformer.nn import (
     Decay,
     DecoderBlock,
@@ -49,10 +51,6 @@ class NotCausal(LeapformerError, ValueError):
     """A language model was asked for with a mechanism that is bidirectional."""
 
 
-class CheckpointError(LeapformerError, ValueError):
-    """A checkpoint is cut off, damaged, or of another model."""
-
-
 class LeapformerPreTrainedModel(PreTrainedModel):
     """What all LeaPformer models share: initialisation, strict loading, and an own cache in `generate`."""
 
@@ -74,10 +72,15 @@ class LeapformerPreTrainedModel(PreTrainedModel):
 
         Raises CheckpointError (one line) for a file that is cut off or of another model.
         """
-        where = str(pretrained_model_name_or_path)
+        where = os.fspath(pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        _check_model_type(where, cls.config_class.model_type)  # type: ignore[union-attr]
+        subfolder = kwargs.get("subfolder") or ""
+        check_folder(where, cls.config_class, subfolder)
+        if os.path.isdir(where):
+            config = _config_of(cls, where, kwargs)
+            if not kwargs.get("ignore_mismatched_sizes"):
+                check_shapes(where, cls, config, subfolder)
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -164,61 +167,88 @@ class LeapformerModel(LeapformerPreTrainedModel):
         use_cache: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the model over T new tokens.
 
         Arguments:
             input_ids: [B, T] int64, or instead inputs_embeds: [B, T, D], before the embedding scale.
-            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 = real, 0 = padding on either side. None: all real.
-            position_ids: [B or 1, T] int64 from 0. None: counted over the real tokens, going on from the cache.
-            past_key_values: a `LeapformerCache`, updated in place. None makes one if use_cache.
+            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 = real, 0 = padding anywhere. None: all real. The
+                numbers of packed sequences (1, 1, 2, 2, 0) are taken too.
+            position_ids: [B or 1, T] int64 from 0. None: counted over the real tokens, going on from the cache. Without
+                mask and cache a sequence begins wherever they don't go on by 1, as in transformers (in eager mode).
+            past_key_values: a `LeapformerCache`, updated in place; or a cache of keys and values for each block, [B, G, S, K]
+                (prefix tuning), which is absorbed into a new one. None makes one if use_cache.
             use_cache: None means config.use_cache, but never in training or for packed sequences.
-            cu_seqlens: [N + 1] int32, for N sequences packed into one row (B = 1) instead of a mask; attention and
-                positions start anew in each.
+            cu_seqlens: [N + 1] int32, for N sequences packed into one row (B = 1); attention and positions start anew in
+                each. A mask beside it says which of the slots are padding.
+            rest: cu_seq_lens_q (the same as cu_seqlens) with an equal cu_seq_lens_k, seq_idx [B, T], the number of each
+                token's sequence; and what changes nothing, such as cache_position.
 
-        Raises ValueError for a mask of another shape, another kind of cache, or a sequence longer than
-        max_position_embeddings where attention is cosFormer or positions are learned.
+        Raises ValueError for a mask of another shape, another kind of cache, packing that contradicts itself,
+        output_attentions, or a sequence longer than max_position_embeddings where attention is cosFormer or positions are
+        learned.
         """
+        told = {name: rest.pop(name, None) for name in PACKING_NAMES}
+        check_rest(type(self).__name__, self.config, output_attentions, rest)
         embeds = self._embed(input_ids, inputs_embeds)
         batch, tokens, _ = embeds.shape
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
-        cache = _check_cache(past_key_values, self.config.num_hidden_layers, cu_seqlens)
+        cache = self._cache_of(past_key_values, embeds)
+        layout = read_layout(
+            (batch, tokens), embeds.device, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            cu_seqlens=cu_seqlens, told=told,
+        )  # fmt: skip
+        use_cache = self._uses_cache(use_cache, packed=layout.cu_seqlens is not None)
         if use_cache and cache is None:
             cache = LeapformerCache(self.config.num_hidden_layers)
         past = 0 if cache is None else cache.get_seq_length()
-        key_mask = new_token_mask(attention_mask, batch, tokens, past)
-        slots = past + tokens
-        if position_ids is None:
-            position_ids = count_positions(key_mask, cache, cu_seqlens, tokens, embeds.device)
-        else:
-            slots = None
-        self._check_length(position_ids, slots)
+        self._check_length(layout.position_ids, past + tokens if layout.counted else None)
 
-        hidden = embeds
+        hidden = layout.flat(embeds)
         if self.positions is not None:
-            hidden = hidden + self.positions(position_ids).to(hidden.dtype) * self.config.position_scale
+            hidden = hidden + self.positions(layout.position_ids).to(hidden.dtype) * self.config.position_scale
         hidden = self.dropout(hidden)
         keywords = {
             "visible": "causal",
-            "key_mask": key_mask,
-            "position_ids": position_ids,
-            "cu_seqlens": cu_seqlens,
+            "key_mask": layout.key_mask,
+            "position_ids": layout.position_ids,
+            "cu_seqlens": layout.cu_seqlens,
         }
         states: list[Tensor] = []
+        keep_states = wanted(output_hidden_states, self.config, "output_hidden_states")
         for layer, block in enumerate(self.blocks):
-            if output_hidden_states:
-                states.append(hidden)
+            if keep_states:
+                states.append(layout.unflat(hidden))
             hidden = self._run_block(block, hidden, keywords, cache, layer)
-        hidden = self.norm(hidden)
+        hidden = layout.unflat(self.norm(hidden))
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*states, hidden) if output_hidden_states else None,
+            hidden_states=(*states, hidden) if keep_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
+
+    def _uses_cache(self, use_cache: bool | None, *, packed: bool) -> bool:
+        if use_cache and packed:
+            raise ValueError(
+                "use_cache: expected False with packed sequences (a cache has one row a sequence), found True"
+            )
+        return (self.config.use_cache and not self.training and not packed) if use_cache is None else use_cache
+
+    def _cache_of(self, past: Any, embeds: Tensor) -> LeapformerCache | None:
+        """The cache that was given, or one that has absorbed the keys and values of another kind of cache."""
+        layers = self.config.num_hidden_layers
+        if past is None or (isinstance(past, LeapformerCache) and len(past.layers) == layers):
+            return past
+        if isinstance(past, LeapformerCache) or not is_prefix(past, layers):
+            raise ValueError(
+                f"past_key_values: expected a LeapformerCache of {layers} layers, "
+                f"found {type(past).__name__} of {len(past)} layers"
+            )
+        return absorbed_prefix(past, self.blocks, embeds)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -257,6 +287,7 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
     def __init__(self, config: LeapformerConfig):
         super().__init__(config)
         self.model = LeapformerModel(config)
+        self.lm_head: Any  # or what an adapter or another wrapper put around it
         if config.adaptive_cutoffs is None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         else:
@@ -282,8 +313,10 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """As `LeapformerModel.forward`, and:
 
@@ -304,7 +337,10 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             cu_seqlens=cu_seqlens,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **rest,
         )
         hidden = outputs.last_hidden_state
         loss, logits = None, None
@@ -321,7 +357,7 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def token_losses(
         self,
@@ -332,25 +368,25 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """The loss of every token in nats, [B, T] at least float32: place t is -log p(labels[t + 1]), 0 if ignored."""
-        hidden = self.model(input_ids, attention_mask, use_cache=False, cu_seqlens=cu_seqlens).last_hidden_state
+        keywords = {"use_cache": False, "cu_seqlens": cu_seqlens, "return_dict": True}
+        hidden = self.model(input_ids, attention_mask, **keywords).last_hidden_state
         return self._losses(hidden, next_token_labels(labels))[0]
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Losses [B, T] and, where they had to be computed anyway, the logits [B, T, V]."""
         flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if isinstance(self.lm_head, AdaptiveSoftmax):
+        if self.config.adaptive_cutoffs is not None:
             return self.lm_head.token_losses(flat, flat_targets, self._bands()).view(targets.shape), None
         logits = self.lm_head(flat)
         return token_losses(logits, flat_targets).view(targets.shape), logits.view(*targets.shape, -1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if isinstance(self.lm_head, AdaptiveSoftmax):
+        if self.config.adaptive_cutoffs is not None:
             return self.lm_head.log_probabilities(hidden, self._bands())
         return self.lm_head(hidden)
 
     def _bands(self) -> list[tuple[Tensor, Tensor]]:
-        embedding = self.model.embed_tokens
-        assert isinstance(embedding, AdaptiveEmbedding)
+        embedding: Any = self.model.embed_tokens  # an AdaptiveEmbedding, or a wrapper of one
         return embedding.weights()
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
@@ -462,76 +498,25 @@ def choose_leap_hidden(config: LeapformerConfig, model: type[PreTrainedModel]) -
     )
 
 
-def new_token_mask(
-    attention_mask: Tensor | dict[str, Tensor] | None, batch: int, tokens: int, past: int
-) -> Tensor | None:
-    """The mask [B, T] bool of the new tokens, or None where all are real."""
-    if isinstance(attention_mask, dict):
-        # transformers makes one entry per layer type; ours are all the same.
-        attention_mask = next(iter(attention_mask.values()), None)
-    if attention_mask is None:
-        return None
-    widths = (tokens, past + tokens)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] not in widths:
-        raise ValueError(
-            f"attention_mask: expected [{batch}, {tokens}] or, with the cached tokens, [{batch}, {past + tokens}], "
-            f"found {list(attention_mask.shape)}"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
-    # Without padding the attention is faster without a mask. Looking costs a synchronisation on other devices.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
-        return None
-    return mask
-
-
-def count_positions(
-    mask: Tensor | None, cache: LeapformerCache | None, cu_seqlens: Tensor | None, tokens: int, device: torch.device
-) -> Tensor:
-    """Position of every new token, [1 or B, T] int64: how many real tokens its sequence has before it."""
-    if mask is not None:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    else:
-        positions = torch.arange(tokens, device=device)[None]
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:].to(device), positions[0], right=True)
-        positions = positions - cu_seqlens.to(device)[sequence][None]
-    if cache is not None and cache.length is not None:
-        positions = positions + cache.length[:, None]
-    return positions
-
-
-def _check_cache(cache: Any, layers: int, cu_seqlens: Tensor | None) -> LeapformerCache | None:
-    if cache is None:
-        return None
-    if not isinstance(cache, LeapformerCache) or len(cache.layers) != layers:
-        raise ValueError(
-            f"past_key_values: expected a LeapformerCache of {layers} layers, "
-            f"found {type(cache).__name__} of {len(cache)} layers"
-        )
-    if cu_seqlens is not None:
-        raise ValueError("past_key_values: expected none beside cu_seqlens (packed sequences), found a LeapformerCache")
-    return cache
-
-
 def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     return hidden[:, logits_to_keep]
 
 
-def _check_model_type(where: str, expected: str) -> None:
-    """Refuse a folder whose config.json is of another kind of model; transformers would only warn."""
-    if not os.path.isdir(where):
-        return
+def _config_of(cls: Any, where: str, kwargs: dict[str, Any]) -> Any:
+    """The configuration that `from_pretrained` will use: the one given, or the folder's with the fields among ``kwargs``."""
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given
+    others = {name: value for name, value in kwargs.items() if name != "config"}
     try:
-        with open(os.path.join(where, "config.json"), encoding="utf-8") as file:
-            found = json.load(file).get("model_type")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {where}: expected a config.json, found none") from error
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {where}: expected JSON in config.json, found {error}") from error
-    if found != expected:
-        raise CheckpointError(f"checkpoint {where}: expected model_type {expected!r}, found {found!r}")
+        return cls.config_class.from_pretrained(given or where, **others, return_unused_kwargs=True)[0]
+    except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:
+        message = cut(error, 400)
+        raise CheckpointError(
+            message if where in message else f"checkpoint {where}: expected a configuration, found: {message}"
+        ) from error
 
 
 def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]") -> None:
@@ -541,7 +526,4 @@ def _check_loaded(where: str, info: dict, cls: "type[LeapformerPreTrainedModel]"
     # The body alone may be taken out of a model with a head.
     surplus = [key for key in surplus if not key.startswith(cls.heads_left_out)]
     if missing or surplus:
-        raise CheckpointError(
-            f"checkpoint {where}: expected the weights of {cls.__name__} as its config says, "
-            f"found {len(missing)} missing (first: {missing[:1]}) and {len(surplus)} others (first: {surplus[:1]})"
-        )
+        raise weights_of_another(where, cls, missing, surplus)

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from leapformer.models.adaptive import START, start_with
+from leapformer.models.inputs import check_rest, has_other_than_bits, wanted
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.modeling import CheckpointError, LeapformerPreTrainedModel, SequenceTooLong
 from leapformer.models.translation_configuration import LeapformerTranslationConfig
@@ -33,9 +34,15 @@ from leapformer.nn import (
     build_attention,
 )
 from leapformer.nn.attention import AttentionLayer
+from leapformer.nn.plain import home_of
 from leapformer.nn.subsampling import ConvSubsampling, subsampled_length
 from leapformer.ops import Staircase
 from leapformer.ops.api import Visible
+
+NO_GENERATE = (
+    "translation: expected greedy_translation(model, model.encode(...)), or a DecoderStream to write while reading, found "
+    "generate()"
+)
 
 # Fields that an encoder's weights belong to: with other values they would mean something else.
 ENCODER_FIELDS = (
@@ -63,6 +70,7 @@ class TranslationOutput(ModelOutput):
         nll: the cross-entropy without smoothing and CTC, nats per token, detached.
         ctc_loss: the CTC loss per target token, detached, where there is a CTC head.
         encoder_last_hidden_state: [B, S, D].
+        decoder_hidden_states: where asked for, what entered each block of the decoder and its last state, each [B, T, D].
     """
 
     loss: Tensor | None = None
@@ -70,6 +78,7 @@ class TranslationOutput(ModelOutput):
     nll: Tensor | None = None
     ctc_loss: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
 
 
 class CosformerCrossAttention(LinearAttention):
@@ -85,8 +94,8 @@ class CosformerCrossAttention(LinearAttention):
         self.source_proportion = PositionProportion(max_source_positions)
 
     def _factors(
-        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None, state: LayerState | None,
+        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, state: LayerState | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert position_ids is not None and self.position_proportion is not None and not is_self and cu_seqlens is None
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -127,7 +136,7 @@ class SourceEncoder(nn.Module):
     def embed(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features [B, F, num_features] or ids [B, S], real up to ``lengths`` [B] -> ([B, S, D], lengths of the states)."""
         if self.subsampling is not None:
-            states = self.subsampling(source.to(self.norm.weight.dtype), lengths)
+            states = self.subsampling(source.to(home_of(self.norm)["dtype"]), lengths)
             return states, None if lengths is None else subsampled_length(lengths)
         return self.embed_text(source), lengths
 
@@ -188,8 +197,10 @@ class TargetDecoder(nn.Module):
         x = self.embed_tokens(ids) * self.config.embedding_scale
         return self.dropout(x + self.positions(position_ids).to(x.dtype) * self.config.position_scale)
 
-    def forward(self, ids: Tensor, source: SourceStates, visible: Visible) -> Tensor:
-        """ids int64 [B, T], ``visible`` states of the source for each -> [B, T, D].
+    def forward(
+        self, ids: Tensor, source: SourceStates, visible: Visible, *, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """ids int64 [B, T], ``visible`` states of the source for each -> [B, T, D]; a list ``states`` gets each block's input.
 
         Padding of the target stands on the right, where no real token sees it, so it needs no mask.
         """
@@ -197,6 +208,8 @@ class TargetDecoder(nn.Module):
         position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.embed(ids, position_ids)
         for block in self.blocks:
+            if states is not None:
+                states.append(x)
             call = partial(block.__call__, position_ids=position_ids, context_visible=visible, context_mask=source.mask)
             if self.gradient_checkpointing and self.training:
                 x, _ = self._gradient_checkpointing_func(call, x, source.hidden)
@@ -255,7 +268,10 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         *,
         input_ids: Tensor | None = None,
         source_states: SourceStates | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **rest: Any,
     ) -> TranslationOutput | tuple:
         """The logits of every target token, each from the source states that wait-k lets it see, and the loss.
 
@@ -271,18 +287,24 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
                 sentence.
             num_items_in_batch: losses are sums over tokens divided by this; None: by the scored labels.
 
-        Raises ValueError for missing or misshapen input, SequenceTooLong past cosFormer's maximum.
+            output_hidden_states: also return what entered each block of the decoder, and its last hidden state.
+
+        Raises ValueError for missing or misshapen input and for output_attentions, SequenceTooLong past cosFormer's maximum.
         """
+        check_rest(type(self).__name__, self.config, output_attentions, rest)
         if source_states is None:
             source_states = self.encode(input_features, attention_mask, input_ids=input_ids)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("translation: expected labels or decoder_input_ids, found neither")
+            _check_right("labels", labels != IGNORE_INDEX)
             decoder_input_ids = self.shift_right(labels)
         visible = wait_k_visibility(k, self.config.pre_decision, source_states.hidden.shape[1])
-        hidden = self.decoder(decoder_input_ids, source_states, visible)
+        states = [] if wanted(output_hidden_states, self.config, "output_hidden_states") else None
+        hidden = self.decoder(decoder_input_ids, source_states, visible, states=states)
         logits = self.lm_head(hidden)
         output = TranslationOutput(logits=logits, encoder_last_hidden_state=source_states.hidden)
+        output.decoder_hidden_states = None if states is None else (*states, hidden)
         if labels is not None:
             items = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             items = items.to(logits.device) if isinstance(items, Tensor) else items
@@ -294,7 +316,7 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
                 loss = loss + self.config.ctc_weight * ctc
                 output.ctc_loss = ctc.detach()
             output.loss = loss
-        return output if return_dict is not False else output.to_tuple()
+        return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def encode(
         self, input_features: Tensor | None = None, attention_mask: Tensor | None = None, *,
@@ -306,6 +328,31 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         x, lengths = self.encoder.embed(source, lengths)
         mask = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return SourceStates(self.encoder(x, mask=mask)[0], mask)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the target, those of vocab_size."""
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed_tokens = value  # type: ignore[assignment]
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """`shift_right`, by the name that transformers' collators look for."""
+        return self.shift_right(labels)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """There is no `generate`: PEFT asks for this method when it wraps a model, and calls it in `generate` alone."""
+        raise ValueError(NO_GENERATE)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: simultaneous translation is a `DecoderStream`, or `greedy_translation` for whole utterances."""
+        raise ValueError(NO_GENERATE)
+
+    _prepare_encoder_decoder_kwargs_for_generation = prepare_inputs_for_generation
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """The decoder's input for labels [B, T]: bos_token_id, then all labels but the last, padding as pad_token_id."""
@@ -361,6 +408,7 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         states = torch.full((len(hidden),), hidden.shape[1]) if mask is None else mask.sum(1)
         blank: Any = self.config.ctc_vocab_size
         real = ctc_labels != IGNORE_INDEX
+        _check_right("ctc_labels", real)
         return F.ctc_loss(
             self.ctc_log_probs(source_states).transpose(0, 1), ctc_labels.masked_fill(~real, 0), states, real.sum(1),
             blank=blank, reduction="none", zero_infinity=True,
@@ -493,12 +541,19 @@ def _lengths(mask: Tensor | None, batch: int, slots: int) -> Tensor | None:
         raise ValueError(f"attention_mask: expected [{batch}, {slots}], found {list(mask.shape)}")
     lengths = mask.bool().sum(1)
     # Looking at values costs a synchronisation on other devices.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not torch.equal(mask.bool(), torch.arange(slots) < lengths[:, None]):
-            raise ValueError("attention_mask: expected padding on the right only, found it elsewhere")
-        if bool((lengths == slots).all()):
-            return None
+    if mask.device.type == "cpu" and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        if has_other_than_bits(mask):
+            raise ValueError("attention_mask: expected 1 = real and 0 = padding (nothing is packed here), found others")
+    _check_right("attention_mask", mask.bool())
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths == slots).all()):
+        return None
     return lengths
+
+
+def _check_right(name: str, real: Tensor) -> None:
+    """Refuse padding before something real in a row of bool [B, T]; looked at on the CPU, elsewhere it costs a synchronisation."""
+    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool((real[:, 1:] > real[:, :-1]).any()):
+        raise ValueError(f"{name}: expected padding on the right only, found it elsewhere")
 
 
 def check_target_length(tokens: int, config: LeapformerTranslationConfig) -> None:

@@ -1,13 +1,32 @@
 """The configuration of the simultaneous translation model."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
-from leapformer.models.configuration import OUTPUT_NORMS, VARIANTS
+from leapformer.models.configuration import ATTENTION_CHOICES
+from leapformer.models.fields import (
+    MOST_LAYERS,
+    RANGES,
+    check_choices,
+    check_common,
+    check_ranges,
+    check_size,
+    check_types,
+    finish,
+)
+from leapformer.models.reading import read_config
 
 SOURCES = ("speech", "text")
 CONTEXTS = ("chunk", "full")
 TRANSLATION_KINDS = ("leap", "cosformer", "linear", "softmax")
 PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
+OWN_RANGES: dict[str, tuple[float, float]] = {
+    "num_features": (1, 1 << 16), "conv_channels": (1, 1 << 16), "pre_decision": (1, 1 << 20),
+    "encoder_layers": (1, MOST_LAYERS), "decoder_layers": (1, MOST_LAYERS), "source_vocab_size": (1, 1 << 28),
+    "ctc_vocab_size": (1, 1 << 28), "max_source_positions": (1, 1 << 40), "max_target_positions": (1, 1 << 40),
+    "ctc_weight": (0, 1e6),
+}  # fmt: skip
 
 
 class LeapformerTranslationConfig(PreTrainedConfig):
@@ -110,8 +129,15 @@ class LeapformerTranslationConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_config(cls, json_file)  # transformers' own takes any JSON
+
     def __post_init__(self, **kwargs):
+        check_types(self)
+        check_ranges(self, RANGES | OWN_RANGES)
         self._check_sizes()
+        check_common(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -128,7 +154,8 @@ class LeapformerTranslationConfig(PreTrainedConfig):
             self.embedding_scale = 1 / self.embedding_initializer_range
         self._check_choices()
         self._check_maxima()
-        super().__post_init__(**kwargs)
+        check_size(self, self._about_parameters())
+        finish(self, kwargs, super().__post_init__)
 
     def source_limit(self) -> int | None:
         """The most source states that this model takes: cosFormer's maximum, or None where any length will do."""
@@ -141,48 +168,26 @@ class LeapformerTranslationConfig(PreTrainedConfig):
         return self.max_target_positions if has_cosformer else None
 
     def _check_sizes(self) -> None:
-        names = (
-            "num_features", "conv_channels", "pre_decision", "vocab_size", "hidden_size", "encoder_layers",
-            "decoder_layers", "num_attention_heads", "intermediate_size", "source_vocab_size", "ctc_vocab_size",
-            "num_key_value_heads", "head_dim", "leap_hidden", "max_source_positions", "max_target_positions",
-        )  # fmt: skip
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"config {name}: expected at least 1, found {value}")
         if self.hidden_size % 2:
             raise ValueError(f"config hidden_size: expected an even number, found {self.hidden_size}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads} "
-                f"(or a head_dim), found {self.hidden_size}"
-            )
-        groups = self.num_key_value_heads
-        if groups is not None and self.num_attention_heads % groups:
-            raise ValueError(
-                f"config num_key_value_heads: expected a divisor of num_attention_heads={self.num_attention_heads}, "
-                f"found {groups}"
-            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"config label_smoothing: expected a number from 0 to below 1, found {self.label_smoothing}"
             )
-        if self.ctc_weight < 0:
-            raise ValueError(f"config ctc_weight: expected at least 0, found {self.ctc_weight}")
+
+    def _about_parameters(self) -> int:
+        """The parameters of the model, without what is small beside the rest."""
+        D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
+        attention = 2 * D * K * heads + (self.conv_width or 0) * D + heads * (self.leap_hidden or 0) * K
+        layers, C = self.encoder_layers + self.decoder_layers, self.conv_channels
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + (self.source_vocab_size or 0)
+        front = 9 * C * C + C * self.num_features // 4 * D
+        blocks = layers * (attention + 2 * D * self.intermediate_size) + self.decoder_layers * attention
+        return blocks + (tables + (self.ctc_vocab_size or 0)) * D + front
 
     def _check_choices(self) -> None:
-        choices = {
-            "source": SOURCES,
-            "context": CONTEXTS,
-            "variant": VARIANTS,
-            **dict.fromkeys(PLACES, TRANSLATION_KINDS),
-        }
-        if self.output_norm is not None:
-            choices["output_norm"] = OUTPUT_NORMS
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"config {name}: expected one of {', '.join(known)}, found {value!r}")
+        own = {"source": SOURCES, "context": CONTEXTS, **dict.fromkeys(PLACES, TRANSLATION_KINDS)}
+        check_choices(self, ATTENTION_CHOICES | own)
         for name in ("pad_token_id", "bos_token_id"):
             value = getattr(self, name)
             if value is None or not 0 <= value < self.vocab_size:

@@ -32,6 +32,7 @@ from leapformer.models.translation import (
 )
 from leapformer.nn import DecoderBlock, LayerState, LinearAttention
 from leapformer.nn.attention import AttentionLayer
+from leapformer.nn.plain import home_of
 from leapformer.nn.subsampling import SubsamplingCache
 from leapformer.ops import LinearState, linear_state
 
@@ -68,7 +69,7 @@ class EncoderStream:
         """The stream of ``batch`` utterances that have not begun. Raises ValueError for a model in training mode."""
         _check_evaluation(model)
         encoder, config = model.encoder, model.config
-        none = encoder.norm.weight.detach().new_zeros(batch, 0, config.hidden_size)
+        none = torch.zeros(batch, 0, config.hidden_size, **home_of(encoder.norm))
         full = config.context == "full"
         return cls(
             model=model,
@@ -247,7 +248,7 @@ class DecoderStream:
         if isinstance(k, int) and k < 1:
             raise ValueError(f"k: expected at least 1 chunk, or None for the whole source, found {k}")
         k = torch.full((batch,), WHOLE_SOURCE if k is None else k) if not isinstance(k, Tensor) else k.to("cpu")
-        none = model.decoder.norm.weight.detach().new_zeros(batch, 0, model.config.hidden_size)
+        none = torch.zeros(batch, 0, model.config.hidden_size, **home_of(model.decoder.norm))
         blocks = _blocks(model)
         cross = [empty_state(block.cross_attention, none) for block in blocks if block.cross_attention is not None]
         sums = [state.linear.z for state in cross if state.linear is not None]
@@ -312,7 +313,7 @@ class DecoderStream:
             )
         check_target_length(int(self.written.max()) + 1, self.model.config)
         self.absorb(torch.maximum(torch.minimum(see.to("cpu"), self.available), self.seen))
-        decoder, device = self.model.decoder, self.model.decoder.norm.weight.device
+        decoder, device = self.model.decoder, self.own[0].length.device
         positions = self.written.to(device)[:, None]
         x = decoder.embed(tokens.to(device)[:, None], positions)
         masses: list[Tensor] = []
@@ -399,7 +400,7 @@ class DecoderStream:
 
     def reorder(self, index: Tensor) -> DecoderStream:
         """A stream of its own whose row b goes on from row index[b] of this one (beams); ``index`` int64 of any length."""
-        here, rows = index.to(self.model.device), index.to("cpu")
+        here, rows = index.to(self.own[0].length.device), index.to("cpu")
         return replace(
             self,
             **{name: getattr(self, name).index_select(0, rows) for name in COUNTS},
@@ -438,7 +439,7 @@ class DecoderStream:
 
     def put(self, index: Tensor, part: DecoderStream) -> None:
         """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes back."""
-        here, rows = index.to(self.model.device), index.to("cpu")
+        here, rows = index.to(self.own[0].length.device), index.to("cpu")
         for name in COUNTS:
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
         for own, new in zip([*self.own, *self.cross], [*part.own, *part.cross], strict=True):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS
-from leapformer.nn.packing import sequence_of
+from leapformer.nn.packing import check_packing, token_positions
+from leapformer.nn.plain import is_plain
 from leapformer.nn.proportions import LeapModule, PositionProportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS
 from leapformer.nn.state import LayerState, real_tokens
-from leapformer.ops import Staircase, leap_attention, linear_attention
+from leapformer.ops import Staircase, leap_attention, linear_attention, linear_state
 from leapformer.ops.api import Impl, Visible
 
 # "linear" has the feature map that is asked for; the two after it are that with one of their own.
@@ -135,14 +136,19 @@ class AttentionLayer(nn.Module):
 
         Args:
             visible, cu_seqlens, cu_seqlens_k: as in ``leapformer.ops.linear_attention``.
-            key_mask: bool [B, S] (self: [B, T]), True = real.
-            position_ids: int64 [B or 1, T] from 0, for cosFormer; None counts slots, on from the state.
+            key_mask: bool [B, S] (self: [B, T]), True = real; padding may lie anywhere.
+            position_ids: int64 [B or 1, T] from 0, for cosFormer; None counts real tokens, on from the state.
             state: what came before (self-attention); written in place and returned where gradients are off.
             return_state: also return the state after x.
 
         Returns:
             (y [B, T, D], LayerState or None).
+
+        Raises:
+            ValueError: packing that doesn't divide the one row, or something that the mechanism can't do.
         """
+        if cu_seqlens is not None:
+            self._check_packing(x, context, cu_seqlens, cu_seqlens_k)
         own_mask = key_mask if context is None else None
         tail = None
         if self.conv is not None:
@@ -163,6 +169,13 @@ class AttentionLayer(nn.Module):
         kept.length = real_tokens(x, own_mask, state, cu_seqlens=cu_seqlens)
         return y, kept if state is None else state.update(kept)
 
+    def _check_packing(
+        self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
+    ) -> None:
+        check_packing("attention", x.shape, cu_seqlens)
+        if context is not None:
+            check_packing("attention", context.shape, cu_seqlens_k, what="cu_seqlens_k")
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
         cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
@@ -170,6 +183,27 @@ class AttentionLayer(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
         """From projected q [B, T, H, K], k, v [B, S, G, K] to the heads' outputs [B, T, H, K]."""
         raise NotImplementedError
+
+    def prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        """The state after S keys and values [B, S, G, K] that no token was projected to, such as those of prefix tuning.
+
+        They stand before the first token, do not fade, and the convolution doesn't see them.
+
+        Raises:
+            ValueError: another shape, or a mechanism without a state.
+        """
+        expected = (self.num_kv_heads, self.head_dim)
+        if k.dim() != 4 or k.shape[2:] != expected or v.shape != k.shape:
+            raise ValueError(
+                f"prefix: expected keys and values [B, S, {expected[0]}, {expected[1]}], "
+                f"got {list(k.shape)} and {list(v.shape)}"
+            )
+        state = self._prefix_state(k, v)
+        state.length = torch.full((k.shape[0],), k.shape[1], dtype=torch.int64, device=k.device)
+        return state
+
+    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        raise ValueError(f"{type(self).__name__}: expected no prefix of keys and values (it has no state), got one")
 
 
 class LinearAttention(AttentionLayer):
@@ -247,36 +281,57 @@ class LinearAttention(AttentionLayer):
             # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
             relu = self.has_relu and self.q_proportion is None
             q, k = (q, k) if relu else (self.feature_map(q), self.feature_map(k))
-            q_factors, k_factors = self._factors(q, k, is_self, position_ids, cu_seqlens, cu_seqlens_k, state)
+            q_factors, k_factors = self._factors(q, k, is_self, position_ids, key_mask, cu_seqlens, cu_seqlens_k, state)
             output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
         if self.output_norm is not None:
-            output = self.output_norm(output.to(self.output_norm.weight.dtype)).to(
-                output.dtype
-            )  # autocast: bf16, float32
+            wanted = getattr(self.output_norm, "weight", output).dtype  # autocast: bf16, float32
+            output = self.output_norm(output.to(wanted)).to(output.dtype)
         output = F.dropout(output, self.dropout, self.training)
         return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
 
+    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        k, p = self.feature_map(k), None
+        if self.k_proportion is not None:
+            p = self.k_proportion(k)
+        elif self.position_proportion is not None:
+            p = self.position_proportion(torch.arange(k.shape[1], device=k.device)[None]).expand(k.shape[0], -1, -1)
+        if p is not None:
+            p = self.reweighting.factors_k(p.to(torch.promote_types(k.dtype, torch.float32)))
+        if self.decay is not None:  # every query head has a state of its own
+            repeats = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+            p = p if p is None or p.shape[2] == 1 else p.repeat_interleave(repeats, 2)
+        linear = linear_state(k, v, p)
+        if self.decay is not None:
+            linear = linear._replace(log_decay=linear.z.new_zeros(linear.z.shape[:2]))
+        return LayerState(length=k.new_zeros(0), linear=linear)
+
     def _plain_leaps(self) -> tuple[LeapModule, LeapModule] | None:
         """The modules for queries and keys where `leap_attention` computes the whole, which may be one kernel."""
-        leaps = self.q_proportion, self.k_proportion
-        if not self.is_plain_leap or leaps[0] is None or leaps[1] is None:
+        if not self.is_plain_leap:
             return None
-        # A hook waits for what the module returns, so the module must be called.
-        return None if leaps[0]._forward_hooks or leaps[1]._forward_hooks else (leaps[0], leaps[1])
+        q_leap, k_leap = self.q_proportion, self.k_proportion
+        if q_leap is None or k_leap is None:
+            return None
+        # Whatever is wrapped around a module waits for a call.
+        return (q_leap, k_leap) if is_plain(q_leap, LeapModule) and is_plain(k_leap, LeapModule) else None
 
     def _factors(
-        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None, state: LayerState | None,
+        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, key_mask: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, state: LayerState | None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Factors [B, T, H or 1, R] and [B, S, G or 1, R] of the re-weighting, or none."""
         if self.q_proportion is not None and self.k_proportion is not None:
             p_q, p_k = self.q_proportion(q), self.k_proportion(k)
         elif self.position_proportion is not None:
-            first = None if state is None else state.length
-            own = _positions(q.shape[1], cu_seqlens, first, q.device) if position_ids is None else position_ids
-            p_q = self.position_proportion(own).expand(q.shape[0], -1, -1)
-            keys = own if is_self else _positions(k.shape[1], cu_seqlens_k, None, k.device)
-            p_k = p_q if is_self else self.position_proportion(keys).expand(k.shape[0], -1, -1)
+            own = position_ids
+            if own is None:
+                first, mask = None if state is None else state.length, key_mask if is_self else None
+                own = token_positions(q.shape[1], q.device, key_mask=mask, cu_seqlens=cu_seqlens, first=first)
+            p_q = p_k = self.position_proportion(own).expand(q.shape[0], -1, -1)
+            if not is_self:
+                keys = token_positions(k.shape[1], k.device, key_mask=key_mask, cu_seqlens=cu_seqlens_k)
+                p_k = self.position_proportion(keys).expand(k.shape[0], -1, -1)
         else:
             return None, None
         if p_q.dtype != torch.promote_types(q.dtype, torch.float32):
@@ -368,15 +423,6 @@ def _named(table: dict, name: str, what: str):
     if name not in table:
         raise ValueError(f"{what}: expected one of {sorted(table)}, got {name!r}")
     return table[name]
-
-
-def _positions(T: int, cu_seqlens: Tensor | None, first: Tensor | None, device: torch.device) -> Tensor:
-    """Positions [1 or B, T] of T slots, within packed sequences or rows, from ``first`` [N or B] on."""
-    slots = torch.arange(T, device=device)[None]
-    if cu_seqlens is not None:
-        row, since_start = sequence_of(cu_seqlens, slots[0])
-        return (since_start if first is None else since_start + first[row])[None]
-    return slots if first is None else slots + first[:, None]
 
 
 __all__ = ["AttentionLayer", "Capabilities", "Decay", "LinearAttention", "Staircase", "build_attention"]

@@ -50,7 +50,7 @@ class BidirectionalAttention(AttentionLayer):
         cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
         state: LayerState | None, return_state: bool,
     ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
-        self._refuse(is_self, visible, state is not None or return_state, cu_seqlens)
+        self._refuse(is_self, visible, state is not None or return_state)
         repeats = self.num_heads // self.num_kv_heads
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
@@ -80,7 +80,12 @@ class BidirectionalAttention(AttentionLayer):
         """None (torch's own) in training, else one of ``seed``, so that evaluations repeat themselves."""
         return None if self.training else torch.Generator().manual_seed(self.seed)
 
-    def _refuse(self, is_self: bool, visible: Visible, stateful: bool, cu_seqlens: Tensor | None) -> None:
+    def _check_packing(
+        self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
+    ) -> None:
+        raise ValueError(f"{self.name} attention: expected a key_mask for sequences of several lengths, got cu_seqlens")
+
+    def _refuse(self, is_self: bool, visible: Visible, stateful: bool) -> None:
         if not (isinstance(visible, str) and visible == "all"):
             raise ValueError(
                 f"{self.name} attention: expected visible='all' (it is bidirectional), got {_shown(visible)}"
@@ -88,10 +93,6 @@ class BidirectionalAttention(AttentionLayer):
         if stateful:
             raise ValueError(
                 f"{self.name} attention: expected no state (it doesn't stream), got one or return_state=True"
-            )
-        if cu_seqlens is not None:
-            raise ValueError(
-                f"{self.name} attention: expected a key_mask for sequences of several lengths, got cu_seqlens"
             )
         if not is_self and not self.capabilities.cross:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.packing import sequence_of
+from leapformer.nn.packing import check_packing, sequence_of
 
 
 class ShortConvolution(nn.Module):
@@ -33,16 +33,33 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> (y [B, T, D], the last W - 1 inputs [B, W - 1, D], the ``past`` of what follows).
 
-        Padding (``key_mask`` [B, T] False) counts as zero, and what follows goes on from each row's last real token.
-        Packed sequences (``cu_seqlens``, B = 1) don't see one another; ``past`` and the result are [N, W - 1, D].
+        Padding (``key_mask`` [B, T] False) is skipped, wherever it lies: y of the real tokens is what it is without padding,
+        and what follows goes on from each row's last real token. Packed sequences (``cu_seqlens``, B = 1) don't see one
+        another; ``past`` and the result are [N, W - 1, D].
+
+        Raises:
+            ValueError: ``cu_seqlens`` that doesn't divide the one row of x.
         """
-        if key_mask is not None:
-            x = x.masked_fill(~key_mask[..., None], 0)
-        B, T, D = x.shape
-        rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        past = x.new_zeros(rows, self.width - 1, D) if past is None else past.to(x.dtype)
+        check_packing("convolution", x.shape, cu_seqlens)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        past = x.new_zeros(rows, self.width - 1, x.shape[2]) if past is None else past.to(x.dtype)
+        if key_mask is None:
+            return self._rows(x, past) if cu_seqlens is None else self._packed(x, past, cu_seqlens, cu_seqlens.diff())
+        x = x.masked_fill(~key_mask[..., None], 0)
         if cu_seqlens is not None:
-            return self._packed(x, past, key_mask, cu_seqlens)
+            lengths = _real_in_each(key_mask, cu_seqlens)
+            bounds = F.pad(lengths.cumsum(0), (1, 0))
+            bounds[-1] = x.shape[1]  # what lies behind the real tokens is padding, which nobody looks at
+            y, tail = self._packed(x.gather(1, _front_order(key_mask, x)), past, bounds, lengths)
+            return y.gather(1, _place_in_front(key_mask, x)), tail
+        if _ends_with_padding(key_mask):
+            return self._rows(x, past, key_mask.sum(1))
+        y, tail = self._rows(x.gather(1, _front_order(key_mask, x)), past, key_mask.sum(1))
+        return y.gather(1, _place_in_front(key_mask, x)), tail
+
+    def _rows(self, x: Tensor, past: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows whose real tokens stand in front, ``lengths`` int64 [B] of them (None: all)."""
+        T = x.shape[1]
         padded = torch.cat([past, x], dim=1)
         if T == 1:
             y = (padded * self.weight.flip(0)).sum(1, keepdim=True)
@@ -51,15 +68,13 @@ class ShortConvolution(nn.Module):
             for w in range(1, self.width):
                 start = self.width - 1 - w
                 y = torch.addcmul(y, padded[:, start : start + T], self.weight[w])
-        if key_mask is None:
+        if lengths is None:
             return y, padded[:, T:]
-        after = key_mask * torch.arange(1, T + 1, device=x.device)
-        ends = F.pad(after, (1, 0)).amax(1)  # slots up to the last real one; 0 where there is none
-        index = ends[:, None] + torch.arange(self.width - 1, device=x.device)
-        return y, padded.gather(1, index[..., None].expand(-1, -1, D))
+        index = lengths[:, None] + torch.arange(self.width - 1, device=x.device)
+        return y, padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
-    def _packed(self, x: Tensor, past: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same over packed sequences: an earlier input is a slot of the same sequence, or of its own ``past``."""
+    def _packed(self, x: Tensor, past: Tensor, cu_seqlens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same over packed sequences of ``lengths`` [N]: an earlier input is a slot of the same sequence, or of its past."""
         (N, kept, D), T = past.shape, x.shape[1]
         slots = torch.arange(T, device=x.device)
         row, since_start = sequence_of(cu_seqlens, slots)
@@ -68,9 +83,33 @@ class ShortConvolution(nn.Module):
         for w in range(1, self.width):
             in_past = row * kept + kept - w + since_start
             y = torch.addcmul(y, inputs[torch.where(since_start < w, in_past, N * kept + slots - w)], self.weight[w])
-        starts, ends = cu_seqlens[:-1].to(torch.int64), cu_seqlens.diff().to(torch.int64)
-        if key_mask is not None:
-            ends = torch.zeros_like(starts).scatter_reduce(0, row, key_mask[0] * (since_start + 1), "amax")
-        place = ends[:, None] + torch.arange(-kept, 0, device=x.device)
+        starts = cu_seqlens[:-1].to(torch.int64)
+        place = lengths.to(torch.int64)[:, None] + torch.arange(-kept, 0, device=x.device)
         in_past = torch.arange(N, device=x.device)[:, None] * kept + kept + place
         return y[None], inputs[torch.where(place < 0, in_past, N * kept + starts[:, None] + place)]
+
+
+def _ends_with_padding(mask: Tensor) -> bool:
+    """Whether it is known that padding [B, T] stands at the end of each row only; a look costs a synchronisation on a GPU."""
+    if mask.shape[1] == 1:
+        return True
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not bool((mask[:, 1:] > mask[:, :-1]).any())
+
+
+def _front_order(mask: Tensor, x: Tensor) -> Tensor:
+    """The index that brings the real slots of x [B, T, D] to the front, in order."""
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return order[..., None].expand(x.shape)
+
+
+def _place_in_front(mask: Tensor, x: Tensor) -> Tensor:
+    """The index that brings each slot what stands for it in front; padding gets what the token before it does."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[..., None].expand(x.shape)
+
+
+def _real_in_each(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """int64 [N]: real tokens of every packed sequence."""
+    counts = F.pad(mask[0].long().cumsum(0), (1, 0))
+    return counts[cu_seqlens.to(torch.int64)].diff()

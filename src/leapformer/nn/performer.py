@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leapformer.nn.attention import AttentionLayer, Capabilities, Shared
 from leapformer.nn.state import LayerState
-from leapformer.ops import linear_attention
+from leapformer.ops import linear_attention, linear_state
 from leapformer.ops.api import Impl, Visible
 from leapformer.ops.autocast import without_autocast
 
@@ -51,12 +51,16 @@ class PerformerAttention(AttentionLayer):
         # A state outlives the call, so its features have a scale that doesn't depend on what else is in the call.
         stateful = state is not None or return_state
         output, linear = linear_attention(
-            self.features.of_queries(q), self.features.of_keys(k, key_mask, relative=not stateful), v, visible=visible,
+            self.features(q), self.features(k, key_mask, keys=True, relative=not stateful), v, visible=visible,
             key_mask=key_mask, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
             initial_state=None if state is None else state.linear, return_state=return_state, eps=EPS, impl=self.impl,
         )  # fmt: skip
         output = F.dropout(output, self.dropout, self.training)
         return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
+
+    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        linear = linear_state(self.features(k, None, keys=True, relative=False), v)
+        return LayerState(length=k.new_zeros(0), linear=linear)
 
 
 class RandomFeatures(nn.Module):
@@ -83,6 +87,10 @@ class RandomFeatures(nn.Module):
         q = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
         norms = torch.randn(M, K).norm(dim=1, keepdim=True)
         self.directions.copy_(q.transpose(1, 2).flatten(0, 1)[:M] * norms)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, keys: bool = False, relative: bool = False) -> Tensor:
+        """``of_keys`` or ``of_queries``: what is wrapped around a module, such as offloading, waits for its call."""
+        return self.of_keys(x, mask, relative=relative) if keys else self.of_queries(x)
 
     def of_queries(self, q: Tensor) -> Tensor:
         """q [B, T, H, K] -> [B, T, H, M], each relative to its own largest, which the normaliser cancels."""

@@ -60,6 +60,9 @@ class SoftmaxAttention(AttentionLayer):
             return output, None
         return output, LayerState(length=q.new_zeros(0), keys=k, values=v, key_mask=key_mask)
 
+    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        return LayerState(length=k.new_zeros(0), keys=k, values=v)
+
 
 def _all_real(B: int, S: int, like: Tensor) -> Tensor:
     return torch.ones(B, S, dtype=torch.bool, device=like.device)

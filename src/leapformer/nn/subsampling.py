@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leapformer.nn.plain import home_of, is_plain
+
 KERNEL, STRIDE = 3, 2
 
 
@@ -93,9 +95,9 @@ class ConvSubsampling(nn.Module):
 
     def empty_cache(self, batch: int) -> SubsamplingCache:
         """The cache of utterances that have not begun: the zeros before their first frame."""
-        weight, width, inputs = self.proj.weight, self.features, []
+        width, inputs, home = self.features, [], home_of(self.proj)
         for channels in (1, self.channels):
-            inputs.append(weight.new_zeros(batch, channels, 1, width))
+            inputs.append(torch.zeros(batch, channels, 1, width, **home))
             width = subsampled_width(width)
         return SubsamplingCache(tuple(inputs))
 
@@ -113,14 +115,13 @@ class ConvSubsampling(nn.Module):
     def _run(self, hidden: Tensor, cache: SubsamplingCache, *, ends: bool) -> tuple[Tensor, SubsamplingCache]:
         kept = []
         for conv, past in zip(self.convs, cache.inputs, strict=True):
-            assert isinstance(conv, nn.Conv2d)
             seen = torch.cat([past, hidden.to(past.dtype)], dim=2)
             # An output is centred on every other input; the first of ``seen`` is the one before such a centre.
             if ends and seen.shape[2] % STRIDE == 0:
                 seen = F.pad(seen, (0, 0, 0, 1))
             outputs = (seen.shape[2] - 1) // STRIDE
             if outputs:
-                hidden = torch.relu(F.conv2d(seen, conv.weight, conv.bias, stride=STRIDE, padding=(0, 1)))
+                hidden = torch.relu(_without_time_padding(conv, seen, outputs))
             else:
                 hidden = seen.new_zeros(len(seen), self.channels, 0, subsampled_width(seen.shape[3]))
             kept.append(seen[:, :, STRIDE * outputs :].clone())  # a view would keep all frames alive
@@ -134,6 +135,15 @@ class ConvSubsampling(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.features:
             raise ValueError(f"features: expected shape [batch, frames, {self.features}], got {list(x.shape)}")
         return x
+
+
+def _without_time_padding(conv: nn.Module, seen: Tensor, outputs: int) -> Tensor:
+    """The first ``outputs`` of a convolution whose first window begins with seen [B, C, F, M], not with its padding."""
+    if is_plain(conv, nn.Conv2d):
+        assert isinstance(conv, nn.Conv2d)
+        return F.conv2d(seen, conv.weight, conv.bias, stride=STRIDE, padding=(0, 1))
+    # A row in front moves the windows by one output; the module itself pads, and is called as it is.
+    return conv(F.pad(seen, (0, 0, 1, 0)))[:, :, 1 : 1 + outputs]
 
 
 def subsampled_width(width: int) -> int:
