@@ -53,15 +53,18 @@ def read_bytes(path: str | os.PathLike[str], *, largest: int = LARGEST) -> bytes
     return content
 
 
-def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST) -> str:
+def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST, errors: str = "strict") -> str:
     """The UTF-8 text of a regular file, line ends untouched.
+
+    Arguments:
+        errors: as of `bytes.decode`.
 
     Raises:
         LeapformerError: as `read_bytes`, or it is not UTF-8.
     """
     content = read_bytes(path, largest=largest)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise LeapformerError(
             f"{cut(os.fspath(path), 240)}: expected UTF-8, found byte 0x{content[error.start]:02x} at offset {error.start}"
