@@ -24,7 +24,7 @@ from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, model_fields
-from leapformer.training.recipes import Recipe, Section, expand_path
+from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 POSITION_BINS = 16
@@ -42,10 +42,11 @@ class DataSection(Section):
     validation_share: float = Field(
         default=0.05, gt=0, lt=1, description="held out where the source has no validation split"
     )
-    block_size: int = Field(default=256, ge=2, description="tokens of a training sequence")
+    block_size: int = Field(default=256, ge=2, le=MOST_TOKENS, description="tokens of a training sequence")
     context_window: int = Field(
         default=0,
         ge=0,
+        le=MOST_TOKENS,
         description="evaluation: tokens each block repeats of the one before, so that predictions see more context",
     )
     across_documents: bool = Field(default=True, description="whether attention crosses the ends of documents")
@@ -63,7 +64,7 @@ class TokenizerSection(Section):
     """How text becomes tokens."""
 
     kind: Literal["bytes", "bpe", "word"] = "bpe"
-    vocab_size: int | None = Field(default=None, ge=2, description="none: the kind's own default")
+    vocab_size: int | None = Field(default=None, ge=2, le=10**7, description="none: the kind's own default")
 
 
 class LanguageModelRecipe(Recipe):

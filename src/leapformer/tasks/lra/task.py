@@ -20,7 +20,7 @@ from leapformer.models import LeapformerForSequenceClassification
 from leapformer.tasks.lra.baselines import majority_baseline, root_operator_baseline
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator, load
 from leapformer.tasks.model_section import build_config, model_fields
-from leapformer.training.recipes import Recipe, Section, expand_path
+from leapformer.training.recipes import MOST_RATE, MOST_STEPS, MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 SET_BY_DATA = ("num_labels", "paired_inputs")
@@ -32,7 +32,7 @@ class DataSection(Section):
     dataset: Literal["listops", "text", "retrieval", "image", "pathfinder"]
     path: str = Field(description="folder that `leapformer data prepare` filled, $VARIABLES allowed")
     max_length: int | None = Field(
-        default=None, ge=1, description="cut documents of text and retrieval here; none: as prepared"
+        default=None, ge=1, le=MOST_TOKENS, description="cut documents of text and retrieval here; none: as prepared"
     )
     brackets: bool = Field(
         default=True, description="false: ListOps without closing brackets, as an older harness had it"
@@ -45,8 +45,8 @@ class DenoiseSection(Section):
     mask_share: float | None = Field(
         default=None, gt=0, lt=1, description="of the tokens; none: 0.1 of ListOps, 0.15 of bytes, 0.5 of pixels"
     )
-    pretrain_steps: int | None = Field(default=None, ge=1)
-    pretrain_learning_rate: float | None = Field(default=None, gt=0)
+    pretrain_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    pretrain_learning_rate: float | None = Field(default=None, gt=0, le=MOST_RATE)
 
 
 class LraRecipe(Recipe):

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
 from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.translation import ENCODER_FIELDS
@@ -33,7 +34,7 @@ from leapformer.tasks.simulst.processor import TranslationProcessor
 from leapformer.tasks.simulst.spoken import read_pairs
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
-from leapformer.training.recipes import Recipe, Section, expand_path, read_recipe, resolve_recipe
+from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path, read_recipe, resolve_recipe
 from leapformer.training.run import Run
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
@@ -64,16 +65,16 @@ class DataSection(Section):
         default_factory=dict, description="text: names of files for train, validation, test where they differ"
     )
     limit: int | None = Field(
-        default=None, ge=1, description="training sentences to take, from the start; none: all (grammar: 20,000)"
+        default=None, ge=1, le=10**9, description="training sentences to take, from the start; none: all (grammar: 20,000)"
     )
-    max_seconds: float = Field(default=30.0, gt=0, description="speech: longer utterances are left out of the training")
-    max_tokens: int = Field(default=200, ge=1, description="longer targets are left out of the training")
+    max_seconds: float = Field(default=30.0, gt=0, le=86_400, description="speech: longer utterances are left out of the training")
+    max_tokens: int = Field(default=200, ge=1, le=MOST_TOKENS, description="longer targets are left out of the training")
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSection:
         if (self.path is None) != (self.source == "grammar"):
             expected = "none with the source grammar" if self.source == "grammar" else "a folder"
-            raise ValueError(f"data.path: expected {expected}, found {self.path!r}")
+            raise ValueError(f"data.path: expected {expected}, found {shown(self.path)}")
         return self
 
 
@@ -81,25 +82,25 @@ class VocabularySection(Section):
     """sentencepiece vocabularies, trained on the training split."""
 
     kind: Literal["unigram", "bpe", "char", "word"] = "unigram"
-    size: int = Field(default=10_000, ge=8, description="of the target")
-    source_size: int = Field(default=10_000, ge=8, description="of a text source, of transcripts and of the CTC head")
+    size: int = Field(default=10_000, ge=8, le=10**6, description="of the target")
+    source_size: int = Field(default=10_000, ge=8, le=10**6, description="of a text source, of transcripts and of the CTC head")
 
 
 class WaitKSection(Section):
     """Multi-path wait-k: a k for every batch, so that one model serves every latency (arXiv 2005.08595)."""
 
-    max_k: int = Field(default=9, ge=0, description="k is drawn from 1 to it; 0: always the whole source")
+    max_k: int = Field(default=9, ge=0, le=10**6, description="k is drawn from 1 to it; 0: always the whole source")
     whole_share: float = Field(default=0.1, ge=0, le=1, description="share of batches that see the whole source")
-    eval_k: int | None = Field(default=5, ge=1, description="k of the validation; none: the whole source")
+    eval_k: int | None = Field(default=5, ge=1, le=10**6, description="k of the validation; none: the whole source")
 
 
 class AugmentationSection(Section):
     """SpecAugment (arXiv 1904.08779), speed and vocal tract length, for speech in training."""
 
-    frequency_width: int = Field(default=27, ge=0)
-    frequency_masks: int = Field(default=1, ge=0)
-    time_width: int = Field(default=100, ge=0)
-    time_masks: int = Field(default=1, ge=0)
+    frequency_width: int = Field(default=27, ge=0, le=10**4)
+    frequency_masks: int = Field(default=1, ge=0, le=100)
+    time_width: int = Field(default=100, ge=0, le=10**6)
+    time_masks: int = Field(default=1, ge=0, le=100)
     time_share: float = Field(default=1.0, ge=0, le=1, description="longest mask as a share of the utterance")
     speed: float = Field(default=0.0, ge=0, lt=0.5, description="0.1: utterances become up to 10 % longer or shorter")
     vocal_tract: float = Field(
