@@ -174,7 +174,10 @@ def test_unknown_recipe_file_and_task(tmp_path):
         get_task("speech")
 
 
-@pytest.mark.parametrize(("text", "found"), [("- a\n", "found list"), ("a: [1\n", "expected YAML, found did not find expected"), ("", "NoneType")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("- a\n", "found list"), ("a: [1\n", "expected YAML, found did not find expected"), ("", "NoneType")],
+)
 def test_files_that_are_no_recipes(tmp_path, text, found):
     path = tmp_path / "wrong.yaml"
     path.write_text(text, encoding="utf-8")

@@ -30,7 +30,9 @@ def check_own_files(folder: str | os.PathLike[str]) -> None:
             if stat.S_ISLNK(mode):
                 target = os.path.realpath(path)
                 if os.path.commonpath([root, target]) != root:
-                    raise LeapformerError(f"{cut(path, 240)}: expected no link that leads out of {cut(root, 240)}, found one")
+                    raise LeapformerError(
+                        f"{cut(path, 240)}: expected no link that leads out of {cut(root, 240)}, found one"
+                    )
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise LeapformerError(f"{cut(path, 240)}: expected a file, found {kind_of_file(mode)}")
         if seen > MOST_ENTRIES:
@@ -58,7 +60,9 @@ def check_output_folder(path: str | os.PathLike[str], *, option: str = "--output
     except OSError as error:
         raise LeapformerError(f"{option} {where}: expected a folder, found {error.strerror or error}") from None
     except ValueError:  # a zero byte
-        raise LeapformerError(f"{option} {shown(os.fspath(path))}: expected a folder, found a zero byte in it") from None
+        raise LeapformerError(
+            f"{option} {shown(os.fspath(path))}: expected a folder, found a zero byte in it"
+        ) from None
 
 
 def _mode(path: str) -> int:

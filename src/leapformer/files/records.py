@@ -22,9 +22,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 Whole = Annotated[int, Field(strict=True, ge=-MOST, le=MOST)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e100, le=1e100)]
 Number = Whole | Real
-Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)] | Annotated[
-    float, Field(strict=True, gt=0, le=1e100)
-]
+Positive = Annotated[int, Field(strict=True, gt=0, le=MOST)] | Annotated[float, Field(strict=True, gt=0, le=1e100)]
 NotNegative = Count | Annotated[float, Field(strict=True, ge=0, le=1e100)]
 Share = Annotated[float | int, Field(ge=0, le=1)]
 Text = Annotated[str, Field(strict=True, max_length=300, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -107,7 +105,7 @@ class ResultsRecord(Record):
 class EventRecord(Record):
     """A row of metrics.jsonl: what was logged after a step."""
 
-    __pydantic_extra__: dict[str, Number | Text | None]  # type: ignore[reportIncompatibleVariableOverride]
+    __pydantic_extra__: dict[str, bool | Number | Text | None]  # type: ignore[reportIncompatibleVariableOverride]
     step: Count
 
 
@@ -118,7 +116,7 @@ class ProgressRecord(Record):
     seconds: NotNegative
 
 
-Kind = TypeVar("Kind", bound=Record)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -133,11 +131,14 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order. A row that is damaged, or cut off by a crash, is left out, and it alone.
+    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a crash,
+    is left out, and it alone.
 
     Raises:
-        LeapformerError: there is no such file, or it can't be read.
+        LeapformerError: the file can't be read.
     """
+    if not os.path.lexists(path):
+        return []
     events = []
     # Bytes that are no text spoil their own row: they are no JSON outside of strings, and are refused inside.
     for line in read_text(path, largest=largest, errors="surrogateescape").split("\n"):

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_own_files
 from leapformer.files.reading import LARGEST, read_json_object, read_text
-from leapformer.files.records import check
 from leapformer.files.showing import cut, shown
 from leapformer.models import (
     LeapformerForCausalLM,
@@ -83,8 +81,11 @@ def _first_line(error: BaseException) -> str:
 # ---- models
 
 
-def load_model(folder: str | Path) -> Any:
+def load_model(folder: str | Path, *, expected: str | None = None) -> Any:
     """The model in a folder that `save_pretrained` wrote, in evaluation mode on the CPU.
+
+    Arguments:
+        expected: the name of its class; None: any of ours.
 
     Raises:
         LeapformerError: there is none, its weights are cut off, or they are those of another model.
@@ -92,9 +93,13 @@ def load_model(folder: str | Path) -> Any:
     folder = Path(folder)
     check_own_files(folder)
     if os.path.lexists(folder / "adapter_config.json"):
-        raise LeapformerError(f"{cut(folder, 240)}: expected a whole model, found an adapter of one (adapter_config.json)")
+        raise LeapformerError(
+            f"{cut(folder, 240)}: expected a whole model, found an adapter of one (adapter_config.json)"
+        )
     content = _configuration(folder / "config.json")
     kind = _class_of(content, folder / "config.json")
+    if expected not in (None, kind.__name__):
+        raise LeapformerError(f"{cut(folder, 240)}: expected a {expected}, found a {kind.__name__}")
     check_weights(folder / "model.safetensors")
     with one_line(folder, "the weights do not fit the configuration beside them"):
         shapes = _shapes(folder / "model.safetensors")
@@ -102,8 +107,7 @@ def load_model(folder: str | Path) -> Any:
         config = kind.config_class(**_own_fields(content, kind.config_class))
         _check_shapes(kind, config, shapes, folder)
         model = _with_weights(kind, config, folder / "model.safetensors")
-    config = model.config
-    config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
     return model.eval()
 
 
@@ -132,7 +136,9 @@ def _class_of(content: Mapping[str, Any], path: Path) -> Any:
     where, found = cut(path, 240), content.get("model_type")
     types = list(dict.fromkeys(kind.config_class.model_type for kind in _CLASSES))
     if found not in types:
-        raise LeapformerError(f"{where}: expected a model of type {' or '.join(map(repr, types))}, found {shown(found)}")
+        raise LeapformerError(
+            f"{where}: expected a model of type {' or '.join(map(repr, types))}, found {shown(found)}"
+        )
     known = {kind.__name__: kind for kind in _CLASSES if kind.config_class.model_type == found}
     named = content.get("architectures") or list(known)
     name = named[0] if isinstance(named, list) else named
@@ -170,7 +176,9 @@ def _check_shapes(kind: Any, config: Any, shapes: Mapping[str, tuple[list[int], 
     """See that the weights are those of the configuration, before any memory is taken for them."""
     with torch.device("meta"):
         state = kind(config).state_dict(keep_vars=True)
-    there = {id(weight) for name, weight in state.items() if name in shapes}  # a tied one is there under one of its names
+    there = {
+        id(weight) for name, weight in state.items() if name in shapes
+    }  # a tied one is there under one of its names
     faults = [f"missing {name}" for name, weight in state.items() if name not in shapes and id(weight) not in there]
     faults += [f"unexpected {name}" for name in shapes if name not in state]
     for name, (shape, dtype) in shapes.items():
@@ -204,28 +212,20 @@ def _with_weights(kind: Any, config: Any, path: Path) -> Any:
 # ---- tokenizers
 
 
-class AddedToken(BaseModel):
-    """A special token as an object, which older versions wrote."""
-
-    content: str = Field(max_length=1000)
-
-
-class TokenizerFile(BaseModel):
-    """What is taken of tokenizer_config.json; all else in it is passed over."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    tokenizer_class: str | None = None
-    bos_token: str | AddedToken | None = None
-    eos_token: str | AddedToken | None = None
-    unk_token: str | AddedToken | None = None
-    pad_token: str | AddedToken | None = None
-    mask_token: str | AddedToken | None = None
-    padding_side: Literal["left", "right"] = "right"
-    truncation_side: Literal["left", "right"] = "right"
-    split_special_tokens: bool = False
-    clean_up_tokenization_spaces: bool = False
-    model_input_names: list[Literal["input_ids", "token_type_ids", "attention_mask"]] | None = None
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+_SIDES = ("left", "right")
+# What else is taken of tokenizer_config.json: is it right, and what is expected. All further keys are passed over.
+_TAKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "padding_side": (lambda value: value in _SIDES, "left or right"),
+    "truncation_side": (lambda value: value in _SIDES, "left or right"),
+    "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
+    "clean_up_tokenization_spaces": (lambda value: isinstance(value, bool), "true or false"),
+    "model_input_names": (
+        lambda value: isinstance(value, list) and bool(value) and all(name in _INPUTS for name in value),
+        f"some of {', '.join(_INPUTS)}",
+    ),
+}
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -240,28 +240,36 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     with one_line(folder, "no tokenizer could be loaded"):
         content = read_json_object(path)
         _check_keys(content, path)
-        about = check(TokenizerFile, content, where=cut(path, 240))
-        if about.tokenizer_class not in (None, *_TOKENIZER_CLASSES):
+        if content.get("tokenizer_class") not in (None, *_TOKENIZER_CLASSES):
             raise LeapformerError(
                 f"{cut(path, 240)}: tokenizer_class: expected {' or '.join(_TOKENIZER_CLASSES)}, found "
-                f"{shown(about.tokenizer_class)}"
+                f"{shown(content['tokenizer_class'])}"
             )
-        tokenizer = _tokenizer(about, read_text(folder / "tokenizer.json", largest=4 * LARGEST))
-        if not tokenizer("a b")["input_ids"] and not len(tokenizer):
-            raise LeapformerError(f"{cut(folder, 240)}: expected a tokenizer with tokens, found none")
+        tokenizer = _tokenizer(content, read_text(folder / "tokenizer.json", largest=4 * LARGEST), where=cut(path, 240))
+        tokenizer("a b")  # what its steps don't take shows only then
     return tokenizer
 
 
-def _tokenizer(about: TokenizerFile, text: str) -> PreTrainedTokenizerFast:
+def _tokenizer(content: Mapping[str, Any], text: str, *, where: str) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
 
+    taken = {}
+    for name, (is_right, expected) in _TAKEN.items():
+        if content.get(name) is not None:
+            if not is_right(content[name]):
+                raise LeapformerError(f"{where}: {name}: expected {expected}, found {shown(content[name])}")
+            taken[name] = content[name]
     tokenizer = Tokenizer.from_str(text)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    taken = about.model_dump(exclude_none=True, exclude={"tokenizer_class"})
-    for name in [name for name in taken if name.endswith("_token")]:
-        value = taken[name] = taken[name]["content"] if isinstance(taken[name], dict) else taken[name]
-        if value not in vocabulary:  # it would be added, and the model has no row for it
-            raise LeapformerError(f"{name}: expected a token of the vocabulary, found {shown(value)}")
+    for name in _TOKENS:
+        token = content.get(name)
+        token = token.get("content") if isinstance(token, dict) else token  # older versions wrote an object
+        if token is not None:
+            if (
+                not isinstance(token, str) or token not in vocabulary
+            ):  # it would be added, and the model has no row for it
+                raise LeapformerError(f"{where}: {name}: expected a token of the vocabulary, found {shown(token)}")
+            taken[name] = token
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **taken)
 
 
@@ -288,11 +296,11 @@ def check_fit(model: Any, tokenizer: Any, folder: str | Path) -> None:
 
 
 def load_with_tokenizer(folder: str | Path) -> tuple[Any, PreTrainedTokenizerFast]:
-    """`load_model` and `load_tokenizer`, checked to fit one another.
+    """A language model and its tokenizer, checked to fit one another.
 
     Raises:
-        LeapformerError: as those, or `check_fit`.
+        LeapformerError: as `load_model`, `load_tokenizer` and `check_fit`.
     """
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, expected="LeapformerForCausalLM"), load_tokenizer(folder)
     check_fit(model, tokenizer, folder)
     return model, tokenizer

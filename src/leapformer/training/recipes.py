@@ -33,6 +33,7 @@ MOST_BASES = 20  # recipes that stand on one another
 MOST_FAULTS = 50  # told of one recipe
 QUOTED = ("[", "{", '"', "'")  # how an override's value begins that is read as YAML
 
+
 class RecipeError(LeapformerError):
     """A recipe that can't be used. With several faults, each stands on a line of its own after the first."""
 
@@ -158,9 +159,7 @@ def read_recipe(reference: str | os.PathLike[str]) -> dict[str, Any]:
     while (base := content.pop("base", None)) is not None:
         if not isinstance(base, str) or base in seen or len(seen) == MOST_BASES:
             found = " -> ".join([*seen, base]) if isinstance(base, str) else shown(base)
-            raise LeapformerError(
-                f"recipe {cut(seen[0], 240)}: base: expected another recipe, found {cut(found, 240)}"
-            )
+            raise LeapformerError(f"recipe {cut(seen[0], 240)}: base: expected another recipe, found {cut(found, 240)}")
         seen.append(base)
         content = _on_top(_read_alone(base), content)
     return content

@@ -20,6 +20,10 @@ from typing import Any
 import yaml
 
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_own_files
+from leapformer.files.reading import read_yaml
+from leapformer.files.records import read_events, read_results
+from leapformer.files.showing import cut, shown
 from leapformer.files.writing import recover, write_json, write_text
 from leapformer.training.recipes import Recipe
 from leapformer.training.saving import check_archive, check_weights
@@ -100,31 +104,27 @@ class Run:
         """The resolved recipe as it was trained.
 
         Raises:
-            LeapformerError: this is not the folder of a run.
+            LeapformerError: this is not the folder of a run, or a link in it leads out of it.
         """
-        if not self.recipe_path.is_file():
-            raise LeapformerError(f"{self.path}: expected the folder of a run, found no recipe.yaml in it")
-        content = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8"))
+        if not os.path.lexists(self.recipe_path):
+            raise LeapformerError(f"{cut(self.path, 240)}: expected the folder of a run, found no recipe.yaml in it")
+        check_own_files(self.path)
+        content = read_yaml(self.recipe_path)
         if not isinstance(content, dict) or "task" not in content:
-            raise LeapformerError(f"{self.recipe_path}: expected a recipe, found something else")
+            raise LeapformerError(f"{cut(self.recipe_path, 240)}: expected a recipe, found something else")
         return content
 
     def results(self) -> dict[str, Any]:
-        """What results.json holds.
+        """What results.json holds, with the types of `files.records.ResultsRecord`.
 
         Raises:
             LeapformerError: the run is not finished, or the file is damaged.
         """
-        if not self.finished:
+        if not os.path.lexists(self.results_path):
             self.recipe()
-            raise LeapformerError(f"{self.path}: this run is not finished, so it has no results.json")
-        try:
-            content = json.loads(self.results_path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise LeapformerError(f"{self.results_path}: not valid JSON: {error}") from error
-        if not isinstance(content, dict) or "splits" not in content:
-            raise LeapformerError(f"{self.results_path}: expected the results of a run, found something else")
-        return content
+            raise LeapformerError(f"{cut(self.path, 240)}: this run is not finished, so it has no results.json")
+        check_own_files(self.path)
+        return read_results(self.results_path)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json, whole or not at all."""
@@ -139,16 +139,8 @@ class Run:
             raise LeapformerError(f"{self.metrics_path}: could not be written ({error.strerror})") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged events; a last line that a crash cut off is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        events = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return events
+        """The logged events; a row that is damaged, such as one that a crash cut off, is left out."""
+        return read_events(self.metrics_path)
 
     def rewind(self, step: int) -> None:
         """Forget the events after `step`, which a resumed run logs again."""
@@ -198,4 +190,4 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            yield f"{prefix}{key} was {before!r}, now {after!r}"
+            yield f"{prefix}{key} was {shown(before)}, now {shown(after)}"

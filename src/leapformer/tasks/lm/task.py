@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
 from leapformer.files.writing import staged_folder
@@ -24,6 +24,7 @@ from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.training.loading import load_tokenizer
 from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
@@ -143,6 +144,13 @@ class LanguageModelData(TaskData):
     def build_model(self) -> LeapformerForCausalLM:
         return LeapformerForCausalLM(build_config(self.recipe.model, vocab_size=len(self.tokenizer)))
 
+    def check_model(self, model: Any) -> None:
+        limit, longest = model.config.length_limit(), self.recipe.data.block_size
+        if limit is not None and longest > limit[0]:
+            raise LeapformerError(
+                f"data.block_size: expected at most the model's max_position_embeddings={limit[0]}, found {longest}; {limit[1]}"
+            )
+
     def count_targets(self, batch: dict[str, torch.Tensor]) -> int:
         """Labels are shifted inside the model, so the first of every row is not counted."""
         return int((batch["labels"][..., 1:] != -100).sum())
@@ -213,6 +221,7 @@ class LanguageModelTask(Task):
 
     name = "lm"
     recipe_type = LanguageModelRecipe
+    model_class = LeapformerForCausalLM.__name__
     model_fields = model_fields()
 
     def prepare(
@@ -254,7 +263,7 @@ def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: 
         tokenizer = build_tokenizer(section.kind, vocab_size=section.vocab_size, documents=documents)
         with staged_folder(folder) as staging:
             tokenizer.save_pretrained(staging)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 TASK = LanguageModelTask()

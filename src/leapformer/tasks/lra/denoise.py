@@ -132,6 +132,7 @@ class DenoiseTask(LraTask):
 
     name = "lra-denoise"
     recipe_type = DenoiseRecipe
+    model_class = LeapformerForMaskedLM.__name__
     data_type = DenoiseData
 
     def pretraining(self, recipe: LraRecipe) -> None:

@@ -108,6 +108,21 @@ class LraData(TaskData):
     def build_model(self) -> LeapformerForSequenceClassification:
         return LeapformerForSequenceClassification(self.config())
 
+    def check_model(self, model: Any) -> None:
+        own, found = self.config(), model.config
+        for name in ("vocab_size", "num_labels", "paired_inputs"):
+            if getattr(found, name) != getattr(own, name):
+                raise LeapformerError(
+                    f"recipe {self.recipe.name}: expected a model of {name}={getattr(own, name)}, as the data has it, found "
+                    f"{getattr(found, name)}"
+                )
+        limit, longest = found.length_limit(), self.split("train").max_length
+        if limit is not None and longest > limit[0]:
+            raise LeapformerError(
+                f"recipe {self.recipe.name}: expected a model that takes the {longest} tokens of the longest document, found "
+                f"one of max_position_embeddings={limit[0]}; {limit[1]}"
+            )
+
     def take_over(self, model: Any, pretrained: Any) -> None:
         """The encoder of a model that filled in masks; its last symbol was the mask."""
         weights = pretrained.model.state_dict()
@@ -165,6 +180,7 @@ class LraTask(Task):
 
     name = "lra"
     recipe_type = LraRecipe
+    model_class = LeapformerForSequenceClassification.__name__
     data_type = LraData
     model_fields = model_fields(*SET_BY_DATA)
 

@@ -30,7 +30,7 @@ from leapformer.tasks.simulst.features import FeatureStatistics
 from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import Instance, score
 from leapformer.tasks.simulst.prepared import SpokenSplit
-from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.processor import MODEL_CLASS, TranslationProcessor, open_translation
 from leapformer.tasks.simulst.spoken import read_pairs
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
@@ -65,10 +65,17 @@ class DataSection(Section):
         default_factory=dict, description="text: names of files for train, validation, test where they differ"
     )
     limit: int | None = Field(
-        default=None, ge=1, le=10**9, description="training sentences to take, from the start; none: all (grammar: 20,000)"
+        default=None,
+        ge=1,
+        le=10**9,
+        description="training sentences to take, from the start; none: all (grammar: 20,000)",
     )
-    max_seconds: float = Field(default=30.0, gt=0, le=86_400, description="speech: longer utterances are left out of the training")
-    max_tokens: int = Field(default=200, ge=1, le=MOST_TOKENS, description="longer targets are left out of the training")
+    max_seconds: float = Field(
+        default=30.0, gt=0, le=86_400, description="speech: longer utterances are left out of the training"
+    )
+    max_tokens: int = Field(
+        default=200, ge=1, le=MOST_TOKENS, description="longer targets are left out of the training"
+    )
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSection:
@@ -83,7 +90,9 @@ class VocabularySection(Section):
 
     kind: Literal["unigram", "bpe", "char", "word"] = "unigram"
     size: int = Field(default=10_000, ge=8, le=10**6, description="of the target")
-    source_size: int = Field(default=10_000, ge=8, le=10**6, description="of a text source, of transcripts and of the CTC head")
+    source_size: int = Field(
+        default=10_000, ge=8, le=10**6, description="of a text source, of transcripts and of the CTC head"
+    )
 
 
 class WaitKSection(Section):
@@ -213,7 +222,7 @@ class TranslationData(TaskData):
     def _grammar(self, split: str) -> list[Sentence]:
         sizes = {"train": self.recipe.data.limit or GRAMMAR_SENTENCES, "validation": HELD_OUT, "test": HELD_OUT}
         if split not in sizes:
-            raise LeapformerError(f"the built-in grammar: expected the split {', '.join(sizes)}, found {split!r}")
+            raise LeapformerError(f"the built-in grammar: expected the split {', '.join(sizes)}, found {shown(split)}")
         drawn = Grammar(0).sentences(split, sizes[split], seed=0)
         return [Sentence(each.english, each.german) for each in drawn]
 
@@ -327,6 +336,13 @@ class TranslationData(TaskData):
         if mine is not None and theirs is not None and mine.weight.shape == theirs.weight.shape:
             mine.load_state_dict(theirs.state_dict())
 
+    def check_model(self, model: Any) -> None:
+        expected = "speech" if self.is_speech else "text"
+        if model.config.source != expected:
+            raise LeapformerError(
+                f"data.source: expected {model.config.source}, which the model takes, found {expected}"
+            )
+
     def describe_model(self, model: Any) -> dict[str, Any]:
         config = model.config
         places = [getattr(config, place) for place in PLACES]
@@ -414,6 +430,7 @@ class TranslationTask(Task):
 
     name = "simulst"
     recipe_type = TranslationRecipe
+    model_class = MODEL_CLASS
     model_fields = model_fields(*SET_BY_DATA, config_class=LeapformerTranslationConfig)
 
     def prepare(
@@ -424,6 +441,9 @@ class TranslationTask(Task):
 
     def load_tokenizer(self, folder: Path) -> TranslationProcessor:
         return TranslationProcessor.from_pretrained(folder)
+
+    def open(self, folder: Path) -> tuple[Any, TranslationProcessor]:
+        return open_translation(folder)
 
     def pretraining(self, recipe: TranslationRecipe) -> tuple[Recipe, Task] | None:
         """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed, on its device."""
