@@ -26,7 +26,7 @@ def check_own_files(folder: str | os.PathLike[str]) -> None:
     for place, folders, files in os.walk(root, onerror=_cannot_look):
         for name in [*folders, *files]:
             path, seen = os.path.join(place, name), seen + 1
-            mode = _mode(path)
+            mode = os.lstat(path).st_mode
             if stat.S_ISLNK(mode):
                 target = os.path.realpath(path)
                 if os.path.commonpath([root, target]) != root:
@@ -65,13 +65,6 @@ def check_output_folder(path: str | os.PathLike[str], *, option: str = "--output
         ) from None
 
 
-def _mode(path: str) -> int:
-    try:
-        return os.lstat(path).st_mode
-    except OSError as error:
-        _cannot_look(error)
-        raise
-
-
 def _cannot_look(error: OSError) -> None:
-    raise LeapformerError(f"{cut(error.filename, 240)}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(error, FileNotFoundError):
+        raise LeapformerError(f"{cut(error.filename, 240)}: cannot be read ({error.strerror or error})") from None

@@ -89,7 +89,9 @@ def regular_or_new(target: str | os.PathLike[str]) -> Path:
     """Where a file may be put: a path at which there is a regular file or nothing, links followed."""
     try:
         path = Path(os.path.realpath(target)) if os.path.islink(target) else Path(target)
-        mode = path.lstat().st_mode if os.path.lexists(path) else None
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = None
     except OSError as error:
         raise LeapformerError(f"{cut(os.fspath(target), 240)}: could not be written ({error.strerror})") from None
     except ValueError:  # a zero byte in the name

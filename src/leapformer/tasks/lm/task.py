@@ -23,7 +23,7 @@ from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
-from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.training.loading import load_tokenizer
 from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
@@ -110,6 +110,7 @@ class LanguageModelData(TaskData):
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.cache = cache
+        self.config = config_of(recipe, vocab_size=len(tokenizer))
         self.collator = PackedCollator()
         self._encoded: dict[str, EncodedSplit] = {}
         self.train_dataset = self.packed("train")
@@ -142,7 +143,7 @@ class LanguageModelData(TaskData):
         )
 
     def build_model(self) -> LeapformerForCausalLM:
-        return LeapformerForCausalLM(build_config(self.recipe.model, vocab_size=len(self.tokenizer)))
+        return LeapformerForCausalLM(self.config)
 
     def check_model(self, model: Any) -> None:
         limit, longest = model.config.length_limit(), self.recipe.data.block_size

@@ -19,7 +19,7 @@ from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerForSequenceClassification
 from leapformer.tasks.lra.baselines import majority_baseline, root_operator_baseline
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator, load
-from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.training.recipes import MOST_RATE, MOST_STEPS, MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
@@ -98,8 +98,8 @@ class LraData(TaskData):
 
     def config(self) -> Any:
         train = self.split("train")
-        return build_config(
-            self.recipe.model,
+        return config_of(
+            self.recipe,
             vocab_size=train.vocab_size,
             num_labels=train.num_classes,
             paired_inputs=train.two_documents,

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.files.writing import staged_file
 from leapformer.tasks.files import read_json_rows
 from leapformer.tasks.simulst.latency import Emissions, corpus_latency, mean, reference_words
 
@@ -87,9 +87,15 @@ class Instance:
 
 def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
     """Write a log; it gets its name only when it is whole."""
-    with staged_file(path) as file:
-        for instance in instances:
-            file.write((json.dumps(instance.as_row(), allow_nan=False) + "\n").encode())
+    path = Path(path)
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for instance in instances:
+                file.write(json.dumps(instance.as_row(), allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_instances(path: str | Path) -> list[Instance]:

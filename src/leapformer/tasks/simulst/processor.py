@@ -23,7 +23,7 @@ from leapformer.files.showing import cut, shown
 from leapformer.files.writing import write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
-from leapformer.training.loading import load_model, one_line
+from leapformer.training.loading import load_model
 
 ABOUT = "translation.json"
 STATISTICS = "features.safetensors"
@@ -93,25 +93,24 @@ class TranslationProcessor:
         """Read what `save_pretrained` wrote. Raises LeapformerError where a file is missing or damaged."""
         folder = Path(folder)
         check_own_files(folder)
-        if not os.path.lexists(folder / ABOUT):
+        if not os.path.isfile(folder / ABOUT):
             raise LeapformerError(f"{cut(folder, 240)}: expected a translation model, found no {ABOUT} in it")
         about = read_json_object(folder / ABOUT)
-        kind: Any = about.get("source")
-        languages: Any = about.get("languages")
-        right = kind in ("speech", "text") and isinstance(languages, list) and len(languages) == 2
-        if not right or not all(isinstance(language, str) for language in languages):
+        kind, languages = about.get("source"), about.get("languages") or []
+        if kind not in ("speech", "text") or not _are_codes(languages):
             raise LeapformerError(
-                f"{cut(folder / ABOUT, 240)}: expected the kind of source and two languages, found {shown(about)}"
+                f"{folder / ABOUT}: expected the kind of source and two languages, found {shown(kind)} and {shown(languages)}"
             )
+        source, target = languages
         has_source = kind == "text" or (folder / SOURCE).is_file()
-        with one_line(folder, "no translation model could be loaded"):
-            return cls(
-                target_vocabulary=Vocabulary.load(folder / TARGET),
-                statistics=FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None,
-                source_vocabulary=Vocabulary.load(folder / SOURCE) if has_source else None,
-                source_language=languages[0],
-                target_language=languages[1],
-            )
+        statistics = FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None
+        return cls(
+            target_vocabulary=Vocabulary.load(folder / TARGET),
+            statistics=statistics,
+            source_vocabulary=Vocabulary.load(folder / SOURCE) if has_source else None,
+            source_language=source,
+            target_language=target,
+        )
 
     def check_fit(self, config: Any, where: str | Path) -> None:
         """Check that a model's configuration is one for these vocabularies and features.
@@ -131,6 +130,12 @@ class TranslationProcessor:
                     f"{cut(where, 240)}: expected a model of {name}={value}, as its {ABOUT} and vocabularies have it, "
                     f"found {found}"
                 )
+
+
+def _are_codes(languages: Any) -> bool:
+    """Whether these are two short texts."""
+    is_pair = isinstance(languages, list) and len(languages) == 2
+    return is_pair and all(isinstance(code, str) and len(code) <= 40 for code in languages)
 
 
 def open_translation(folder: str | Path) -> tuple[Any, TranslationProcessor]:

@@ -21,7 +21,7 @@ from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.translation import ENCODER_FIELDS
 from leapformer.models.translation_configuration import PLACES, LeapformerTranslationConfig
-from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.tasks.preparation import BadRows
 from leapformer.tasks.simulst.evaluation import batches_by_length, simulate
 from leapformer.tasks.simulst.examples import Sentence, TranslationCollator, TranslationDataset
@@ -172,6 +172,7 @@ class TranslationData(TaskData):
             self._start = Run(expand_path(recipe.start.run, key="start.run"))
             self._start.results()  # a run that is not finished is no start
         self.tokenizer = self.processor = processor or self._build_processor()
+        self.config()  # its faults come before anything is written
         self.train_dataset = train = self.dataset("train")
         self.train_lengths = [train.length(index) for index in range(len(train))]
         section = recipe.wait_k
@@ -309,7 +310,7 @@ class TranslationData(TaskData):
         if processor.source_vocabulary is not None:
             size = len(processor.source_vocabulary)
             set_by_data |= {"source_vocab_size": size, "ctc_vocab_size": size}
-        return build_config(self.recipe.model, config_class=LeapformerTranslationConfig, **set_by_data)
+        return config_of(self.recipe, config_class=LeapformerTranslationConfig, **set_by_data)
 
     def build_model(self) -> LeapformerForConditionalGeneration:
         model = LeapformerForConditionalGeneration(self.config())
