@@ -351,7 +351,7 @@ def _legend(axes: Axes) -> None:
     if handles:
         axes.legend(
             handles,
-            labels,
+            [label.replace("$", r"\$") for label in labels],  # the name of a run is no formula
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
             ncols=_columns_that_fit(labels),

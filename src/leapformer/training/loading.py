@@ -55,12 +55,14 @@ _TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 @contextmanager
 def one_line(where: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Whatever a library raises within the block becomes one line, "where: what (its first line)"; its warnings are not told.
+    """Whatever a library raises within the block becomes one line, "where: what (its first line)"; its warnings and bars are
+    not shown.
 
     The one place that does so. `tokenizers` panics with an exception that is no Exception.
     """
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,6 +73,8 @@ def one_line(where: str | os.PathLike[str], what: str) -> Iterator[None]:
         raise LeapformerError(f"{cut(where, 240)}: {what} ({_first_line(error)})") from error
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
