@@ -334,7 +334,7 @@ def change(draw: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None or draw.random() < 0.6:
         return strange(draw)
     if isinstance(value, int | float):
-        return draw.choice((-value, value + 1, value * 2, value * 10**6, 0, 1, float(value), str(value)))
+        return draw.choice((-value, value + 1, value * 2, value * 10**6, 0, 1, 0.5, str(value)[:100]))
     if isinstance(value, str):
         return draw.choice((value + "x", value[:-1], value.upper(), value + "\n\x1b[31m$\\bad$", "[/]" + value, ""))
     return strange(draw)
