@@ -93,8 +93,8 @@ class LanguageModelRecipe(Recipe):
 
 
 def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is."""
-    return build_config(fields, vocab_size=2**31)
+    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a softmax."""
+    return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
 class LanguageModelData(TaskData):
