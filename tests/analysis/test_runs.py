@@ -5,6 +5,7 @@ import pytest
 from leapformer.analysis.runs import ATTENTION_NAMES, distinct_labels, load_run
 from leapformer.errors import LeapformerError
 from leapformer.nn import KINDS
+from leapformer.training.run import Run
 from tests.analysis.builders import curve_point, write_run, write_translation_run
 
 
@@ -75,11 +76,21 @@ def test_unfinished_run(tmp_path):
         load_run(tmp_path)
 
 
-def test_damaged_files_are_named_with_their_line(tmp_path):
+def test_a_damaged_row_of_metrics_costs_that_row_alone(tmp_path):
     folder = write_run(tmp_path, "leap")
-    folder.joinpath("metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": \n')
-    with pytest.raises(LeapformerError, match=r"metrics\.jsonl:2: expected JSON, found .* at column \d+"):
-        load_run(folder)
+    rows = [
+        b'{"step": 1, "loss": 2.0}', b'{"step": ', b'{"step": "2", "loss": 2.0}', b"[3]", b'{"loss": 1.0}', b"\xff\xfe",
+        b'{"step": 4, "note": "\xff"}', b'{"step": 5, "loss": NaN}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"",
+        b'{"step": 6, "loss": 1.5}', b'{"step": 7, "lo',
+    ]  # fmt: skip
+    folder.joinpath("metrics.jsonl").write_bytes(b"\n".join(rows))
+    expected = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": None}, {"step": 6, "loss": 1.5}]
+    assert load_run(folder).events == Run(folder).metrics() == expected
+    assert load_run(folder).curve("loss") == ([1.0, 6.0], [2.0, 1.5])
+
+
+def test_damaged_results_are_one_line(tmp_path):
+    folder = write_run(tmp_path, "leap")
     folder.joinpath("results.json").write_text("[]")
     with pytest.raises(LeapformerError, match=r"results\.json: expected a JSON object, found list"):
         load_run(folder)

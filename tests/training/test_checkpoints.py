@@ -19,6 +19,7 @@ from torch import nn
 
 from leapformer.errors import LeapformerError
 from leapformer.files.checksums import SUMS, check_sums
+from leapformer.files.records import read_progress
 from leapformer.training.arguments import build_optimizer, build_schedule
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import TrainingSection
@@ -29,7 +30,6 @@ from leapformer.training.restoring import (
     load_schedule,
     load_weights,
     read_archive,
-    read_progress,
 )
 from leapformer.training.run import Run
 from leapformer.training.saving import seal

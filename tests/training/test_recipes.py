@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 
@@ -9,7 +11,8 @@ from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerTranslationConfig
 from leapformer.tasks.model_section import build_config
 from leapformer.tasks.registry import get_task, load_recipe
-from leapformer.training.recipes import RecipeError, expand_path, parse_value, read_recipe, recipe_names
+from leapformer.training.recipes import RecipeError, as_override, expand_path, parse_value, read_recipe, recipe_names
+from leapformer.training.train import train
 
 from .builders import tiny_content, tiny_recipe, write_recipe
 
@@ -174,7 +177,10 @@ def test_unknown_recipe_file_and_task(tmp_path):
         get_task("speech")
 
 
-@pytest.mark.parametrize(("text", "found"), [("- a\n", "found list"), ("a: [1\n", "not valid YAML"), ("", "NoneType")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("- a\n", "found list"), ("a: [1\n", "expected YAML, found did not find expected"), ("", "NoneType")],
+)
 def test_files_that_are_no_recipes(tmp_path, text, found):
     path = tmp_path / "wrong.yaml"
     path.write_text(text, encoding="utf-8")
@@ -201,3 +207,109 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
     again, _ = load_recipe(path)
     assert again == recipe and write_recipe(tmp_path).is_file() and task.name == "lm"
+
+
+# ---- values that YAML makes something else of, and hostile ones
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/a/My Data #2", "/a/My Data #2"), ("010", "010"), ("1:30", "1:30"), ("yes", "yes"), ("2020-01-01", "2020-01-01"),
+        ("a: b", "a: b"), ("*x", "*x"), ("&a", "&a"), ("!x", "!x"), ("- a", "- a"), ("1_000", "1_000"), ("", None),
+        ('"3"', "3"), ("'a #b'", "a #b"), ("[a, 2]", ["a", 2]), ("{a: 1}", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_the_value_of_an_override_is_the_text_itself(text, value):
+    assert parse_value(text) == value
+    if isinstance(value, str):
+        assert parse_value(as_override("data.path", value).removeprefix("data.path=")) == value
+
+
+@pytest.mark.parametrize("path", ["[a]/b", "123", "null", "'x'", '"a"', "a #b", "~"])
+def test_a_path_of_any_name_goes_through_an_override(tmp_path, path):
+    recipe, _ = tiny_recipe(tmp_path, as_override("data.path", path))
+    assert recipe.data.path == path
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    assert tiny_recipe(tmp_path, "max_steps=010")[0].training.max_steps == 10
+    path = tmp_path / "tiny.yaml"
+    path.write_text(path.read_text().replace("max_steps: 8", "max_steps: 010"))
+    assert load_recipe(path)[0].training.max_steps == 10
+    with pytest.raises(RecipeError, match="training.max_steps: expected a valid integer, .* found '1:30'"):
+        tiny_recipe(tmp_path, "max_steps=1:30")
+
+
+def test_a_section_twice_is_a_fault(tmp_path):
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + "training: {max_steps: 3}\n")
+    with pytest.raises(LeapformerError, match="expected YAML, found the key 'training' twice at line"):
+        load_recipe(path)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 5)
+)
+
+
+@pytest.mark.parametrize("key", ["name", "task", "data", "model", "training", "base", "tokenizer"])
+def test_a_bomb_is_not_written_out(tmp_path, key):
+    path = write_recipe(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content.pop(key, None)
+    path.write_text(BOMB + yaml.safe_dump(content) + f"{key}: *a4\n")
+    with pytest.raises(LeapformerError) as caught:
+        load_recipe(path)
+    assert max(map(len, str(caught.value).splitlines())) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"max_steps={10**30}", "training.max_steps: expected less than or equal to 1000000000, found 1000000000"),
+        (f"seed={10**30}", "training.seed: expected less than or equal to 4294967295"),
+        ("max_steps=true", "training.max_steps: expected a value that is no truth value, found True"),
+        ("hidden_size=true", "model.hidden_size: expected a value that is no truth value, found True"),
+        ("learning_rate=.inf", "training.learning_rate: expected a finite number, found inf"),
+        ("hidden_dropout=.nan", "model.hidden_dropout: expected a finite number, found nan"),
+        ("learning_rate=1e300", "training.learning_rate: expected less than or equal to"),
+        ("betas=[1, 2]", "training.betas: expected less than 1, found 1"),
+        (f"block_size={10**18}", "data.block_size: expected less than or equal to"),
+        ("data.path=a\0b", "expected text, found 'a\\\\x00b'"),
+        ("data.path=a\udcffb", "expected text, found 'a\\\\udcffb'"),
+        ("data.path='x", "data.path: value: expected YAML, found"),
+        ("x" * 10_000 + "=1", "unknown key"),
+        ("name=", "name: expected a valid string, found None"),
+    ],
+)
+def test_values_beyond_any_use_are_one_line(tmp_path, override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        tiny_recipe(tmp_path, override)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_bases_that_are_none(tmp_path):
+    path = write_recipe(tmp_path)
+    text = path.read_text()
+    for base in ("[x]", "3", "{a: 1}", str(tmp_path)):
+        path.write_text(text + f"base: {base}\n")
+        with pytest.raises(LeapformerError, match=r"base: expected another recipe|unknown recipe"):
+            load_recipe(path)
+
+
+def test_a_recipe_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name, found in (("pipe", "found a pipe"), ("folder", "found a folder"), ("none", "no such file")):
+        with pytest.raises(LeapformerError, match=found):
+            read_recipe(tmp_path / f"{name}.yaml")
+    with pytest.raises(LeapformerError, match="no such file"):
+        read_recipe("x" * 5000 + ".yaml")
+
+
+def test_what_the_data_does_not_allow_is_told_before_a_folder_is_made(tmp_path):
+    recipe, task = tiny_recipe(tmp_path, "adaptive_cutoffs=[1000]")
+    with pytest.raises(LeapformerError, match="recipe tiny: model.adaptive_cutoffs: expected rising limits"):
+        train(recipe, task, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,9 @@ from typing import Any
 
 from leapformer.analysis.plots import Point, figure_svg, pareto_front, quality_against_speed
 from leapformer.analysis.runs import RunRecord
-from leapformer.errors import MissingExtra
+from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.showing import cut
+from leapformer.files.writing import write_text
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -66,7 +68,7 @@ class Cell:
     @property
     def baseline(self) -> float:
         split = self.runs[0].split(SPLIT)
-        return max(split["majority_accuracy"], split.get("root_operator_accuracy", 0.0))
+        return max(split["majority_accuracy"], split.get("root_operator_accuracy") or 0.0)
 
     @property
     def error(self) -> float:
@@ -91,6 +93,22 @@ class Cell:
         return value if self.learned else f"not learned ({value})"
 
 
+def check_tested(run: RunRecord) -> RunRecord:
+    """The run, whose results have what a cell needs.
+
+    Raises:
+        LeapformerError: something is missing.
+    """
+    needed = {
+        f"splits.{SPLIT}.{name}": run.split(SPLIT).get(name) for name in ("accuracy", "majority_accuracy", "examples")
+    }
+    needed |= {name: run.results.get(name) for name in ("parameters", "parameters_leap", "seed")}
+    for name, value in needed.items():
+        if value is None:
+            raise LeapformerError(f"{cut(run.folder, 240)}/results.json: expected the key {name}, found none")
+    return run
+
+
 def task_rows(cells: Sequence[Cell], task: str) -> list[list[str]]:
     """Rows under COLUMNS for one task, best accuracy first."""
     own = sorted((cell for cell in cells if cell.task == task), key=lambda cell: -cell.accuracy)
@@ -102,7 +120,7 @@ def _row(cell: Cell) -> list[str]:
     split = first.split(SPLIT)
     root = split.get("root_operator_accuracy")
     published = PUBLISHED.get(cell.attention, {}).get(cell.task)
-    share = 100 * first.results["parameters_leap"] / first.results["parameters"]
+    share = 100 * first.results["parameters_leap"] / max(first.results["parameters"], 1)
 
     def number(key: str, digits: int) -> str:
         value = cell.mean(key)
@@ -146,11 +164,9 @@ def points(cells: Sequence[Cell], task: str, key: str = "examples_per_second") -
 
 def write_lra_page(path: str | Path, cells: Sequence[Cell], *, command: str) -> Path:
     """Write one self-contained page with the tables and a picture for each task, whole or not at all."""
-    path = Path(path)
+    path, page = Path(path), render_lra_page(cells, command=command)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(render_lra_page(cells, command=command), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, page)
     return path
 
 

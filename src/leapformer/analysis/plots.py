@@ -35,6 +35,7 @@ GRID = "#d5d8dc"
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDTH = 4.3
+RESOLUTION = 160  # dots per inch of pictures that are no SVG
 
 
 def learning_curves(runs: Sequence[RunRecord]) -> Figure:
@@ -69,7 +70,8 @@ def perplexity_by_position(runs: Sequence[RunRecord]) -> Figure:
     """Perplexity per token over the position inside a block: how much a model gains from a longer past."""
     figure, axes = _figure(height=3.3)
     for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
-        positions, values = _doubling_ranges(run.results.get("perplexity_by_position") or [])
+        rows = run.results.get("perplexity_by_position") or []
+        positions, values = _doubling_ranges([row for row in rows if row["perplexity"] is not None])
         axes.plot(
             positions,
             values,
@@ -246,6 +248,13 @@ def figure_svg(figure: Figure, *, prefix: str = "") -> str:
     return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest
 
 
+def figure_png(figure: Figure) -> bytes:
+    """The figure as a picture, on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=RESOLUTION, facecolor="white")
+    return buffer.getvalue()
+
+
 def _layer_proportions(layer: LayerProportions) -> Figure:
     heads = max(layer.queries.shape[1], layer.keys.shape[1])
     columns = 1 if heads == 1 else 2
@@ -342,7 +351,7 @@ def _legend(axes: Axes) -> None:
     if handles:
         axes.legend(
             handles,
-            labels,
+            [label.replace("$", r"\$") for label in labels],  # the name of a run is no formula
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
             ncols=_columns_that_fit(labels),

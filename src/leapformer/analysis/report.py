@@ -23,6 +23,8 @@ from leapformer.analysis.proportions import LayerProportions
 from leapformer.analysis.runs import RunRecord, distinct_labels
 from leapformer.analysis.tables import K
 from leapformer.errors import MissingExtra
+from leapformer.files.records import without_unknown
+from leapformer.files.writing import write_text
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -103,9 +105,7 @@ def write_report(
         runs, title=title, split=split, samples=samples, text_proportions=text_proportions, command=command, note=note
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, page)
     return path
 
 
@@ -205,7 +205,7 @@ def _translation_quality(run: RunRecord, split: str) -> float | None:
 def _translation_summary(run: RunRecord, split: str) -> str:
     bleu, offline = _bleu(run, split, K), _bleu(run, split, None)
     if bleu is None:
-        return f"a loss of {_number(run.split(split)['loss'], digits=3)} nats per token"
+        return f"a loss of {_number(run.split(split).get('loss'), digits=3)} nats per token"
     return f"BLEU {bleu} at k = {K}" + (f" (offline: {offline})" if offline else "")
 
 
@@ -260,7 +260,7 @@ def _table_rows(runs: Sequence[RunRecord], quality: Quality, split: str) -> list
 def _baselines(run: RunRecord, split: str) -> list[tuple[str, float, float | None]]:
     """Name, word perplexity and bits per byte of the counted baselines, the best first."""
     suffix = "_word_perplexity"
-    found = {key.removesuffix(suffix): value for key, value in (run.results.get("baselines") or {}).items()}
+    found = {key.removesuffix(suffix): value for key, value in without_unknown(run.results.get("baselines")).items()}
     words, size = run.split(split).get("words"), run.split(split).get("bytes")
     bits_per_nat = words / size / math.log(2) if words and size else None
     return [

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_own_files
+from leapformer.files.records import read_events, read_results
+from leapformer.files.showing import cut
 
 # What a reader recognises; the configuration's own words stay in results.json.
 ATTENTION_NAMES = {
@@ -28,7 +31,7 @@ class RunRecord:
 
     Attributes:
         folder: where it was read from.
-        results: the object in results.json.
+        results: the object in results.json, with the types of `files.records.ResultsRecord`.
         events: the rows of metrics.jsonl in order, one per log or evaluation.
     """
 
@@ -65,7 +68,7 @@ class RunRecord:
 
     def curve(self, quantity: str) -> tuple[list[float], list[float]]:
         """Steps and values of every event that holds `quantity`, such as "loss" or "eval_loss"."""
-        rows = [row for row in self.events if row.get(quantity) is not None]
+        rows = [row for row in self.events if isinstance(row.get(quantity), int | float)]
         return [float(row["step"]) for row in rows], [float(row[quantity]) for row in rows]
 
     def latency_curve(self, split: str = "validation") -> list[dict[str, Any]]:
@@ -84,19 +87,15 @@ def load_run(folder: str | Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        LeapformerError: no results.json (the run has not finished), or a file that isn't JSON, with its line.
+        LeapformerError: no results.json (the run has not finished), or it is damaged. A damaged row of metrics.jsonl is
+            left out.
     """
     folder = Path(folder)
-    path = folder / "results.json"
-    if not path.is_file():
-        raise LeapformerError(f"{folder}: expected a finished run with results.json, found none")
-    results = _parse(path.read_text(encoding="utf-8"), where=str(path))
-    if not isinstance(results, dict):
-        raise LeapformerError(f"{path}: expected a JSON object, found {type(results).__name__}")
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    events = [_parse(line, where=f"{metrics}:{row}") for row, line in enumerate(lines, start=1) if line.strip()]
-    return RunRecord(folder=folder, results=results, events=events)
+    if not os.path.lexists(folder / "results.json"):
+        raise LeapformerError(f"{cut(folder, 240)}: expected a finished run with results.json, found none")
+    check_own_files(folder)
+    results = read_results(folder / "results.json")
+    return RunRecord(folder=folder, results=results, events=read_events(folder / "metrics.jsonl"))
 
 
 def common_labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -122,10 +121,3 @@ def _attention_name(kinds: str) -> str:
     common = max(names, key=names.count)
     odd = [f"{place} {name}" for place, name in zip(PLACES, names, strict=True) if name != common]
     return ", ".join([common, *odd])
-
-
-def _parse(text: str, *, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LeapformerError(f"{where}: expected JSON, found {error.msg} at column {error.colno}") from error

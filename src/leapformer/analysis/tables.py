@@ -11,6 +11,7 @@ from typing import Any
 
 from leapformer.analysis.runs import RunRecord, common_labels
 from leapformer.errors import LeapformerError
+from leapformer.files.records import without_unknown
 
 K = 5  # of wait-k, where a table has one figure of a translation model
 
@@ -167,7 +168,7 @@ def mean_text(values: Sequence[float | None], digits: int) -> str:
 
 def _baseline_rows(runs: Sequence[RunRecord], columns: Sequence[str]) -> list[list[str]]:
     """The counted baselines, where all runs have the same."""
-    found = {tuple(sorted((run.results.get("baselines") or {}).items())) for run in runs}
+    found = {tuple(sorted(without_unknown(run.results.get("baselines")).items())) for run in runs}
     if len(found) != 1:
         return []
     names = {key: key.removesuffix("_word_perplexity").replace("_", " ") for key, _ in next(iter(found))}

@@ -17,6 +17,7 @@ from leapformer.analysis.plots import Line, lines_over_length
 from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
 from leapformer.bench.timing import race, spread, timer
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut, shown
 from leapformer.models import LeapformerCache, LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.arguments import build_optimizer, build_schedule
@@ -106,7 +107,9 @@ def check_recipe(reference: str) -> Any:
     """
     recipe, _ = load_recipe(reference)
     if recipe.task != "lm":
-        raise LeapformerError(f"--recipe {reference}: expected a language model's, found one of task {recipe.task!r}")
+        raise LeapformerError(
+            f"--recipe {cut(reference, 240)}: expected a language model's, found one of task {shown(recipe.task)}"
+        )
     _vocab_size(recipe)
     return recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from leapformer import __version__
-from leapformer.errors import MissingExtra
+from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.showing import cut, shown
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 plot = typer.Typer(no_args_is_help=True, help="Pictures of a trained run.")
@@ -22,22 +24,65 @@ app.add_typer(data, name="data")
 # The base of click's errors, reached in public: some versions of typer carry a copy of click of their own.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+# No option asks for more than a machine can do, or than the libraries behind it take.
+MOST_THREADS = 1024
+MOST_SEED = 2**32 - 1
+MOST = 10**9  # of steps, examples, sentences
+MOST_TOKENS = 10**7  # of one text, and of k
+
+
+def a_path(text: str | Path) -> Path:
+    """What the user gave for a path; an empty text would be the folder that the command runs in."""
+    if not str(text):
+        raise typer.BadParameter("expected a path, found an empty text")
+    return Path(text)
+
+
+def a_text(text: str) -> str:
+    """A text that was given in UTF-8."""
+    if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
+        raise typer.BadParameter(f"expected text in UTF-8, found {shown(text)}")
+    return text
+
+
+def finite(number: float | None) -> float | None:
+    """A number that is one: "nan" passes every comparison with a smallest and a largest."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"expected a number, found {number}")
+    return number
+
+
+def temperature(number: float) -> float:
+    """A temperature that logits can be divided by."""
+    if not (number == 0 or 1e-3 <= number <= 1e3):
+        raise typer.BadParameter(f"expected 0, or a number from 0.001 to 1,000, found {number:g}")
+    return number
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch; default: PyTorch's own choice.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/NAME.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of PyTorch; default: PyTorch's own choice.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", parser=a_path, help="Folder of a run, such as runs/NAME.")]
 
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run; wrong usage gives one line and code 2."""
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for argument in arguments:
+        if "\0" in argument:
+            raise LeapformerError(f"expected arguments without zero bytes, found {shown(argument)}")
     try:
         code = command.main(args=arguments or ["--help"], prog_name="leapformer", standalone_mode=False)
     except ClickException as error:
-        typer.echo(f"leapformer: {error.format_message()} (see leapformer --help)", err=True)
-        return 2
+        raise LeapformerError(f"{cut(error.format_message(), 400)} (see leapformer --help)") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
+    except SystemExit as stop:  # what the parser makes of a pipe that nobody reads any more
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
+        raise
     return code if isinstance(code, int) else 0
 
 
@@ -74,7 +119,10 @@ def recipes() -> None:
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from 'leapformer recipes', or a .yaml file.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME after the recipe.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=a_path, metavar="PATH", help="Folder of the run; default: runs/NAME after the recipe."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train a recipe, or go on with an interrupted run of it."""
@@ -87,7 +135,11 @@ def evaluate(
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
     context_window: Annotated[
         int | None,
-        typer.Option(min=0, help="Tokens each block repeats of the one before it; default: what the recipe says."),
+        typer.Option(
+            min=0,
+            max=MOST_TOKENS,
+            help="Tokens each block repeats of the one before it; default: what the recipe says.",
+        ),
     ] = None,
     k: Annotated[
         str | None,
@@ -96,7 +148,9 @@ def evaluate(
     batched: Annotated[
         bool, typer.Option("--batched", help="With --k: many sentences at a time, without computation-aware lagging.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --k: only the first so many sentences.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="With --k: only the first so many sentences.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Evaluate a trained run on a whole split; results.json keeps the figures."""
@@ -112,10 +166,13 @@ def evaluate(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", parser=a_path, help="Folders of finished runs.")],
     split: Annotated[str, typer.Option(help="The split whose figures are compared.")] = "validation",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page to this file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=a_path, metavar="PATH", help="Also write a self-contained HTML page to this file."),
+    ] = None,
 ) -> None:
     """One table of quality, speed, memory and parameters; several seeds give a mean and a paired difference."""
     _work("leapformer.cli.compare", "compare_runs", "plots")(folders, split=split, markdown=markdown, output=output)
@@ -124,11 +181,16 @@ def compare(
 @app.command()
 def generate(
     folder: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    prompt: Annotated[str, typer.Argument(parser=a_text, metavar="PROMPT", help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="How many tokens to write at most.")] = 200,
+    temperature: Annotated[
+        float,
+        typer.Option(callback=temperature, help="From 0.001 to 1,000, or 0, which always takes the likeliest token."),
+    ] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Share of probability to draw from.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random draws.")] = 0,
     threads: Threads = None,
 ) -> None:
     """Go on from a prompt; words appear as they are written."""
@@ -143,11 +205,18 @@ def translate(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="Audio (wav, flac, ogg, mp3), or text where the run's source is text.")
     ],
-    k: Annotated[int, typer.Option(min=0, help="wait-k: chunks to read before the first word; 0: everything.")] = 5,
+    k: Annotated[
+        int, typer.Option(min=0, max=MOST_TOKENS, help="wait-k: chunks to read before the first word; 0: everything.")
+    ] = 5,
     policy: Annotated[str, typer.Option(help="wait-k, local-agreement or align-att.")] = "wait-k",
-    agreement: Annotated[int, typer.Option(min=2, help="local-agreement: translations that have to agree.")] = 2,
+    agreement: Annotated[
+        int, typer.Option(min=2, max=100, help="local-agreement: translations that have to agree.")
+    ] = 2,
     frames: Annotated[
-        int, typer.Option(min=1, help="align-att: chunks that the attention has to lie before the last one.")
+        int,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="align-att: chunks that the attention has to lie before the last one."
+        ),
     ] = 1,
     continuous: Annotated[
         bool, typer.Option("--continuous", help="Begin another sentence where one ends before the audio does.")
@@ -169,13 +238,17 @@ def lra(
         str, typer.Option(help="all, or names with commas: listops,text,retrieval,image,pathfinder.")
     ] = "all",
     attention: Annotated[str, typer.Option(help="all twelve, or names with commas such as softmax,leap.")] = "all",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1 of each.")] = 1,
-    budget: Annotated[int | None, typer.Option(min=1, help="Steps of a run; default: the recipe's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0 to N - 1 of each.")] = 1,
+    budget: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps of a run; default: the recipe's.")] = None,
     size: Annotated[
         str, typer.Option(help="small: lra/TASK; cpu: reduced, lra/TASK-cpu; base: lra/TASK-base.")
     ] = "small",
-    data: Annotated[Path, typer.Option(help="Folder of the prepared data, lra-TASK in it.")] = Path("data"),
-    output: Annotated[Path, typer.Option(help="Folder of the runs, the table and the page.")] = Path("runs/lra"),
+    data: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the prepared data, lra-TASK in it.")
+    ] = Path("data"),
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the runs, the table and the page.")
+    ] = Path("runs/lra"),
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to every recipe.")
     ] = None,
@@ -195,9 +268,14 @@ def lra(
 def plot_proportions(
     folder: RunFolder,
     text: Annotated[
-        str | None, typer.Option(help="The text to look at; default: the start of the validation set.")
+        str | None,
+        typer.Option(
+            parser=a_text, metavar="TEXT", help="The text to look at; default: the start of the validation set."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: RUN/plots.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=a_path, metavar="PATH", help="Folder of the pictures; default: RUN/plots.")
+    ] = None,
 ) -> None:
     """Draw the learned proportions of each layer and head along a text."""
     _work("leapformer.cli.plot", "plot_proportions", "plots")(folder, text=text, output=output)
@@ -205,10 +283,14 @@ def plot_proportions(
 
 @plot.command("latency")
 def plot_latency(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Translation runs, evaluated with --k.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", parser=a_path, help="Translation runs, evaluated with --k.")
+    ],
     split: Annotated[str, typer.Option(help="The split whose scores are shown.")] = "validation",
-    draws: Annotated[int, typer.Option(min=0, help="Of the bootstrap; 0: no intervals.")] = 1000,
-    output: Annotated[Path, typer.Option(help="Folder of the picture and the tables.")] = Path("runs/latency"),
+    draws: Annotated[int, typer.Option(min=0, max=20_000, help="Of the bootstrap; 0: no intervals.")] = 1000,
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the picture and the tables.")
+    ] = Path("runs/latency"),
 ) -> None:
     """Draw BLEU against lagging of translation runs; the first is what the others are compared with."""
     _work("leapformer.cli.plot", "plot_latency", "plots")(folders, split=split, draws=draws, output=output)
@@ -227,19 +309,37 @@ def data_prepare(
             "speech-mustc, speech-covost, speech-europarl, speech-manifest, speech-tuxpaint, speech-asterisk.",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to fill.")],
+    output: Annotated[Path, typer.Option(parser=a_path, metavar="PATH", help="Folder to fill.")],
     source: Annotated[
-        Path | None, typer.Option("--from", help="What to convert; none generates listops and pathfinder.")
+        Path | None,
+        typer.Option(
+            "--from", parser=a_path, metavar="PATH", help="What to convert; none generates listops and pathfinder."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each processor.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Training examples to make; default: in full.")] = None,
-    min_length: Annotated[int | None, typer.Option(help="listops: shortest expression; default 501.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of all that is drawn.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Processes; default: one for each processor.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Training examples to make; default: in full.")
+    ] = None,
+    min_length: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="listops: shortest expression; default 501.")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="listops: longest expression; text, retrieval: where to cut; default 1999, 4000.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="listops: longest expression; text, retrieval: where to cut; default 1999, 4000.",
+        ),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="pathfinder: 32, 64, 128 or 256; default 32.")] = None,
-    level: Annotated[int | None, typer.Option(help="pathfinder: 6, 9 or 14 paddles; default 14.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="pathfinder: 32, 64, 128 or 256; default 32.")
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="pathfinder: 6, 9 or 14 paddles; default 14.")
+    ] = None,
     pairs: Annotated[
         TextPair | None,
         typer.Option(metavar="SOURCE TARGET", help="speech-from-text: sentences to speak, and their translations."),
@@ -281,15 +381,20 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Tokens, such as 512,4096; streaming: seconds. Default: each one's own.")
     ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Turns of the contenders; default: 7, quick: 3.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Turns of the contenders; default: 7, quick: 3.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of PyTorch.")] = 1,
     limit: Annotated[
-        float | None, typer.Option(help="Seconds that one call may take; slower ones are listed as not run.")
+        float | None,
+        typer.Option(callback=finite, help="Seconds that one call may take; slower ones are listed as not run."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Whose model training measures; default: lm/wikitext2-small.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of JSON, tables and pictures.")] = Path("runs/bench"),
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of JSON, tables and pictures.")
+    ] = Path("runs/bench"),
 ) -> None:
     """Measure speed and memory on this machine's processor, by ratios within one run."""
     _work("leapformer.cli.bench", "run_bench", "plots")(
@@ -300,7 +405,9 @@ def bench(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the demo's runs and page.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the demo's runs and page.")
+    ] = Path("runs/demo"),
     threads: Threads = None,
 ) -> None:
     """Train language models and simultaneous translation on what is built in, compare, write pages. Nothing to download."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,19 +15,21 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from leapformer.analysis.plots import figure_png
 from leapformer.bench.acceptance import acceptance_table
 from leapformer.bench.result import Result, Settings, Table, machine_line, write_tables
 from leapformer.bench.training import check_recipe
 from leapformer.cli.compare import print_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
-from leapformer.files.writing import write_text
+from leapformer.files.folders import check_output_folder
+from leapformer.files.showing import shown
+from leapformer.files.writing import write_bytes, write_text
 from leapformer.tasks.simulst.features import FilterbankStream
 
 BENCHMARKS = ("attention", "decoding", "training", "overhead", "processes", "lra", "streaming")
 LIMIT, QUICK_LIMIT = 20.0, 1.0
 LIMITS = {"streaming": 120.0}  # a call of it is a whole stream
-RESOLUTION = 160  # dots per inch of the pictures
 
 
 def run_bench(
@@ -43,9 +46,8 @@ def run_bench(
     """Measure, print the tables, and write JSON, Markdown and pictures; an interrupt keeps what was measured."""
     chosen = BENCHMARKS if what == "all" else (what,)
     if what not in ("all", *BENCHMARKS):
-        raise LeapformerError(f"bench: expected all, {', '.join(BENCHMARKS)}, found {what!r}")
-    if output.exists() and not output.is_dir():
-        raise LeapformerError(f"--output {output}: expected a folder, found a file")
+        raise LeapformerError(f"bench: expected all, {', '.join(BENCHMARKS)}, found {shown(what)}")
+    check_output_folder(output)
     if limit is not None and not (limit > 0 and math.isfinite(limit)):
         raise LeapformerError(f"--limit: expected seconds above 0, found {limit:g}")
     if recipe is not None and "training" not in chosen:
@@ -94,8 +96,11 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip().replace("_", "") for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise LeapformerError(f"--lengths: expected whole numbers above 0 such as 512,4096, found {text!r}")
+    for part in parts:
+        if not (re.fullmatch("[0-9]+", part) and part.strip("0")):
+            raise LeapformerError(f"--lengths: expected whole numbers above 0 such as 512,4096, found {shown(text)}")
+        if len(part) > 9:
+            raise LeapformerError(f"--lengths: expected whole numbers up to 999,999,999, found {shown(part)}")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -119,7 +124,7 @@ def _show(name: str, result: Result) -> None:
         _print(table)
     write_tables(result.path.with_suffix(".md"), result.content, tables)
     for title, figure in getattr(module, f"{name}_pictures")(result.content):
-        figure.savefig(result.path.parent / f"{title}.png", dpi=RESOLUTION, facecolor="white")
+        write_bytes(result.path.parent / f"{title}.png", figure_png(figure))
 
 
 def _print(table: Table) -> None:

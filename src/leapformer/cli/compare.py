@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import comparison, markdown_table
+from leapformer.files.writing import regular_or_new
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
 LAGGING = "; LAAL lagging of the words behind the source; offline: the whole source read first"
@@ -19,6 +21,8 @@ WIDEST = 1000  # columns that a table may take
 
 def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output: Path | None) -> None:
     """Print one table over all runs, what the paired seeds say, and optionally write the page."""
+    if output is not None:
+        regular_or_new(output)
     runs = [load_run(folder) for folder in folders]
     result = comparison(runs, split=split)
     for columns, rows in ((result.columns, result.rows), (["run", *result.columns[1:]], result.runs)):
@@ -38,5 +42,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    needed = Console(width=WIDEST).measure(table).maximum
-    Console(width=max(Console().width, needed)).print(table)
+    plain: Any = {"markup": False, "emoji": False, "highlight": False}  # a name such as "[/]" is no markup
+    needed = Console(width=WIDEST, **plain).measure(table).maximum
+    Console(width=max(Console().width, needed), **plain).print(table)

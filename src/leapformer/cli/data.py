@@ -13,6 +13,8 @@ import typer
 from tqdm import tqdm
 
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_output_folder
+from leapformer.files.showing import shown
 from leapformer.tasks.card import CARD
 from leapformer.tasks.lra import TASKS
 from leapformer.tasks.lra.preparation import prepare
@@ -44,9 +46,10 @@ def prepare_data(
         LeapformerError: there is no such data set, an option is not one of its own, or a fault of the data.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
+        near = difflib.get_close_matches(name[:100], NAMES, n=1)
         hint = f"; did you mean {near[0]}" if near else ""
-        raise LeapformerError(f"data prepare: expected one of {', '.join(NAMES)}, found {name!r}{hint}")
+        raise LeapformerError(f"data prepare: expected one of {', '.join(NAMES)}, found {shown(name)}{hint}")
+    check_output_folder(output)
     general = {"seed": seed, "workers": workers, "skip_bad": skip_bad}
     try:
         with _progress(name) as progress:

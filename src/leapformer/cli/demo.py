@@ -16,8 +16,9 @@ from leapformer.cli.compare import UNITS, print_table
 from leapformer.cli.generate import continue_text
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.folders import check_output_folder
 from leapformer.tasks.registry import load_recipe
-from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.loading import load_with_tokenizer
 from leapformer.training.run import Run
 from leapformer.training.train import train
 
@@ -57,6 +58,7 @@ TEST = "test"
 
 def run_demo(*, output: Path, threads: int | None) -> None:
     """Train what isn't trained yet, then print tables and samples and write the pages."""
+    check_output_folder(output)
     use_threads(threads)
     started = perf_counter()
     pages = [_language_models(output)]
@@ -151,8 +153,8 @@ def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
 def _open_translation(run: Run) -> tuple[Any, Any]:
     """The data and the model of a run."""
     recipe, task = load_recipe(run.recipe_path)
-    data = task.prepare(recipe, cache=run.cache_path, tokenizer=task.load_tokenizer(run.model_path))
-    return data, load_model(run.model_path)
+    model, tokenizer = task.open(run.model_path)
+    return task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer), model
 
 
 def _train(name: str, folder: Path, overrides: list[str]) -> bool:
@@ -192,5 +194,4 @@ def _text_proportions(run: RunRecord) -> TextProportions:
 
 
 def _load(run: RunRecord) -> tuple[Any, Any]:
-    folder = run.folder / "model"
-    return load_model(folder), load_tokenizer(folder)
+    return load_with_tokenizer(run.folder / "model")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from leapformer.cli.keeping import cache_of, keep
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.callbacks import passing_bar
-from leapformer.training.loading import load_model
 from leapformer.training.run import Run
 
 
@@ -23,21 +24,22 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
     use_threads(threads)
     run = Run(folder)
     run.recipe()
-    model = load_model(run.model_path)
+    results = run.results() if run.finished else None  # before what takes long
     overrides = [] if context_window is None else [f"data.context_window={context_window}"]
     own, _ = load_recipe(run.recipe_path)
     recipe, task = load_recipe(run.recipe_path, overrides)
-    tokenizer = task.load_tokenizer(run.model_path)
-    data = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer, progress=passing_bar)
-    found = data.evaluate(model, split=split)
+    model, tokenizer = task.open(run.model_path)
+    with cache_of(run) as cache:
+        data = task.prepare(recipe, cache=cache, tokenizer=tokenizer, progress=passing_bar)
+        data.check_model(model)
+        found = data.evaluate(model, split=split)
     for name, value in {**found["metrics"], **found.get("baselines", {})}.items():
         typer.echo(f"{name:28} {value:.5g}" if isinstance(value, float) else f"{name:28} {value}")
-    if run.finished:
-        results = run.results()
+    if results is not None:
         name = split if recipe == own else f"{split}, context window {context_window}"
         results["splits"][name] = found["metrics"]
-        run.write_results(results)
-        typer.echo(f"Written to {run.results_path}")
+        if keep(lambda: run.write_results(results), what="the figures"):
+            typer.echo(f"Written to {run.results_path}")
 
 
 def evaluate_latency(
@@ -49,13 +51,13 @@ def evaluate_latency(
 
     use_threads(threads)
     run = Run(folder)
+    run.recipe()
     recipe, task = load_recipe(run.recipe_path)
     if task.name != "simulst":
         raise LeapformerError(f"{folder}: --k: expected a run of simultaneous translation, found task {task.name}")
     ks = parse_ks(k)
-    model = load_model(run.model_path)
-    tokenizer = task.load_tokenizer(run.model_path)
-    data: Any = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer, progress=passing_bar)
+    results = run.results() if run.finished else None
+    model, tokenizer = task.open(run.model_path)
     factors: dict[int | None, float | None] = {}
 
     def write(value: int | None) -> Any:
@@ -64,12 +66,24 @@ def evaluate_latency(
         instances, factors[value] = translate_live(data, model, split=split, k=value, limit=limit)
         return instances
 
-    points = evaluate_curve(run.path, split, ks, write=write, real_time_factor=factors.get, told=_tell_point)
-    if run.finished:
-        results = run.results()
+    kept: list[bool] = []
+
+    def keep_log(write: Callable[[], None]) -> None:
+        if all(kept):  # said once
+            kept.append(keep(write, what="the logs"))
+
+    with cache_of(run) as cache:
+        data: Any = task.prepare(recipe, cache=cache, tokenizer=tokenizer, progress=passing_bar)
+        data.check_model(model)
+        points = evaluate_curve(
+            run.path, split, ks, write=write, real_time_factor=factors.get, told=_tell_point, keep=keep_log
+        )
+    if all(kept):
+        typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k")
+    if results is not None:
         results.setdefault("curves", {})[split] = points
-        run.write_results(results)
-    typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k; {run.results_path.name} has the curve")
+        if keep(lambda: run.write_results(results), what="the curve"):
+            typer.echo(f"Written to {run.results_path}: the curve")
 
 
 def _tell_point(point: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
-from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.loading import load_with_tokenizer
 from leapformer.training.run import Run
 
 
@@ -21,7 +21,7 @@ def generate_text(
     use_threads(threads)
     run = Run(folder)
     run.recipe()
-    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
+    model, tokenizer = load_with_tokenizer(run.model_path)
     text = continue_text(
         model, tokenizer, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
@@ -50,6 +50,7 @@ def continue_text(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model.generate(
-            **inputs, max_new_tokens=tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **drawing
-        )
+            **inputs, max_new_tokens=tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, **drawing,
+        )  # fmt: skip
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -8,6 +8,7 @@ the same command without torchrun writes it again from all of them.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -17,18 +18,29 @@ from typing import Any
 
 import typer
 
-from leapformer.analysis.lra import COLUMNS, NAMES, SPLIT, TASKS, Cell, overview, task_rows, write_lra_page
+from leapformer.analysis.lra import (
+    COLUMNS,
+    NAMES,
+    SPLIT,
+    TASKS,
+    Cell,
+    check_tested,
+    overview,
+    task_rows,
+    write_lra_page,
+)
 from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import markdown_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_output_folder
+from leapformer.files.showing import shown
 from leapformer.files.writing import write_text
 from leapformer.ops import available_impls
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.arguments import choose_device
 from leapformer.training.callbacks import passing_bar
-from leapformer.training.loading import load_model
-from leapformer.training.recipes import nearest
+from leapformer.training.recipes import as_override, nearest
 from leapformer.training.run import Run
 from leapformer.training.train import train
 
@@ -55,18 +67,21 @@ def long_range_arena(
 ) -> None:  # fmt: skip
     """Train what is missing, then print the tables and write them with the page."""
     if size not in SUFFIXES:
-        raise LeapformerError(f"--size: expected {', '.join(SUFFIXES)}, found {size!r}{nearest(size, list(SUFFIXES))}")
+        raise LeapformerError(
+            f"--size: expected {', '.join(SUFFIXES)}, found {shown(size)}{nearest(size, list(SUFFIXES))}"
+        )
     jobs = [
         Job(task, kind, seed, output / task / f"{kind}-seed{seed}")
         for seed in range(seeds)
         for task in _chosen(tasks, TASKS, "--tasks")
         for kind in _chosen(attention, tuple(NAMES), "--attention")
     ]
+    check_output_folder(output)
     use_threads(threads)
     rank, processes = _own_share()
     for job in [] if only_table else jobs[rank::processes]:
         overrides = [f"attention={job.attention}", f"training.seed={job.seed}", *changes]
-        overrides.append(f"data.path={data / OWN_DATA.get((job.task, size), f'lra-{job.task}')}")
+        overrides.append(as_override("data.path", str(data / OWN_DATA.get((job.task, size), f"lra-{job.task}"))))
         if budget is not None:
             overrides += [f"max_steps={budget}", *_shorter_warmup(f"lra/{job.task}{SUFFIXES[size]}", budget)]
         if not _finish(job, f"lra/{job.task}{SUFFIXES[size]}", overrides):
@@ -81,19 +96,27 @@ def _chosen(names: str, known: Sequence[str], option: str) -> list[str]:
     for name in chosen:
         if name not in known:
             raise LeapformerError(
-                f"{option}: expected all or some of {', '.join(known)}, found {name!r}{nearest(name, known)}"
+                f"{option}: expected all or some of {', '.join(known)}, found {shown(name)}{nearest(name, known)}"
             )
     return list(dict.fromkeys(chosen))
 
 
 def _own_share() -> tuple[int, int]:
     """Rank and number of processes. The runs know nothing of each other, so the Trainer must not see the launcher."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if processes > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("LOCAL_RANK", "0")
         for name in LAUNCHER:
             os.environ.pop(name, None)
     return rank, processes
+
+
+def _number(name: str, default: int) -> int:
+    """A number that the launcher has put into the environment."""
+    value = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", value):
+        raise LeapformerError(f"{name}: expected a number in this variable of the environment, found {shown(value)}")
+    return int(value)
 
 
 def _shorter_warmup(recipe: str, budget: int) -> Iterator[str]:
@@ -124,8 +147,10 @@ def _finish(job: Job, recipe: str, overrides: Sequence[str]) -> bool:
 def _test(run: Run, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -> dict[str, Any]:
     """What results.json gets from the test split: its figures, the speed, and what computed the attention."""
     device = choose_device(recipe.training)
-    model = load_model(run.model_path).to(device)
+    model, _ = task.open(run.model_path)
     data = task.prepare(recipe, cache=run.cache_path, progress=passing_bar)
+    data.check_model(model)
+    model = model.to(device)
     started = time.perf_counter()
     metrics = data.evaluate(model, split=SPLIT)["metrics"]
     seconds = time.perf_counter() - started
@@ -149,7 +174,7 @@ def _report(jobs: Sequence[Job], output: Path) -> None:
     for task, kind in dict.fromkeys((job.task, job.attention) for job in jobs):
         folders = [job.folder for job in jobs if (job.task, job.attention) == (task, kind)]
         runs = [load_run(folder) for folder in folders if Run(folder).finished]
-        tested = [run for run in runs if run.split(SPLIT)]
+        tested = [check_tested(run) for run in runs if run.split(SPLIT)]
         if tested:
             cells.append(Cell(task, kind, tested))
     if not cells:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -21,51 +19,73 @@ from leapformer.analysis.latency import (
     sentence_counts,
     systems,
 )
-from leapformer.analysis.plots import figure_svg, proportions
+from leapformer.analysis.plots import figure_png, figure_svg, proportions
 from leapformer.analysis.proportions import learned_proportions
 from leapformer.analysis.runs import RunRecord, load_run
 from leapformer.analysis.tables import markdown_table
 from leapformer.cli.compare import print_table
+from leapformer.cli.keeping import cache_of, keep
 from leapformer.errors import LeapformerError
-from leapformer.files.writing import write_text
+from leapformer.files.folders import check_output_folder
+from leapformer.files.showing import cut
+from leapformer.files.writing import write_bytes, write_text
 from leapformer.tasks.registry import load_recipe
 from leapformer.tasks.simulst.curves import log_path
 from leapformer.tasks.simulst.instances import read_instances
-from leapformer.training.loading import load_model, load_tokenizer
+from leapformer.training.loading import load_with_tokenizer
 from leapformer.training.run import Run
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SAMPLE_TOKENS = 128
-RESOLUTION = 160  # dots per inch of the pictures
 ROUNDING = 0.05  # BLEU of a log may differ so much from that in results.json
 
 
 def plot_proportions(folder: Path, *, text: str | None, output: Path | None) -> None:
     """Write one SVG for each layer."""
+    if output is not None:
+        check_output_folder(output)
     run = Run(folder)
     run.recipe()
-    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
-    if text is None:
-        recipe, task = load_recipe(run.recipe_path)
-        data = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer)
-        ids = data.encoded("validation").tokens[:SAMPLE_TOKENS].tolist()  # type: ignore[attr-defined]
-    else:
-        ids = tokenizer(text)["input_ids"]
+    model, tokenizer = load_with_tokenizer(run.model_path)
+    ids = _start_of_validation(run, model, tokenizer) if text is None else tokenizer(text)["input_ids"]
+    if not ids:
+        raise LeapformerError("--text: expected at least one token, found none")
+    limit = model.config.length_limit()
+    if limit is not None and len(ids) > limit[0]:
+        raise LeapformerError(f"--text: expected at most {limit[0]} tokens, found {len(ids)}; {limit[1]}")
     layers = learned_proportions(model, ids)
+    for number, layer in enumerate(layers):
+        ranges = (f"{name} {float(side.min()):.2f} to {float(side.max()):.2f}" for name, side in
+                  (("queries", layer.queries), ("keys", layer.keys)))  # fmt: skip
+        typer.echo(f"layer {number}: {', '.join(ranges)}")
     target = run.path / "plots" if output is None else output
-    target.mkdir(parents=True, exist_ok=True)
-    for number, figure in enumerate(proportions(layers)):
-        path = target / f"proportions-layer-{number}.svg"
-        write_text(path, figure_svg(figure))
-        typer.echo(f"Written to {path}")
+
+    def write() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        for number, figure in enumerate(proportions(layers)):
+            path = target / f"proportions-layer-{number}.svg"
+            write_text(path, figure_svg(figure))
+            typer.echo(f"Written to {path}")
+
+    if output is None:
+        keep(write, what="the pictures")
+    else:
+        write()
+
+
+def _start_of_validation(run: Run, model: Any, tokenizer: Any) -> list[int]:
+    """The first tokens of the validation set of a language model's run."""
+    recipe, task = load_recipe(run.recipe_path)
+    if task.name != "lm":
+        raise LeapformerError(f"{cut(run.path, 240)}: expected the run of a language model, found task {task.name}")
+    with cache_of(run) as cache:
+        data: Any = task.prepare(recipe, cache=cache, tokenizer=tokenizer)
+        data.check_model(model)
+        return data.encoded("validation").tokens[:SAMPLE_TOKENS].tolist()
 
 
 def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Path) -> None:
     """Print BLEU and lagging by k and BLEU at equal lagging, and write the picture (PNG) and the tables (Markdown)."""
-    if output.exists() and not output.is_dir():
-        raise LeapformerError(f"--output {output}: expected a folder, found a file")
+    check_output_folder(output)
     lines = systems([load_run(folder) for folder in folders], split=split)
     samples: dict[tuple[Path, int | None], Any] = {}
     if draws:
@@ -81,7 +101,7 @@ def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Pat
     typer.echo(note)
     output.mkdir(parents=True, exist_ok=True)
     picture, text = (output / f"quality-latency-{split}.{kind}" for kind in ("png", "md"))
-    _write_png(picture, quality_latency(lines))
+    write_bytes(picture, figure_png(quality_latency(lines)))
     write_text(text, "\n\n".join([*(markdown_table(*table) for table in tables if table[1]), note]) + "\n")
     typer.echo(f"Written to {picture} and {text}")
 
@@ -119,15 +139,3 @@ def _note(lines: Sequence[System], samples: Any, draws: int) -> str:
     elif draws:
         parts.append("No logs of sentences, and so no intervals.")
     return " ".join(parts)
-
-
-def _write_png(path: Path, figure: Figure) -> None:
-    """Write a picture; it gets its name only when it is whole."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=RESOLUTION, facecolor="white")
-    unfinished = path.with_name(f".writing-{path.name}")
-    try:
-        unfinished.write_bytes(buffer.getvalue())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import typer
 
+from leapformer.files.folders import check_output_folder
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.train import train
 
@@ -19,6 +20,7 @@ def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, 
     use_threads(threads)
     resolved, task = load_recipe(recipe, overrides)
     folder = Path("runs") / default_name(resolved.name, overrides) if output is None else output
+    check_output_folder(folder)
     outcome = train(resolved, task, folder, progress_bar=True)
     if outcome.results is None:
         command = shlex.join(["leapformer", "train", recipe, *overrides, "--output", str(folder)])

@@ -14,12 +14,12 @@ import typer
 
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut, shown
 from leapformer.tasks.simulst.audio import SAMPLE_RATE, read_blocks
 from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, Policy, WaitK
-from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.processor import open_translation
 from leapformer.tasks.simulst.sources import STATE_MS
 from leapformer.tasks.simulst.translator import StreamingTranslator, Word
-from leapformer.training.loading import load_model
 from leapformer.training.run import Run
 
 STDIN = "-"
@@ -37,9 +37,7 @@ def translate_file(
     chosen = policy_of(policy, k=k, agreement=agreement, frames=frames)
     run = Run(folder)
     run.recipe()
-    model, processor = load_model(run.model_path), TranslationProcessor.from_pretrained(run.model_path)
-    if model.config.source != processor.source:
-        raise LeapformerError(f"{folder}: expected a model of {processor.source}, found one of {model.config.source}")
+    model, processor = open_translation(run.model_path)
     show = show_event if as_json else show_word
 
     def translator() -> StreamingTranslator:
@@ -75,7 +73,7 @@ def policy_of(name: str, *, k: int, agreement: int, frames: int) -> Policy:
             return AlignAtt(frames)
     except ValueError as error:
         raise LeapformerError(f"--policy {name}: {error}") from None
-    raise LeapformerError(f"--policy: expected one of {', '.join(POLICIES)}, found {name!r}")
+    raise LeapformerError(f"--policy: expected one of {', '.join(POLICIES)}, found {shown(name)}")
 
 
 # ---- speech
@@ -191,7 +189,7 @@ def read_lines(file: str) -> Iterator[str]:
         with open(file, "rb") as lines:
             yield from _decoded(lines, file)
     except OSError as error:
-        raise LeapformerError(f"{file}: expected a file of text, found {error.strerror or error}") from None
+        raise LeapformerError(f"{cut(file, 240)}: expected a file of text, found {error.strerror or error}") from None
 
 
 def _decoded(lines: Any, where: str) -> Iterator[str]:

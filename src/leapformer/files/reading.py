@@ -21,13 +21,13 @@ DEEPEST = 64  # lists and mappings inside one another
 MOST_NODES = 100_000  # values in a YAML document, those counted again that an alias repeats
 
 _KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
 
 
 def kind_of_file(mode: int) -> str:
-    """What `stat` calls a thing that is no regular file, in words: "a folder", "a pipe"."""
+    """What `stat` calls a thing, in words: "a folder", "a pipe"."""
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
@@ -53,15 +53,18 @@ def read_bytes(path: str | os.PathLike[str], *, largest: int = LARGEST) -> bytes
     return content
 
 
-def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST) -> str:
+def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST, errors: str = "strict") -> str:
     """The UTF-8 text of a regular file, line ends untouched.
+
+    Arguments:
+        errors: as of `bytes.decode`.
 
     Raises:
         LeapformerError: as `read_bytes`, or it is not UTF-8.
     """
     content = read_bytes(path, largest=largest)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise LeapformerError(
             f"{cut(os.fspath(path), 240)}: expected UTF-8, found byte 0x{content[error.start]:02x} at offset {error.start}"
@@ -71,25 +74,26 @@ def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST) -> str:
 # ---- JSON
 
 
-def read_json(path: str | os.PathLike[str], *, largest: int = LARGEST) -> Any:
+def read_json(path: str | os.PathLike[str], *, largest: int = LARGEST, nan: bool = False) -> Any:
     """The value in a JSON file.
 
+    Arguments:
+        nan: take NaN and infinity, which JSON doesn't have and older versions wrote, as None.
+
     Raises:
-        LeapformerError: as `read_text` and `parse_json`, or a text in it is none that UTF-8 can hold.
+        LeapformerError: as `read_text` and `parse_json`.
     """
     where = cut(os.fspath(path), 240)
-    value = parse_json(read_text(path, largest=largest), where=where)
-    _check_texts(value, where)
-    return value
+    return parse_json(read_text(path, largest=largest), where=where, nan=nan)
 
 
-def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST, nan: bool = False) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         LeapformerError: as `read_json`, or the value is of another kind.
     """
-    value = read_json(path, largest=largest)
+    value = read_json(path, largest=largest, nan=nan)
     if not isinstance(value, dict):
         raise LeapformerError(
             f"{cut(os.fspath(path), 240)}: expected a JSON object, found {type(value).__name__} {shown(value)}"
@@ -97,14 +101,18 @@ def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST) ->
     return value
 
 
-def parse_json(text: str, *, where: str) -> Any:
-    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, at most `DEEPEST` deep.
+def parse_json(text: str, *, where: str, nan: bool = False) -> Any:
+    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't hold,
+    at most `DEEPEST` deep.
+
+    Arguments:
+        nan: take NaN and infinity as None.
 
     Raises:
         LeapformerError: it is something else; begins with `where`.
     """
     try:
-        value = _DECODER.decode(text)
+        value = (_LENIENT if nan else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         raise LeapformerError(
             f"{where}: expected JSON, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
@@ -115,6 +123,7 @@ def parse_json(text: str, *, where: str) -> Any:
     except ValueError as error:  # ours below, and Python's on integers of over 4,300 digits
         raise LeapformerError(f"{where}: expected JSON, found {cut(error)}") from None
     _check_depth(value, where)
+    _check_texts(value, where)
     return value
 
 
@@ -139,6 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
+_LENIENT = json.JSONDecoder(parse_float=_float, parse_constant=lambda text: None, object_pairs_hook=_object)
 
 
 def _check_depth(value: Any, where: str) -> None:
@@ -158,7 +168,7 @@ def _check_depth(value: Any, where: str) -> None:
 
 
 def _check_texts(value: Any, where: str) -> None:
-    """JSON can spell half of a surrogate pair, which no file and no terminal takes."""
+    """JSON and YAML can spell half of a surrogate pair, which no file and no terminal takes."""
     level = [value]
     while level:
         inner: list[Any] = []
@@ -204,11 +214,11 @@ def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
         raise MissingExtra("lm", package="PyYAML", purpose="reading YAML") from None
     try:
         _check_events(yaml, text, where, most_nodes)
-        return yaml.load(text, Loader=_yaml_loader(yaml))
+        value = yaml.load(text, Loader=_yaml_loader(yaml))
     except yaml.MarkedYAMLError as error:
         place = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
         raise LeapformerError(
-            f"{where}: expected YAML, found {cut(error.problem or error.context, 120)}{place}"
+            f"{where}: expected YAML, found {cut(error.problem or error.context, 120).removeprefix('found ')}{place}"
         ) from None
     except (
         yaml.YAMLError,
@@ -221,6 +231,13 @@ def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
     ) as error:
         # PyYAML lets through what its constructors meet in values such as `!!int ""`.
         raise LeapformerError(f"{where}: expected YAML, found {cut(error, 120) or type(error).__name__}") from None
+    _check_texts(value, where)
+    return value
+
+
+def is_plain_value(text: str) -> bool:
+    """Whether YAML takes a plain text as null, a truth value or a number."""
+    return any(re.fullmatch(pattern, text) for pattern, _ in _PLAIN.values())
 
 
 def _check_events(yaml: Any, text: str, where: str, most_nodes: int) -> None:
@@ -287,6 +304,10 @@ def _yaml_loader(yaml: Any) -> Any:
 
     for tag, (pattern, first) in _PLAIN.items():
         Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), first)
+    # Tags spelled out make nothing else than JSON has: no dates, sets, bytes or ordered pairs.
+    kept = {None, *_PLAIN, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))}
+    Loader.yaml_constructors = {tag: make for tag, make in base.yaml_constructors.items() if tag in kept}
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
     Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _yaml_float(loader.construct_scalar(node)))
     _loaders.append(Loader)
     return Loader

@@ -37,7 +37,7 @@ def staged_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         LeapformerError: `target` is a folder, a pipe or a device, or can't be written; what was there before still is.
     """
-    path = _regular_or_new(target)
+    path = regular_or_new(target)
     staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
     try:
         staging.unlink(missing_ok=True)
@@ -85,11 +85,13 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def _regular_or_new(target: str | os.PathLike[str]) -> Path:
+def regular_or_new(target: str | os.PathLike[str]) -> Path:
     """Where a file may be put: a path at which there is a regular file or nothing, links followed."""
     try:
         path = Path(os.path.realpath(target)) if os.path.islink(target) else Path(target)
-        mode = path.lstat().st_mode if os.path.lexists(path) else None
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = None
     except OSError as error:
         raise LeapformerError(f"{cut(os.fspath(target), 240)}: could not be written ({error.strerror})") from None
     except ValueError:  # a zero byte in the name

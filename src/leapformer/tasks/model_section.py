@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerConfig
 
 # Fields that the data decides, or that say nothing about training.
@@ -29,3 +30,15 @@ def build_config(fields: dict[str, Any], *, config_class: Any = LeapformerConfig
         raise ValueError("model." + " ".join(str(error.__cause__ or error).split())) from error
     except ValueError as error:
         raise ValueError(str(error).replace("config ", "model.", 1)) from error
+
+
+def config_of(recipe: Any, **arguments: Any) -> Any:
+    """`build_config` of a recipe's section with what its data sets.
+
+    Raises:
+        LeapformerError: the data and the section don't go together.
+    """
+    try:
+        return build_config(recipe.model, **arguments)
+    except ValueError as error:
+        raise LeapformerError(f"recipe {recipe.name}: {error}") from None

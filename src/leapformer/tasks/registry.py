@@ -7,6 +7,7 @@ from importlib import import_module
 from os import PathLike
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
 from leapformer.training.recipes import Recipe, nearest, read_recipe, resolve_recipe
 from leapformer.training.task import Task
 
@@ -25,7 +26,7 @@ def get_task(name: str) -> Task:
         LeapformerError: there is none.
     """
     if name not in TASKS:
-        raise LeapformerError(f"task {name!r}: expected one of {', '.join(TASKS)}{nearest(name, list(TASKS))}")
+        raise LeapformerError(f"task {shown(name)}: expected one of {', '.join(TASKS)}{nearest(name, list(TASKS))}")
     return import_module(TASKS[name]).TASK
 
 
@@ -40,6 +41,7 @@ def load_recipe(reference: str | PathLike[str], overrides: Sequence[str] = ()) -
         LeapformerError: there is no such recipe or task, or the recipe has faults; all of them are told.
     """
     content = read_recipe(reference)
-    task = get_task(str(content.get("task")))
+    named = content.get("task")
+    task = get_task(named if isinstance(named, str) else shown(named))
     recipe = resolve_recipe(content, schema=task.recipe_type, model_fields=task.model_fields, overrides=overrides)
     return recipe, task

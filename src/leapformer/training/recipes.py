@@ -9,68 +9,102 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from leapformer.errors import LeapformerError
+from leapformer.files.reading import is_plain_value, parse_yaml, read_yaml
+from leapformer.files.records import expected
+from leapformer.files.showing import cut, shown
 
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+MOST_STEPS = 10**9
+MOST_TOKENS = 10**9  # of a batch, a block, a part of a split
+MOST_BATCH = 10**6
+MOST_RATE = 1e38  # what float32 holds; a rate that is too high ends the training by itself
+MOST_SEED = 2**32 - 1  # that numpy takes
+MOST_BASES = 20  # recipes that stand on one another
+MOST_FAULTS = 50  # told of one recipe
+QUOTED = ("[", "{", '"', "'")  # how an override's value begins that is read as YAML
 
 
 class RecipeError(LeapformerError):
     """A recipe that can't be used. With several faults, each stands on a line of its own after the first."""
 
     def __init__(self, recipe: str, faults: Sequence[str]) -> None:
-        self.faults = list(faults)
+        self.faults = [cut(fault, 400) for fault in faults]
         if len(self.faults) == 1:
             super().__init__(f"recipe {recipe}: {self.faults[0]}")
         else:
-            lines = "".join(f"\n  {fault}" for fault in self.faults)
+            lines = "".join(f"\n  {fault}" for fault in self.faults[:MOST_FAULTS])
             super().__init__(f"recipe {recipe}: {len(self.faults)} faults{lines}")
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# That of a folder too.
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 class Section(BaseModel):
     """A group of recipe keys. Keys it does not know are faults."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _takes_truth(cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticCustomError("truth", "a value that is no truth value")
+        return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """pydantic takes true for 1 where only a number is asked for."""
+    return any(kind in str(annotation) for kind in ("bool", "Any"))
 
 
 class TrainingSection(Section):
     """How the weights are found. Steps count optimizer updates; tokens are those the loss is taken over."""
 
-    seed: int = Field(default=0, ge=0, description="start of the weights, dropout and order of the data")
-    max_steps: int = Field(default=1000, ge=1)
-    batch_size: int = Field(default=8, ge=1, description="blocks per device and forward pass")
-    accumulation: int = Field(default=1, ge=1, description="forward passes per step")
+    seed: int = Field(default=0, ge=0, le=MOST_SEED, description="start of the weights, dropout and order of the data")
+    max_steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
+    batch_size: int = Field(default=8, ge=1, le=MOST_BATCH, description="blocks per device and forward pass")
+    accumulation: int = Field(default=1, ge=1, le=MOST_BATCH, description="forward passes per step")
     optimizer: Literal["adamw", "nesterov", "muon"] = "adamw"
-    learning_rate: float = Field(default=3e-3, gt=0, description="the highest of the schedule")
-    min_learning_rate: float = Field(default=0.0, ge=0, description="where the schedule ends")
+    learning_rate: float = Field(default=3e-3, gt=0, le=MOST_RATE, description="the highest of the schedule")
+    min_learning_rate: float = Field(default=0.0, ge=0, le=MOST_RATE, description="where the schedule ends")
     schedule: Literal["cosine", "linear", "inverse-sqrt", "constant"] = "cosine"
-    warmup_steps: int = Field(default=100, ge=0)
-    warmup_learning_rate: float = Field(default=0.0, ge=0, description="where the warm-up starts")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
-    epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
+    warmup_steps: int = Field(default=100, ge=0, le=MOST_STEPS)
+    warmup_learning_rate: float = Field(default=0.0, ge=0, le=MOST_RATE, description="where the warm-up starts")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="of AdamW")
+    epsilon: float = Field(default=1e-8, gt=0, le=1, description="of AdamW")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="of Nesterov's SGD and of Muon")
-    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; never on biases and norms")
-    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 for none")
-    clip_values: float = Field(default=0.0, ge=0, description="largest size of each of its values; 0 for none")
-    log_every: int = Field(default=50, ge=1, description="steps")
-    eval_every: int = Field(default=500, ge=1, description="steps between evaluations on a part of the validation set")
-    eval_tokens: int = Field(default=32_768, ge=1, description="size of that part, in tokens of the model")
-    eval_batch_tokens: int = Field(default=8_192, ge=1, description="tokens per forward pass of an evaluation")
-    save_every: int = Field(default=500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    weight_decay: float = Field(default=0.1, ge=0, le=MOST_RATE, description="on matrices; never on biases and norms")
+    clip: float = Field(default=1.0, ge=0, le=1e30, description="largest norm of the gradient; 0 for none")
+    clip_values: float = Field(default=0.0, ge=0, le=1e30, description="largest size of each of its values; 0 for none")
+    log_every: int = Field(default=50, ge=1, le=MOST_STEPS, description="steps")
+    eval_every: int = Field(
+        default=500, ge=1, le=MOST_STEPS, description="steps between evaluations on a part of the validation set"
+    )
+    eval_tokens: int = Field(
+        default=32_768, ge=1, le=MOST_TOKENS, description="size of that part, in tokens of the model"
+    )
+    eval_batch_tokens: int = Field(
+        default=8_192, ge=1, le=MOST_TOKENS, description="tokens per forward pass of an evaluation"
+    )
+    save_every: int = Field(default=500, ge=1, le=MOST_STEPS, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
     bf16: bool | Literal["auto"] = Field(default="auto", description="auto: on a GPU that has it")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: int = Field(default=1, ge=1, description="that share each batch on the CPU, at most one a thread")
+    processes: int = Field(
+        default=1, ge=1, le=1024, description="that share each batch on the CPU, at most one a thread"
+    )
     gradient_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile the model")
 
@@ -78,7 +112,7 @@ class TrainingSection(Section):
 class Recipe(Section):
     """What every task's recipe has. A task subclasses it and adds its own sections."""
 
-    name: str
+    name: Name
     description: str = ""
     task: str
     model: dict[str, Any] = Field(default_factory=dict, description="fields of LeapformerConfig")
@@ -123,10 +157,9 @@ def read_recipe(reference: str | os.PathLike[str]) -> dict[str, Any]:
     """
     content, seen = _read_alone(reference), [os.fspath(reference)]
     while (base := content.pop("base", None)) is not None:
-        if base in seen:
-            raise LeapformerError(
-                f"recipe {seen[0]}: base: expected another recipe, found {' -> '.join([*seen, base])}"
-            )
+        if not isinstance(base, str) or base in seen or len(seen) == MOST_BASES:
+            found = " -> ".join([*seen, base]) if isinstance(base, str) else shown(base)
+            raise LeapformerError(f"recipe {cut(seen[0], 240)}: base: expected another recipe, found {cut(found, 240)}")
         seen.append(base)
         content = _on_top(_read_alone(base), content)
     return content
@@ -145,18 +178,25 @@ def _read_alone(reference: str | os.PathLike[str]) -> dict[str, Any]:
     reference = os.fspath(reference)
     if reference.endswith((".yaml", ".yml")):
         path, name = Path(reference), Path(reference).stem
-        if not path.is_file():
-            raise LeapformerError(f"recipe file {reference}: no such file")
+        if not os.path.lexists(path):
+            raise LeapformerError(f"recipe file {cut(reference, 240)}: no such file")
     else:
         path, name = recipe_folder() / f"{reference}.yaml", reference
         if reference not in recipe_names():
-            raise LeapformerError(f"unknown recipe {reference!r}{nearest(reference, recipe_names(), everything=True)}")
+            raise LeapformerError(
+                f"unknown recipe {shown(reference)}{nearest(reference, recipe_names(), everything=True)}"
+            )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LeapformerError(f"recipe file {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except LeapformerError as error:
+        raise LeapformerError(f"recipe file {error}") from None
     if not isinstance(content, dict):
-        raise LeapformerError(f"recipe file {path}: expected a mapping of sections, found {type(content).__name__}")
+        raise LeapformerError(
+            f"recipe file {cut(path, 240)}: expected a mapping of sections, found {type(content).__name__}"
+        )
+    for key in content:
+        if not isinstance(key, str):
+            raise LeapformerError(f"recipe file {cut(path, 240)}: expected names of sections, found {shown(key)}")
     content.setdefault("name", name)
     return content
 
@@ -175,12 +215,12 @@ def resolve_recipe(
     Raises:
         RecipeError: lists every fault.
     """
-    name = str(content.get("name", "without a name"))
+    name = cut(content["name"]) if isinstance(content.get("name"), str) else "without a name"
     known = known_keys(schema, model_fields)
     merged: dict[str, Any] = {
         key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()
     }
-    faults = list(_apply_overrides(merged, overrides, known))
+    faults = [*_apply_overrides(merged, overrides, known), *_unwritable(merged)]
     model = merged.get("model")
     if isinstance(model, Mapping):
         merged["model"], model_faults = _check_model_fields(model, model_fields)
@@ -213,6 +253,7 @@ def nearest(name: str, known: Sequence[str], *, everything: bool = False) -> str
         everything: list all known names where none looks alike.
     """
     leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+    name = name[:100]  # the search takes quadratic time
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
     close += [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=3, cutoff=0.6)]
     close = list(dict.fromkeys(close))[:3]
@@ -222,12 +263,19 @@ def nearest(name: str, known: Sequence[str], *, everything: bool = False) -> str
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override: a number ("3e-3" included), or YAML (true, null, [leap, softmax], text)."""
-    if NUMBER.fullmatch(text):
-        number = float(text)
-        is_integer = not re.search(r"[.eE]", text) and math.isfinite(number)
-        return int(text) if is_integer else number
-    return yaml.safe_load(text)
+    """The value of an override: null, true, false or a number as in YAML, YAML where it begins with [ { or a quote, else the
+    text as it is.
+
+    Raises:
+        LeapformerError: it begins like YAML, and is none.
+    """
+    return parse_yaml(text, where="value") if is_plain_value(text) or text.startswith(QUOTED) else text
+
+
+def as_override(key: str, text: str) -> str:
+    """The override that sets a key to this very text."""
+    quoted = is_plain_value(text) or text.startswith(QUOTED)
+    return f"{key}={json.dumps(text, ensure_ascii=False) if quoted else text}"
 
 
 def expand_path(path: str, *, key: str) -> Path:
@@ -240,7 +288,7 @@ def expand_path(path: str, *, key: str) -> Path:
     missing = re.search(r"\$\{?(\w+)", expanded)
     if missing:
         raise LeapformerError(
-            f"{key}: the environment variable {missing.group(1)} is not set (in {path!r}); "
+            f"{key}: the environment variable {cut(missing.group(1))} is not set (in {shown(path)}); "
             f"set it, or give the folder with {key}=PATH"
         )
     return Path(expanded)
@@ -251,11 +299,11 @@ def _apply_overrides(merged: dict[str, Any], overrides: Sequence[str], known: Se
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            yield f"override {override!r}: expected key=value"
+            yield f"override {shown(override)}: expected key=value"
             continue
         matches = [key] if key in known else [full for full in known if full.rsplit(".", 1)[-1] == key]
         if not matches:
-            yield f"{key}: unknown key{nearest(key, known)}"
+            yield f"{cut(key)}: unknown key{nearest(key, known)}"
         elif len(matches) > 1:
             yield f"{key}: ambiguous; expected one of {', '.join(matches)}"
         else:
@@ -265,8 +313,24 @@ def _apply_overrides(merged: dict[str, Any], overrides: Sequence[str], known: Se
                 continue  # the section itself is at fault, and validation says so
             try:
                 target[leaf or section] = parse_value(text)
-            except yaml.YAMLError:
-                yield f"{key}: {text!r} is not a valid value"
+            except LeapformerError as error:
+                yield f"{key}: {error}"
+
+
+def _unwritable(content: Any) -> Iterator[str]:
+    """A fault where a text is none that a file or a path can hold."""
+    level = [content]
+    while level:
+        for each in level:
+            if isinstance(each, str) and ("\0" in each or any("\ud800" <= letter <= "\udfff" for letter in each)):
+                yield f"expected text, found {shown(each)}, which is none that a file can hold"
+                return
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, Mapping | list)
+            for inner in ([*outer.keys(), *outer.values()] if isinstance(outer, Mapping) else outer)
+        ]
 
 
 def _check_model_fields(model: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -274,18 +338,17 @@ def _check_model_fields(model: Mapping[str, Any], fields: Mapping[str, Any]) -> 
     right, faults = {}, []
     for key, value in model.items():
         if key not in fields:
-            faults.append(f"model.{key}: unknown key{nearest(key, sorted(fields))}")
+            faults.append(f"model.{cut(key)}: unknown key{nearest(str(key), sorted(fields))}")
+            continue
+        if isinstance(value, bool) and not _takes_truth(fields[key]):
+            faults.append(f"model.{key}: expected a value that is no truth value, found {value}")
             continue
         try:
-            right[key] = TypeAdapter(fields[key]).validate_python(value)
+            right[key] = TypeAdapter(fields[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:
-            expected = " or ".join(dict.fromkeys(_expected(fault) for fault in error.errors()))
-            faults.append(f"model.{key}: expected {expected}, found {value!r}")
+            wanted = " or ".join(dict.fromkeys(expected(fault) for fault in error.errors()))
+            faults.append(f"model.{key}: expected {wanted}, found {shown(value)}")
     return right, faults
-
-
-def _expected(fault: Mapping[str, Any]) -> str:
-    return fault["msg"].removeprefix("Input should be ")
 
 
 def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
@@ -293,7 +356,7 @@ def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
     seen = set()
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
-        key = ".".join(path[:2])
+        key = cut(".".join(path[:2]))
         if key in seen:
             continue
         seen.add(key)
@@ -304,4 +367,4 @@ def _faults(error: ValidationError, known: Sequence[str]) -> Iterator[str]:
         elif fault["type"] == "value_error":
             yield fault["msg"].removeprefix("Value error, ")  # our own checks name the key themselves
         else:
-            yield f"{key}: expected {_expected(fault)}, found {fault['input']!r}"
+            yield f"{key}: expected {expected(fault)}, found {shown(fault['input'])}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -151,38 +151,6 @@ def check_random_state(path: Path) -> None:
 
 
 # ---- counts
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a checkpoint says beside what the Trainer keeps.
-
-    Attributes:
-        targets: tokens or examples so far.
-        seconds: of training steps.
-        loss_sum, loss_steps: the losses since the last logged row, and of how many steps; None in older checkpoints.
-    """
-
-    targets: int
-    seconds: float
-    loss_sum: float | None = None
-    loss_steps: int | None = None
-
-
-def read_progress(path: Path) -> Progress:
-    """The counts in progress.json.
-
-    Raises:
-        LeapformerError: a value is missing or of another kind.
-    """
-    found = read_json_object(path)
-    likes = {"targets": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
-    for key, like in likes.items():
-        if key in found or key in ("targets", "seconds"):
-            _expect(found.get(key), like, f"{path}: {key}")
-            if key != "loss_sum" and found[key] < 0:
-                raise LeapformerError(f"{path}: {key}: expected no negative number, found {shown(found[key])}")
-    return Progress(**{key: found[key] for key in likes if key in found})
 
 
 def check_trainer_state(path: Path, *, step: int) -> None:

@@ -12,7 +12,6 @@ results.json     written last: a run that has it is finished
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,12 +22,15 @@ from typing import Any
 import yaml
 
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_own_files
 from leapformer.files.locking import LOCK, check_free, locked
-from leapformer.files.showing import shown
+from leapformer.files.reading import read_yaml
+from leapformer.files.records import parse_event, read_events, read_progress, read_results
+from leapformer.files.showing import cut, shown
 from leapformer.files.writing import STAGING_PREFIX, json_text, recover, staged_file, write_json, write_text
 from leapformer.training import ranks
 from leapformer.training.recipes import Recipe
-from leapformer.training.restoring import check_trainer_state, read_progress
+from leapformer.training.restoring import check_trainer_state
 from leapformer.training.saving import check_checkpoint
 
 OPTIMIZER, SCHEDULE, TRAINER_STATE, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json", "progress.json"
@@ -134,31 +136,27 @@ class Run:
         """The resolved recipe as it was trained.
 
         Raises:
-            LeapformerError: this is not the folder of a run.
+            LeapformerError: this is not the folder of a run, or a link in it leads out of it.
         """
-        if not self.recipe_path.is_file():
-            raise LeapformerError(f"{self.path}: expected the folder of a run, found no recipe.yaml in it")
-        content = yaml.safe_load(self.recipe_path.read_text(encoding="utf-8"))
+        if not os.path.lexists(self.recipe_path):
+            raise LeapformerError(f"{cut(self.path, 240)}: expected the folder of a run, found no recipe.yaml in it")
+        check_own_files(self.path)
+        content = read_yaml(self.recipe_path)
         if not isinstance(content, dict) or "task" not in content:
-            raise LeapformerError(f"{self.recipe_path}: expected a recipe, found something else")
+            raise LeapformerError(f"{cut(self.recipe_path, 240)}: expected a recipe, found something else")
         return content
 
     def results(self) -> dict[str, Any]:
-        """What results.json holds.
+        """What results.json holds, with the types of `files.records.ResultsRecord`.
 
         Raises:
             LeapformerError: the run is not finished, or the file is damaged.
         """
-        if not self.finished:
+        if not os.path.lexists(self.results_path):
             self.recipe()
-            raise LeapformerError(f"{self.path}: this run is not finished, so it has no results.json")
-        try:
-            content = json.loads(self.results_path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise LeapformerError(f"{self.results_path}: not valid JSON: {error}") from error
-        if not isinstance(content, dict) or "splits" not in content:
-            raise LeapformerError(f"{self.results_path}: expected the results of a run, found something else")
-        return content
+            raise LeapformerError(f"{cut(self.path, 240)}: this run is not finished, so it has no results.json")
+        check_own_files(self.path)
+        return read_results(self.results_path)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json, whole or not at all."""
@@ -173,16 +171,8 @@ class Run:
             raise LeapformerError(f"{self.metrics_path}: could not be written ({error.strerror})") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged events; a last line that a crash cut off is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        events = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return events
+        """The logged events; a row that is damaged, such as one that a crash cut off, is left out."""
+        return read_events(self.metrics_path)
 
     def rewind(self, step: int) -> None:
         """Forget the events after `step`, which a resumed run logs again, and rows that are damaged."""
@@ -190,22 +180,13 @@ class Run:
             return
         with self.metrics_path.open("rb") as rows, staged_file(self.metrics_path) as kept:
             for row in rows:
-                event = self._event(row)
+                event = parse_event(row.decode("utf-8", "surrogateescape")) if row.endswith(b"\n") else None
                 if event is not None and event["step"] <= step:
                     kept.write(row)
 
     def divergence(self) -> dict[str, Any] | None:
         """The event with which this run stopped, if that was a loss, a gradient or a weight that is no number."""
         return next((event for event in reversed(self.metrics()) if event.get("diverged") is True), None)
-
-    def _event(self, row: bytes) -> dict[str, Any] | None:
-        """The event in a row of metrics.jsonl; None where it is damaged or was cut off."""
-        try:
-            event = json.loads(row) if row.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            return None
-        step = event.get("step") if isinstance(event, dict) else None
-        return event if isinstance(step, int) and not isinstance(step, bool) else None
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints by step, the last one last."""

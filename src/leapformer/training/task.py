@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from leapformer.training.loading import saved_tokenizer
+from leapformer.training.loading import check_fit, load_model, saved_tokenizer
 from leapformer.training.recipes import Recipe
 
 # Wraps what takes long, told what it is; a command puts a bar there.
@@ -40,6 +40,14 @@ class TaskData(ABC):
     def take_over(self, model: PreTrainedModel, pretrained: PreTrainedModel) -> None:
         """Give `model` what it takes over from the model of `Task.pretraining`."""
         raise NotImplementedError
+
+    @abstractmethod
+    def check_model(self, model: Any) -> None:
+        """Check that a model which was loaded can take this data.
+
+        Raises:
+            LeapformerError: it is one of other data.
+        """
 
     def describe_model(self, model: Any) -> dict[str, Any]:
         """What results.json says of the model's kind."""
@@ -71,6 +79,7 @@ class Task(ABC):
 
     name: str
     recipe_type: type[Recipe]
+    model_class: str  # name of the class that its models have
     model_fields: Mapping[str, Any]  # what a recipe may say of the model, with the types
 
     @abstractmethod
@@ -85,6 +94,17 @@ class Task(ABC):
     def load_tokenizer(self, folder: Path) -> Any:
         """What `TaskData.tokenizer` wrote beside a model, for `prepare`; None where there is none."""
         return saved_tokenizer(folder)
+
+    def open(self, folder: Path) -> tuple[Any, Any]:
+        """The model in a folder and what `load_tokenizer` gives, checked to fit one another.
+
+        Raises:
+            LeapformerError: one of them is missing or damaged, or they don't fit.
+        """
+        model, tokenizer = load_model(folder, expected=self.model_class), self.load_tokenizer(folder)
+        if tokenizer is not None:
+            check_fit(model, tokenizer, folder)
+        return model, tokenizer
 
     def pretraining(self, recipe: Any) -> tuple[Recipe, Task] | None:
         """A recipe to train before this one, and its task; None where there is none."""

@@ -17,18 +17,17 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leapformer.errors import LeapformerError
+from leapformer.files.records import ProgressRecord, read_progress
 from leapformer.files.writing import STAGING_PREFIX, staged_folder, write_json
 from leapformer.training import ranks
 from leapformer.training.arguments import build_optimizer, build_schedule
 from leapformer.training.processes import Helpers, divide
 from leapformer.training.recipes import TrainingSection
 from leapformer.training.restoring import (
-    Progress,
     check_random_state,
     load_optimizer,
     load_schedule,
     load_weights,
-    read_progress,
 )
 from leapformer.training.run import OPTIMIZER, PROGRESS, SCHEDULE, TRAINER_STATE, Run, checkpoint_step
 from leapformer.training.saving import WEIGHTS, seal
@@ -114,7 +113,7 @@ class LeapformerTrainer(Trainer):
         self.run = run
         self.targets_seen = 0
         self.clock = StepClock()
-        self._resumed: Progress | None = None
+        self._resumed: ProgressRecord | None = None
         self._losses: list[torch.Tensor] = []  # of the forward passes of this step
         self._row_begins = 0  # the step after which the next row of losses begins
         super().__init__(
@@ -285,8 +284,8 @@ class LeapformerTrainer(Trainer):
                 self._save_scaler(str(folder))
                 write_json(folder / TRAINER_STATE, dict(sorted(asdict(self.state).items())))
                 steps = self.state.global_step - self._globalstep_last_logged
-                progress = Progress(self.targets_seen, self.clock.seconds, loss_sum, steps)
-                write_json(folder / PROGRESS, asdict(progress))
+                progress = {"targets": self.targets_seen, "seconds": self.clock.seconds}
+                write_json(folder / PROGRESS, {**progress, "loss_sum": loss_sum, "loss_steps": steps})
             self._save_rng_state(str(folder))
         if self.args.should_save:
             self.remove_old_checkpoints()

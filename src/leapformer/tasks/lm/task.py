@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
 from leapformer.files.writing import staged_folder
@@ -23,8 +23,9 @@ from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
-from leapformer.tasks.model_section import build_config, model_fields
-from leapformer.training.recipes import Recipe, Section, expand_path
+from leapformer.tasks.model_section import build_config, config_of, model_fields
+from leapformer.training.loading import load_tokenizer
+from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 POSITION_BINS = 16
@@ -42,10 +43,11 @@ class DataSection(Section):
     validation_share: float = Field(
         default=0.05, gt=0, lt=1, description="held out where the source has no validation split"
     )
-    block_size: int = Field(default=256, ge=2, description="tokens of a training sequence")
+    block_size: int = Field(default=256, ge=2, le=MOST_TOKENS, description="tokens of a training sequence")
     context_window: int = Field(
         default=0,
         ge=0,
+        le=MOST_TOKENS,
         description="evaluation: tokens each block repeats of the one before, so that predictions see more context",
     )
     across_documents: bool = Field(default=True, description="whether attention crosses the ends of documents")
@@ -63,7 +65,7 @@ class TokenizerSection(Section):
     """How text becomes tokens."""
 
     kind: Literal["bytes", "bpe", "word"] = "bpe"
-    vocab_size: int | None = Field(default=None, ge=2, description="none: the kind's own default")
+    vocab_size: int | None = Field(default=None, ge=2, le=10**7, description="none: the kind's own default")
 
 
 class LanguageModelRecipe(Recipe):
@@ -91,8 +93,8 @@ class LanguageModelRecipe(Recipe):
 
 
 def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is."""
-    return build_config(fields, vocab_size=2**31)
+    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a softmax."""
+    return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
 class LanguageModelData(TaskData):
@@ -108,6 +110,7 @@ class LanguageModelData(TaskData):
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.cache = cache
+        self.config = config_of(recipe, vocab_size=len(tokenizer))
         self.collator = PackedCollator()
         self._encoded: dict[str, EncodedSplit] = {}
         self.train_dataset = self.packed("train")
@@ -140,7 +143,14 @@ class LanguageModelData(TaskData):
         )
 
     def build_model(self) -> LeapformerForCausalLM:
-        return LeapformerForCausalLM(build_config(self.recipe.model, vocab_size=len(self.tokenizer)))
+        return LeapformerForCausalLM(self.config)
+
+    def check_model(self, model: Any) -> None:
+        limit, longest = model.config.length_limit(), self.recipe.data.block_size
+        if limit is not None and longest > limit[0]:
+            raise LeapformerError(
+                f"data.block_size: expected at most the model's max_position_embeddings={limit[0]}, found {longest}; {limit[1]}"
+            )
 
     def count_targets(self, batch: dict[str, torch.Tensor]) -> int:
         """Labels are shifted inside the model, so the first of every row is not counted."""
@@ -212,6 +222,7 @@ class LanguageModelTask(Task):
 
     name = "lm"
     recipe_type = LanguageModelRecipe
+    model_class = LeapformerForCausalLM.__name__
     model_fields = model_fields()
 
     def prepare(
@@ -253,7 +264,7 @@ def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: 
         tokenizer = build_tokenizer(section.kind, vocab_size=section.vocab_size, documents=documents)
         with staged_folder(folder) as staging:
             tokenizer.save_pretrained(staging)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 TASK = LanguageModelTask()

@@ -22,7 +22,7 @@ from leapformer.models import LeapformerForMaskedLM
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator
 from leapformer.tasks.lra.task import LraData, LraRecipe, LraTask
-from leapformer.tasks.model_section import build_config
+from leapformer.tasks.model_section import config_of
 from leapformer.training.draws import generator_for
 
 MASK_SHARES = {"listops": 0.10, "text": 0.15, "retrieval": 0.15, "image": 0.5, "pathfinder": 0.5}
@@ -86,7 +86,7 @@ class DenoiseData(LraData):
         self.train_dataset = Documents(train)
 
     def config(self) -> Any:
-        return build_config(self.recipe.model, vocab_size=self.split("train").vocab_size + 1)
+        return config_of(self.recipe, vocab_size=self.split("train").vocab_size + 1)
 
     def build_model(self) -> LeapformerForMaskedLM:  # type: ignore[override]
         return LeapformerForMaskedLM(self.config())
@@ -132,6 +132,7 @@ class DenoiseTask(LraTask):
 
     name = "lra-denoise"
     recipe_type = DenoiseRecipe
+    model_class = LeapformerForMaskedLM.__name__
     data_type = DenoiseData
 
     def pretraining(self, recipe: LraRecipe) -> None:

@@ -19,8 +19,8 @@ from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerForSequenceClassification
 from leapformer.tasks.lra.baselines import majority_baseline, root_operator_baseline
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator, load
-from leapformer.tasks.model_section import build_config, model_fields
-from leapformer.training.recipes import Recipe, Section, expand_path
+from leapformer.tasks.model_section import build_config, config_of, model_fields
+from leapformer.training.recipes import MOST_RATE, MOST_STEPS, MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
 SET_BY_DATA = ("num_labels", "paired_inputs")
@@ -32,7 +32,7 @@ class DataSection(Section):
     dataset: Literal["listops", "text", "retrieval", "image", "pathfinder"]
     path: str = Field(description="folder that `leapformer data prepare` filled, $VARIABLES allowed")
     max_length: int | None = Field(
-        default=None, ge=1, description="cut documents of text and retrieval here; none: as prepared"
+        default=None, ge=1, le=MOST_TOKENS, description="cut documents of text and retrieval here; none: as prepared"
     )
     brackets: bool = Field(
         default=True, description="false: ListOps without closing brackets, as an older harness had it"
@@ -45,8 +45,8 @@ class DenoiseSection(Section):
     mask_share: float | None = Field(
         default=None, gt=0, lt=1, description="of the tokens; none: 0.1 of ListOps, 0.15 of bytes, 0.5 of pixels"
     )
-    pretrain_steps: int | None = Field(default=None, ge=1)
-    pretrain_learning_rate: float | None = Field(default=None, gt=0)
+    pretrain_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    pretrain_learning_rate: float | None = Field(default=None, gt=0, le=MOST_RATE)
 
 
 class LraRecipe(Recipe):
@@ -98,8 +98,8 @@ class LraData(TaskData):
 
     def config(self) -> Any:
         train = self.split("train")
-        return build_config(
-            self.recipe.model,
+        return config_of(
+            self.recipe,
             vocab_size=train.vocab_size,
             num_labels=train.num_classes,
             paired_inputs=train.two_documents,
@@ -107,6 +107,21 @@ class LraData(TaskData):
 
     def build_model(self) -> LeapformerForSequenceClassification:
         return LeapformerForSequenceClassification(self.config())
+
+    def check_model(self, model: Any) -> None:
+        own, found = self.config(), model.config
+        for name in ("vocab_size", "num_labels", "paired_inputs"):
+            if getattr(found, name) != getattr(own, name):
+                raise LeapformerError(
+                    f"recipe {self.recipe.name}: expected a model of {name}={getattr(own, name)}, as the data has it, found "
+                    f"{getattr(found, name)}"
+                )
+        limit, longest = found.length_limit(), self.split("train").max_length
+        if limit is not None and longest > limit[0]:
+            raise LeapformerError(
+                f"recipe {self.recipe.name}: expected a model that takes the {longest} tokens of the longest document, found "
+                f"one of max_position_embeddings={limit[0]}; {limit[1]}"
+            )
 
     def take_over(self, model: Any, pretrained: Any) -> None:
         """The encoder of a model that filled in masks; its last symbol was the mask."""
@@ -165,6 +180,7 @@ class LraTask(Task):
 
     name = "lra"
     recipe_type = LraRecipe
+    model_class = LeapformerForSequenceClassification.__name__
     data_type = LraData
     model_fields = model_fields(*SET_BY_DATA)
 

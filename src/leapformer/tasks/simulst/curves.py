@@ -6,11 +6,14 @@ RUN/evaluation/SPLIT/offline/...         with the whole source before the first 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
 from leapformer.tasks.simulst.instances import LOG_NAME, Instance, score, write_instances
 
 FOLDER = "evaluation"
@@ -25,8 +28,10 @@ def parse_ks(text: str) -> list[int | None]:
     """
     values: list[int | None] = []
     for part in text.split(","):
-        if not part.strip().isdigit() or int(part) < 1:
-            raise LeapformerError(f"--k: expected integers from 1 on with commas between, found {part.strip()!r}")
+        if not re.fullmatch(r"\s*0*[1-9][0-9]{0,6}\s*", part, re.ASCII):
+            raise LeapformerError(
+                f"--k: expected integers from 1 on, of up to 7 digits, with commas between, found {shown(part.strip())}"
+            )
         values.append(int(part))
     return [*dict.fromkeys(values), None]
 
@@ -44,18 +49,19 @@ def evaluate_curve(
     write: Callable[[int | None], Sequence[Instance]],
     real_time_factor: Callable[[int | None], float | None] = lambda k: None,
     told: Callable[[dict[str, Any]], None] = lambda point: None,
+    keep: Callable[[Callable[[], None]], object] = lambda write: write(),
 ) -> list[dict[str, Any]]:
     """Write the log of each k, and return its scores as a point of the curve, {"k": ..., "BLEU": ..., "LAAL": ...}.
 
     Arguments:
         write: gives the log of a k. real_time_factor: of a k, where it was measured. told: called with each point.
+        keep: calls what writes a log, and may go on where that fails.
     """
     points = []
     for k in ks:
         instances = write(k)
         path = log_path(run, split, k)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_instances(path, instances)
+        keep(partial(_write_log, path, instances))
         point: dict[str, Any] = {"k": k, "sentences": len(instances), **score(instances)}
         factor = real_time_factor(k)
         if factor is not None:
@@ -63,3 +69,8 @@ def evaluate_curve(
         told(point)
         points.append(point)
     return points
+
+
+def _write_log(path: Path, instances: Sequence[Instance]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_instances(path, instances)

@@ -8,21 +8,27 @@ target.spm            the vocabulary of the target
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.folders import check_own_files
+from leapformer.files.reading import read_json_object
+from leapformer.files.showing import cut, shown
 from leapformer.files.writing import write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
+from leapformer.training.loading import load_model
 
 ABOUT = "translation.json"
 STATISTICS = "features.safetensors"
 SOURCE, TARGET = "source.spm", "target.spm"
+MODEL_CLASS = "LeapformerForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -86,20 +92,59 @@ class TranslationProcessor:
     def from_pretrained(cls, folder: str | Path) -> TranslationProcessor:
         """Read what `save_pretrained` wrote. Raises LeapformerError where a file is missing or damaged."""
         folder = Path(folder)
-        try:
-            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            kind, (source, target) = about["source"], about["languages"]
-        except OSError:
-            raise LeapformerError(f"{folder}: expected a translation model, found no {ABOUT} in it") from None
-        except (ValueError, KeyError, TypeError):
+        check_own_files(folder)
+        if not os.path.isfile(folder / ABOUT):
+            raise LeapformerError(f"{cut(folder, 240)}: expected a translation model, found no {ABOUT} in it")
+        about = read_json_object(folder / ABOUT)
+        kind, languages = about.get("source"), about.get("languages") or []
+        if kind not in ("speech", "text") or not _are_codes(languages):
             raise LeapformerError(
-                f"{folder / ABOUT}: expected the kind of source and two languages, found others"
-            ) from None
+                f"{folder / ABOUT}: expected the kind of source and two languages, found {shown(kind)} and {shown(languages)}"
+            )
+        source, target = languages
         has_source = kind == "text" or (folder / SOURCE).is_file()
+        statistics = FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None
         return cls(
             target_vocabulary=Vocabulary.load(folder / TARGET),
-            statistics=FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None,
+            statistics=statistics,
             source_vocabulary=Vocabulary.load(folder / SOURCE) if has_source else None,
             source_language=source,
             target_language=target,
         )
+
+    def check_fit(self, config: Any, where: str | Path) -> None:
+        """Check that a model's configuration is one for these vocabularies and features.
+
+        Raises:
+            LeapformerError: it is another's.
+        """
+        expected = {"source": self.source, "vocab_size": len(self.target_vocabulary)}
+        if self.source_vocabulary is not None:
+            expected["source_vocab_size" if self.source == "text" else "ctc_vocab_size"] = len(self.source_vocabulary)
+        if self.statistics is not None:
+            expected["num_features"] = self.statistics.mean.shape[-1]
+        for name, value in expected.items():
+            found = getattr(config, name)
+            if found != value:
+                raise LeapformerError(
+                    f"{cut(where, 240)}: expected a model of {name}={value}, as its {ABOUT} and vocabularies have it, "
+                    f"found {found}"
+                )
+
+
+def _are_codes(languages: Any) -> bool:
+    """Whether these are two short texts."""
+    is_pair = isinstance(languages, list) and len(languages) == 2
+    return is_pair and all(isinstance(code, str) and len(code) <= 40 for code in languages)
+
+
+def open_translation(folder: str | Path) -> tuple[Any, TranslationProcessor]:
+    """The model in a folder and its processor, checked to fit one another.
+
+    Raises:
+        LeapformerError: one of them is missing or damaged, or they don't fit.
+    """
+    model = load_model(folder, expected=MODEL_CLASS)
+    processor = TranslationProcessor.from_pretrained(folder)
+    processor.check_fit(model.config, folder)
+    return model, processor

@@ -23,9 +23,8 @@ from simuleval.agents.actions import ReadAction, WriteAction  # type: ignore[imp
 from simuleval.utils import entrypoint  # type: ignore[import-not-found]
 
 from leapformer.tasks.simulst.policies import WaitK
-from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.processor import open_translation
 from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.training.loading import load_model
 
 
 @entrypoint
@@ -34,8 +33,7 @@ class LeapformerAgent(SpeechToTextAgent):
 
     def __init__(self, args: Namespace) -> None:
         folder = Path(args.run) / "model"
-        self.model = load_model(folder)
-        self.processor = TranslationProcessor.from_pretrained(folder)
+        self.model, self.processor = open_translation(folder)
         self.wait_k = WaitK(args.k or None)
         self.translator: StreamingTranslator | None = None
         self.taken = 0

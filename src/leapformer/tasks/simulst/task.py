@@ -16,11 +16,12 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
 from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.translation import ENCODER_FIELDS
 from leapformer.models.translation_configuration import PLACES, LeapformerTranslationConfig
-from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.tasks.preparation import BadRows
 from leapformer.tasks.simulst.evaluation import batches_by_length, simulate
 from leapformer.tasks.simulst.examples import Sentence, TranslationCollator, TranslationDataset
@@ -29,11 +30,11 @@ from leapformer.tasks.simulst.features import FeatureStatistics
 from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import Instance, score
 from leapformer.tasks.simulst.prepared import SpokenSplit
-from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.processor import MODEL_CLASS, TranslationProcessor, open_translation
 from leapformer.tasks.simulst.spoken import read_pairs
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
-from leapformer.training.recipes import Recipe, Section, expand_path, read_recipe, resolve_recipe
+from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path, read_recipe, resolve_recipe
 from leapformer.training.run import Run
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
@@ -64,16 +65,23 @@ class DataSection(Section):
         default_factory=dict, description="text: names of files for train, validation, test where they differ"
     )
     limit: int | None = Field(
-        default=None, ge=1, description="training sentences to take, from the start; none: all (grammar: 20,000)"
+        default=None,
+        ge=1,
+        le=10**9,
+        description="training sentences to take, from the start; none: all (grammar: 20,000)",
     )
-    max_seconds: float = Field(default=30.0, gt=0, description="speech: longer utterances are left out of the training")
-    max_tokens: int = Field(default=200, ge=1, description="longer targets are left out of the training")
+    max_seconds: float = Field(
+        default=30.0, gt=0, le=86_400, description="speech: longer utterances are left out of the training"
+    )
+    max_tokens: int = Field(
+        default=200, ge=1, le=MOST_TOKENS, description="longer targets are left out of the training"
+    )
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSection:
         if (self.path is None) != (self.source == "grammar"):
             expected = "none with the source grammar" if self.source == "grammar" else "a folder"
-            raise ValueError(f"data.path: expected {expected}, found {self.path!r}")
+            raise ValueError(f"data.path: expected {expected}, found {shown(self.path)}")
         return self
 
 
@@ -81,25 +89,27 @@ class VocabularySection(Section):
     """sentencepiece vocabularies, trained on the training split."""
 
     kind: Literal["unigram", "bpe", "char", "word"] = "unigram"
-    size: int = Field(default=10_000, ge=8, description="of the target")
-    source_size: int = Field(default=10_000, ge=8, description="of a text source, of transcripts and of the CTC head")
+    size: int = Field(default=10_000, ge=8, le=10**6, description="of the target")
+    source_size: int = Field(
+        default=10_000, ge=8, le=10**6, description="of a text source, of transcripts and of the CTC head"
+    )
 
 
 class WaitKSection(Section):
     """Multi-path wait-k: a k for every batch, so that one model serves every latency (arXiv 2005.08595)."""
 
-    max_k: int = Field(default=9, ge=0, description="k is drawn from 1 to it; 0: always the whole source")
+    max_k: int = Field(default=9, ge=0, le=10**6, description="k is drawn from 1 to it; 0: always the whole source")
     whole_share: float = Field(default=0.1, ge=0, le=1, description="share of batches that see the whole source")
-    eval_k: int | None = Field(default=5, ge=1, description="k of the validation; none: the whole source")
+    eval_k: int | None = Field(default=5, ge=1, le=10**6, description="k of the validation; none: the whole source")
 
 
 class AugmentationSection(Section):
     """SpecAugment (arXiv 1904.08779), speed and vocal tract length, for speech in training."""
 
-    frequency_width: int = Field(default=27, ge=0)
-    frequency_masks: int = Field(default=1, ge=0)
-    time_width: int = Field(default=100, ge=0)
-    time_masks: int = Field(default=1, ge=0)
+    frequency_width: int = Field(default=27, ge=0, le=10**4)
+    frequency_masks: int = Field(default=1, ge=0, le=100)
+    time_width: int = Field(default=100, ge=0, le=10**6)
+    time_masks: int = Field(default=1, ge=0, le=100)
     time_share: float = Field(default=1.0, ge=0, le=1, description="longest mask as a share of the utterance")
     speed: float = Field(default=0.0, ge=0, lt=0.5, description="0.1: utterances become up to 10 % longer or shorter")
     vocal_tract: float = Field(
@@ -162,6 +172,7 @@ class TranslationData(TaskData):
             self._start = Run(expand_path(recipe.start.run, key="start.run"))
             self._start.results()  # a run that is not finished is no start
         self.tokenizer = self.processor = processor or self._build_processor()
+        self.config()  # its faults come before anything is written
         self.train_dataset = train = self.dataset("train")
         self.train_lengths = [train.length(index) for index in range(len(train))]
         section = recipe.wait_k
@@ -212,7 +223,7 @@ class TranslationData(TaskData):
     def _grammar(self, split: str) -> list[Sentence]:
         sizes = {"train": self.recipe.data.limit or GRAMMAR_SENTENCES, "validation": HELD_OUT, "test": HELD_OUT}
         if split not in sizes:
-            raise LeapformerError(f"the built-in grammar: expected the split {', '.join(sizes)}, found {split!r}")
+            raise LeapformerError(f"the built-in grammar: expected the split {', '.join(sizes)}, found {shown(split)}")
         drawn = Grammar(0).sentences(split, sizes[split], seed=0)
         return [Sentence(each.english, each.german) for each in drawn]
 
@@ -299,7 +310,7 @@ class TranslationData(TaskData):
         if processor.source_vocabulary is not None:
             size = len(processor.source_vocabulary)
             set_by_data |= {"source_vocab_size": size, "ctc_vocab_size": size}
-        return build_config(self.recipe.model, config_class=LeapformerTranslationConfig, **set_by_data)
+        return config_of(self.recipe, config_class=LeapformerTranslationConfig, **set_by_data)
 
     def build_model(self) -> LeapformerForConditionalGeneration:
         model = LeapformerForConditionalGeneration(self.config())
@@ -325,6 +336,13 @@ class TranslationData(TaskData):
         mine, theirs = model.ctc_head, pretrained.ctc_head
         if mine is not None and theirs is not None and mine.weight.shape == theirs.weight.shape:
             mine.load_state_dict(theirs.state_dict())
+
+    def check_model(self, model: Any) -> None:
+        expected = "speech" if self.is_speech else "text"
+        if model.config.source != expected:
+            raise LeapformerError(
+                f"data.source: expected {model.config.source}, which the model takes, found {expected}"
+            )
 
     def describe_model(self, model: Any) -> dict[str, Any]:
         config = model.config
@@ -413,6 +431,7 @@ class TranslationTask(Task):
 
     name = "simulst"
     recipe_type = TranslationRecipe
+    model_class = MODEL_CLASS
     model_fields = model_fields(*SET_BY_DATA, config_class=LeapformerTranslationConfig)
 
     def prepare(
@@ -423,6 +442,9 @@ class TranslationTask(Task):
 
     def load_tokenizer(self, folder: Path) -> TranslationProcessor:
         return TranslationProcessor.from_pretrained(folder)
+
+    def open(self, folder: Path) -> tuple[Any, TranslationProcessor]:
+        return open_translation(folder)
 
     def pretraining(self, recipe: TranslationRecipe) -> tuple[Recipe, Task] | None:
         """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed, on its device."""
