@@ -18,6 +18,9 @@
 #include "leap.h"
 #include "plan.h"
 
+// A step of the decay that leaves exactly 0, as -inf does. Differences of sums that held anything further off would be lost.
+constexpr float LEAST_STEP = -200;
+
 struct Buffers {
     float *kx, *kt, *v, *vt, *phi_k, *kf, *dkf, *dxk, *dv, *dphi_k;
     float *qx, *phi_q, *qf, *dqf, *scores, *weights, *num, *gn, *dphi_q, *dxq;
@@ -130,7 +133,10 @@ struct Attention : Buffers {
     // Sums of the decay within the tile and their exponentials; with a decay, query heads and key heads are the same.
     void load_decay(long token, int n) {
         double sum = 0;
-        for (int i = 0; i < n; i++) since[i] = sum += at(p.log_decay, token + i, g, 0);
+        for (int i = 0; i < n; i++) {
+            const float step = at(p.log_decay, token + i, g, 0);
+            since[i] = sum += step < LEAST_STEP ? LEAST_STEP : step;
+        }
         for (int i = n; i < TILE; i++) since[i] = sum;
         for (int i = 0; i < TILE; i++) eq[i] = float(since[i]), ek[i] = float(sum - since[i]);
         for (int i = 0; i < TILE; i += W) store(eq + i, exponential(load(eq + i))), store(ek + i, exponential(load(ek + i)));
