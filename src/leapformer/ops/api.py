@@ -18,7 +18,7 @@ from torch import Tensor
 from leapformer.ops import native, reference, torch_impl, triton_impl
 from leapformer.ops.arguments import LeapWeights
 from leapformer.ops.autocast import without_autocast
-from leapformer.ops.checks import Call, boundaries, check_arguments, check_leap, check_tensors, expect
+from leapformer.ops.checks import Call, boundaries, check_arguments, check_tensors, expect
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
@@ -135,8 +135,11 @@ def leap_attention(
 
     Source: arXiv 2405.13046, eq. 7-9.
     """
-    check_leap(q, k, q_leap, k_leap)
-    hidden = max(0 if w.w1 is None else w.w1.shape[1] for w in (q_leap, k_leap))
+    check_arguments(
+        q, k, v, None, None, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps,
+        normalize=normalize, update_state=update_state, leaps=(q_leap, k_leap),
+    )  # fmt: skip
+    hidden = max(0 if w1 is None else w1.shape[1] for w1 in (q_leap[0], k_leap[0]))
     fused = _implementation(impl, Call(q, v, 2, hidden, initial_state)).attend_leap
     if fused is None or (log_decay is not None and q.shape[2] != k.shape[2]):
         if key_mask is not None and key_mask.shape == k.shape[:2]:
@@ -148,10 +151,6 @@ def leap_attention(
             cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
             update_state=update_state, normalize=normalize, eps=eps, impl=impl,
         )  # fmt: skip
-    check_arguments(
-        q, k, v, None, None, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps, normalize=normalize,
-        rank=2, update_state=update_state,
-    )  # fmt: skip
     causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k, log_decay)
     with without_autocast(q.device.type):
         output, kv, z = fused(
@@ -237,7 +236,7 @@ def _leap_factors(x: Tensor, weights: LeapWeights) -> Tensor:
 
 def _representable(eps: float, dtype: torch.dtype) -> float:
     """``eps``, but no less than the smallest number whose inverse the sums' dtype has: a clamp must not become 0."""
-    return max(float(eps), 2.3e-308 if dtype == torch.float64 else 1.2e-38)
+    return max(float(eps), 2.3e-308 if dtype is torch.float64 else 1.2e-38)
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:

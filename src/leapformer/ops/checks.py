@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import LeapWeights
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
@@ -28,7 +29,7 @@ _TENSORS = (
     "initial_state.z", "initial_state.log_decay", "visible",
 )  # fmt: skip
 _NO_STATE = (None, None, None)
-_LEAPS = tuple(f"{side}_leap.{field}" for side in "qk" for field in ("w1", "b1", "w2", "b2"))
+_WITH_LEAPS = _TENSORS + tuple(f"{side}_leap.{field}" for side in "qk" for field in ("w1", "b1", "w2", "b2"))
 
 
 class Call(NamedTuple):
@@ -51,29 +52,37 @@ def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> N
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
     key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, eps: float, *, normalize: bool = True, relu: bool = False, rank: int | None = None,
-    update_state: bool = False,
+    initial_state: LinearState | None, eps: float, *, normalize: bool = True, relu: bool = False,
+    update_state: bool = False, leaps: tuple[LeapWeights, LeapWeights] | None = None,
 ) -> None:  # fmt: skip
-    """Everything that ``linear_attention`` takes; what only the values could tell (they may be on a GPU) is trusted.
+    """Everything that the doors take; what only the values could tell (they may be on a GPU) is trusted.
 
-    ``rank``: of factors that are still to come.
+    ``leaps``: the LeaP modules of queries and keys, where they stand for factors.
     """
     state = _NO_STATE
     if initial_state is not None:
         expect(isinstance(initial_state, LinearState), "initial_state", "a LinearState", type(initial_state).__name__)
         state = initial_state
     given = visible if isinstance(visible, Tensor) else None
-    check_tensors(
-        _TENSORS, (q, k, v, q_factors, k_factors, key_mask, cu_seqlens, cu_seqlens_k, log_decay, *state, given), q, 3
-    )
+    tensors = (q, k, v, q_factors, k_factors, key_mask, cu_seqlens, cu_seqlens_k, log_decay, *state, given)
+    if leaps is None:
+        check_tensors(_TENSORS, tensors, q, 3)
+    else:
+        for name, weights in zip(("q_leap", "k_leap"), leaps, strict=True):
+            if not (isinstance(weights, tuple) and len(weights) == 4):
+                expect(False, name, "LeapWeights(w1, b1, w2, b2)", type(weights).__name__)
+        check_tensors(_WITH_LEAPS, (*tensors, *leaps[0], *leaps[1]), q, 3)
     _check_main(q, k, v)
+    if leaps is not None:
+        _check_module("q_leap", q, leaps[0])
+        _check_module("k_leap", k, leaps[1])
     B, T, H, K = q.shape
     _, S, G, V = v.shape
-    if not isinstance(eps, float) or not eps > 0:
-        fits = isinstance(eps, numbers.Real | torch.SymFloat) and eps > 0
-        expect(fits, "eps", "a number above 0", eps)
-    expect(type(normalize) is bool, "normalize", "True or False", normalize)
-    expect(type(relu) is bool, "relu", "True or False", relu)
+    if not (isinstance(eps, numbers.Real | torch.SymFloat) and eps > 0):
+        expect(False, "eps", "a number above 0", eps)
+    for name, option in (("normalize", normalize), ("relu", relu)):
+        if not isinstance(option, bool):
+            expect(False, name, "True or False", option)
     if q_factors is not None or k_factors is not None:
         _check_factors(q, k, q_factors, k_factors)
     if key_mask is not None:
@@ -88,12 +97,13 @@ def check_arguments(
         expect(log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", log_decay.shape, B, T, H)
         expect(log_decay.dtype in FLOATING, "log_decay", "a floating dtype", log_decay.dtype)
     if initial_state is not None:
-        R = rank or (1 if q_factors is None else q_factors.shape[-1])
+        R = 2 if leaps is not None else 1 if q_factors is None else q_factors.shape[-1]
         _check_state(initial_state, N, G if log_decay is None else H, H, R, K, V)
     if update_state:
         expect(initial_state is not None, "update_state", "an initial_state to update", None)
-        has_grad = torch.is_grad_enabled()
-        expect(not has_grad, "update_state", "gradients switched off (torch.no_grad), which need the old state", "on")
+        if torch.is_grad_enabled():
+            wanted = "gradients switched off (torch.no_grad), which need the old state"
+            expect(False, "update_state", wanted, "on")
         # What a compiler or a transform puts in a tensor's place has no address.
         if initial_state is not None and type(initial_state.kv) in ORDINARY and not torch.compiler.is_compiling():
             _check_written(initial_state)
@@ -118,38 +128,32 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], q: Tensor
             expect(t.device == q.device, name, "the device of q, {}", t.device, q.device)
 
 
-def check_leap(q: Tensor, k: Tensor, q_leap: tuple[Tensor | None, ...], k_leap: tuple[Tensor | None, ...]) -> None:
-    """The weights of two LeaP modules against the q [B, T, H, K] and k [B, S, G, K] that they read."""
-    for name, weights in (("q_leap", q_leap), ("k_leap", k_leap)):
-        fits = isinstance(weights, tuple) and len(weights) == 4
-        expect(fits, name, "LeapWeights(w1, b1, w2, b2)", type(weights).__name__)
-    check_tensors(("q", "k", *_LEAPS), (q, k, *q_leap, *k_leap), q, 2)
-    for name, x, weights in (("q_leap", q, q_leap), ("k_leap", k, k_leap)):
-        _check_module(name, x, weights)
-
-
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _check_module(name: str, x: Tensor, weights: tuple[Tensor | None, ...]) -> None:
-    if x.dim() != 4:
-        expect(False, name[0], "4 axes [batch, tokens, heads, width]", x.shape)
+def _check_module(name: str, x: Tensor, weights: LeapWeights) -> None:
+    """The weights of a LeaP module against the q or k [B, T, H, K] that it reads."""
     w1, b1, w2, b2 = weights
     if w2 is None or b2 is None:
-        raise ValueError(f"{name}: expected w2 and b2, got None")
-    shape = x.shape
-    heads, K = (1, shape[2]), shape[3]
+        expect(False, name, "w2 and b2", "None")
+    (_, _, H, K), last = x.shape, w2.shape
+    r = K
     if w1 is not None:
-        fits = w1.dim() == 3 and w1.shape[0] in heads and w1.shape[2] == K
-        expect(fits, f"{name}.w1", "shape [1 or {}, r, {}]", w1.shape, heads[1], K)
-    r = K if w1 is None else w1.shape[1]
+        shape = w1.shape
+        if not (len(shape) == 3 and shape[0] in (1, H) and shape[2] == K):
+            expect(False, f"{name}.w1", "shape [1 or {}, r, {}]", shape, H, K)
+        r = shape[1]
     if b1 is not None:
-        expect(w1 is not None, f"{name}.b1", "None without w1", "a tensor")
-        fits = b1.dim() == 2 and b1.shape[0] in heads and b1.shape[1] == r
-        expect(fits, f"{name}.b1", "shape [1 or {}, {}]", b1.shape, heads[1], r)
-    fits = w2.dim() == 2 and w2.shape[0] in heads and w2.shape[1] == r
-    expect(fits, f"{name}.w2", "shape [1 or {}, {}]", w2.shape, heads[1], r)
-    expect(b2.dim() == 1 and b2.shape[0] in heads, f"{name}.b2", "shape [1 or {}]", b2.shape, heads[1])
+        if w1 is None:
+            expect(False, f"{name}.b1", "None without w1", "a tensor")
+        shape = b1.shape
+        if not (len(shape) == 2 and shape[0] in (1, H) and shape[1] == r):
+            expect(False, f"{name}.b1", "shape [1 or {}, {}]", shape, H, r)
+    if not (len(last) == 2 and last[0] in (1, H) and last[1] == r):
+        expect(False, f"{name}.w2", "shape [1 or {}, {}]", last, H, r)
+    shape = b2.shape
+    if not (len(shape) == 1 and shape[0] in (1, H)):
+        expect(False, f"{name}.b2", "shape [1 or {}]", shape, H)
     for w in weights:
         if w is not None and w.dtype not in FLOATING:
             expect(False, f"weights of {name}", "a floating dtype", w.dtype)
@@ -175,14 +179,16 @@ def _check_main(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_state(state: LinearState, N: int, heads: int, decay_heads: int, R: int, K: int, V: int) -> None:
     kv, z, decay = state
-    expect(kv is not None and z is not None, "initial_state", "kv and z", "None")
-    expect(tuple(kv.shape) == (N, heads, R, K, V), "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv.shape,
-           N, heads, R, K, V)  # fmt: skip
-    expect(tuple(z.shape) == (N, heads, R, K), "initial_state.z", "shape [{}, {}, {}, {}]", z.shape, N, heads, R, K)
+    if kv is None or z is None:
+        expect(False, "initial_state", "kv and z", "None")
+    if kv.shape != (N, heads, R, K, V):
+        expect(False, "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv.shape, N, heads, R, K, V)
+    if z.shape != (N, heads, R, K):
+        expect(False, "initial_state.z", "shape [{}, {}, {}, {}]", z.shape, N, heads, R, K)
     if not (kv.dtype in FLOATING and z.dtype in FLOATING):
         expect(False, "initial_state", "floating dtypes", f"{kv.dtype} and {z.dtype}")
     if decay is not None:
-        fits = tuple(decay.shape) == (N, decay_heads) and decay.dtype in FLOATING
+        fits = decay.shape == (N, decay_heads) and decay.dtype in FLOATING
         expect(fits, "initial_state.log_decay", "floating numbers [{}, {}]", f"{decay.dtype} {tuple(decay.shape)}",
                N, decay_heads)  # fmt: skip
 
@@ -190,10 +196,15 @@ def _check_state(state: LinearState, N: int, heads: int, decay_heads: int, R: in
 def _check_written(state: LinearState) -> None:
     """A state that is written to: no element of its tensors may be another's too."""
     kv, z, decay = state
-    if decay is None and kv.is_contiguous() and z.is_contiguous():
-        low, high = kv.data_ptr(), z.data_ptr()
-        if low + kv.numel() * kv.element_size() <= high or high + z.numel() * z.element_size() <= low:
-            return
+    if kv.is_contiguous() and z.is_contiguous() and (decay is None or decay.is_contiguous()):
+        begin, end = kv.data_ptr(), kv.data_ptr() + kv.nbytes
+        other, last = z.data_ptr(), z.data_ptr() + z.nbytes
+        if end <= other or last <= begin:
+            if decay is None:
+                return
+            own, after = decay.data_ptr(), decay.data_ptr() + decay.nbytes
+            if (own >= end or after <= begin) and (own >= last or after <= other):
+                return
     fields = [t for t in state if t is not None and t.numel()]
     alone = all(t.is_contiguous() or _holds_apart(t) for t in fields)
     expect(alone, "update_state", "a state whose elements have memory of their own", "an expanded or overlapping one")
@@ -248,7 +259,8 @@ def _check_visible(visible: Visible, B: int, T: int, S: int, N: int, device: tor
     forms = "'all', 'causal', a Staircase or integers [B, T]"
     if isinstance(visible, str):
         if visible == "causal":
-            expect(T == S, "visible='causal'", "as many keys as queries ({})", S, T)
+            if T != S:
+                expect(False, "visible='causal'", "as many keys as queries ({})", S, T)
         else:
             expect(visible == "all", "visible", forms, repr(visible))
     elif isinstance(visible, Staircase):
