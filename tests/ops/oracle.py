@@ -44,10 +44,11 @@ def one_head(q, k, v, a, c, counts, keep, decay, kv, z, normalize, eps):
     after_key = torch.zeros(len(keep), dtype=q.dtype)
     if decay is not None:
         i, j, t = torch.arange(steps)[:, None, None], slots[None, :, None], torch.arange(steps)[None, None, :]
-        between = (((j < t) & (t <= i)) * decay).sum(-1)
+        none = torch.zeros((), dtype=q.dtype)  # a step that does not lie between: -inf is not to be multiplied by 0
+        between = torch.where((j < t) & (t <= i), decay, none).sum(-1)
         weight = weight * between.exp()
-        to_query = ((t[0] <= i[:, 0]) * decay).sum(-1)
-        after_key = ((j[0] < t[0]) * decay).sum(-1)
+        to_query = torch.where(t[0] <= i[:, 0], decay, none).sum(-1)
+        after_key = torch.where(j[0] < t[0], decay, none).sum(-1)
         to_end = decay.sum()
     weight = torch.where(seen, weight, torch.zeros_like(weight))
     query_features = a[:, :, None] * q[:, None, :]

@@ -349,7 +349,12 @@ def _chosen(call: Call) -> _Implementation:
 
 
 def _lower_visibility(
-    visible: Visible, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None
+    visible: Visible,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    log_decay: Tensor | None,
 ) -> tuple[bool, Tensor | None]:
     """(causal, counts): counts int64 [B or 1, T] relative to the own sequence, None for "all" and causal.
 

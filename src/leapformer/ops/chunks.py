@@ -112,7 +112,9 @@ class State(NamedTuple):
 
 def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
     """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
-    assert not causal or x.q.shape[1] == x.k.shape[1], "a causal block is a view of queries and of keys by the same slots"
+    assert not causal or x.q.shape[1] == x.k.shape[1], (
+        "a causal block is a view of queries and of keys by the same slots"
+    )
     result, rooms = _empty_result(x, normalize), Workspace(x)
     for rows in _rows(x):
         state = _state(x, rows, x.kv, x.z)

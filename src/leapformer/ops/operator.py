@@ -24,7 +24,7 @@ _MODULES = tuple(name for name in Arguments._fields if name.startswith(("q_w", "
 _FACTORS = ("q_factors", "k_factors")
 _NUMBERS = Arguments._fields[TENSORS:]
 _NO_FORMULA = (
-    "this implementation of linear attention has no autograd formula for them; impl=\"reference\" works with all of them"
+    'this implementation of linear attention has no autograd formula for them; impl="reference" works with all of them'
 )
 _LOG_DECAY = Arguments._fields.index("log_decay")
 

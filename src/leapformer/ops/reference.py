@@ -87,7 +87,7 @@ def _final_state(
     kv = torch.einsum("bshrk,bshv->bhrkv", phi_k, v)
     z = phi_k.sum(1)
     if initial_state is not None:
-        keep = torch.ones_like(z[:, :, 0, 0]) if total is None else total.exp()
+        keep = z.new_ones(z.shape[:2]) if total is None else total.exp()
         kv = kv + initial_state.kv.to(dtype) * keep[:, :, None, None, None]
         z = z + initial_state.z.to(dtype) * keep[:, :, None, None]
         if total is not None and initial_state.log_decay is not None:

@@ -134,7 +134,9 @@ class Plan:
         heads = H if packed else B * H
         self.queries = _span(T, self.N, segment_tokens(T, heads, x.q.device), x.cu_seqlens)
         if x.causal and x.cu_seqlens is not None and x.cu_seqlens_k is not None and x.cu_seqlens_k is not x.cu_seqlens:
-            boundaries(x.cu_seqlens, x.cu_seqlens_k, T, S, same=True)  # a decay with keys packed otherwise: rare, so it may wait
+            boundaries(
+                x.cu_seqlens, x.cu_seqlens_k, T, S, same=True
+            )  # a decay with keys packed otherwise: rare, so it may wait
         # Causal sweeps meet chunk by chunk, so both sides have the same segments.
         self.keys = self.queries if x.causal else _span(S, self.N, segment_tokens(S, heads, x.q.device), x.cu_seqlens_k)
         self.read = read_tiles(K, V, self.R, x.q.dtype)

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-
 LARGEST = 2**30  # that a field may count for: beyond every length, and products stay within int64
 
 
