@@ -80,8 +80,6 @@ def _case(chance: random.Random) -> Case:
     visible = chance.choice((*oracle.VISIBILITIES, "causal", "causal", "huge"))
     made = make_case("all" if visible == "huge" else visible, **_form(chance, visible)).away_from_zero()
     lengths = [(t.stop - t.start, s.stop - s.start) for _, t, s in made.spans]
-    if visible == "causal":
-        made.counts = [[min(i + 1, S) for i in range(T)] for T, S in lengths]
     if visible == "huge":
         _make_huge(chance, made, lengths)
     if made.key_mask is not None and chance.random() < 0.25:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from leapformer.ops.arguments import DIFFERENTIABLE, NO_MODULE, TENSORS, Arguments, LeapWeights
@@ -173,9 +174,8 @@ def _needs_operator(x: Arguments, given: list[Tensor]) -> bool:
 
 def _refuse_transforms(given: list[Tensor]) -> None:
     """One line where the operators would fail in several ways, or leave a tangent out unsaid."""
-    if torch._C._functorch.peek_interpreter_stack() is not None and any(
-        torch._C._functorch.is_functorch_wrapped_tensor(t) or (t.requires_grad and torch.is_grad_enabled())
-        for t in given
+    if peek_interpreter_stack() is not None and any(
+        is_functorch_wrapped_tensor(t) or (t.requires_grad and torch.is_grad_enabled()) for t in given
     ):
         raise RuntimeError(f"torch.func (vmap, grad, jvp, ...): {_NO_FORMULA}")
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import NO_MODULE, Arguments, LeapWeights
-from leapformer.ops.checks import Call, boundaries
+from leapformer.ops.arguments import NO_MODULE, TENSORS, Arguments, LeapWeights
+from leapformer.ops.checks import Call, boundaries, check_tensors
 from leapformer.ops.operator import Operator
 from leapformer.ops.state import LinearState
 
@@ -487,6 +487,9 @@ def step_(
         q, k, v, q_factors, k_factors, log_decay, state.kv, state.z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE),
         key_mask, None, None, None, True, normalize, eps, relu or q_leap is not None,
     )  # fmt: skip
+    check_tensors(x._fields[:TENSORS], x[:TENSORS], q, 3)
+    if any(t is not None and t.is_neg() for t in x[:TENSORS]):
+        raise ValueError("step_: expected tensors as they lie in memory, got a lazily negated view (use resolve_neg)")
     if log_decay is not None and state.log_decay is not None:
         state.log_decay.add_(log_decay[:, 0])
     return _step(x, state.kv, state.z)[0]

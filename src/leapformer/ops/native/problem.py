@@ -15,14 +15,14 @@ CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * 
 
 
 class Outputs(NamedTuple):
-    """output [B, T, H, V]; final kv, z; normaliser [B, T, H]; checkpoints, None
+    """output [B, T, H, V]; final kv, z; normaliser [B, T, H]; checkpoints, empty
     where no gradient will be asked for."""
 
     output: Tensor
     kv: Tensor
     z: Tensor
     normaliser: Tensor
-    checkpoints: Tensor | None
+    checkpoints: Tensor
 
 
 class Gradients(NamedTuple):
