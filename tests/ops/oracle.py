@@ -295,9 +295,7 @@ def check_low(case: Case, impl: str, formula: Callable[[Case], Any] = Case.formu
     assert ours.keys() == exact.keys()
     errors: list[dict[str, float]] = [{}, {}]
     scales = {
-        kind: max(
-            [1.0, *(largest(t) for name, t in exact.items() if is_gradient(name) == kind and name != "decay")]
-        )
+        kind: max([1.0, *(largest(t) for name, t in exact.items() if is_gradient(name) == kind and name != "decay")])
         for kind in (False, True)
     }
     for name, expected in exact.items():

@@ -39,7 +39,9 @@ def test_causal_leap_with_keys_packed_otherwise(impl):
 def test_a_decay_needs_keys_packed_as_queries_are(impl):
     """There is one decay for each query, and none for a key that stands elsewhere."""
     case = make_case("causal", lengths=[3, 4], key_lengths=[4, 3], decay=True)
-    with pytest.raises(ValueError, match="cu_seqlens_k with log_decay: expected the boundaries of cu_seqlens, got others"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens_k with log_decay: expected the boundaries of cu_seqlens, got others"
+    ):
         case.call(impl)
     check(make_case("causal", lengths=[3, 4], key_lengths=[3, 4], decay=True), impl)
 
@@ -48,7 +50,9 @@ def test_a_decay_needs_keys_packed_as_queries_are(impl):
 @pytest.mark.parametrize("side", ("cu_seqlens", "cu_seqlens_k"))
 def test_boundaries_that_do_not_rise_to_the_length(side, wrong, impl):
     x = torch.rand(1, 7, 1, 2)
-    cu = {"cu_seqlens": torch.tensor([0, *[3] * (len(wrong) - 2), 7]), "cu_seqlens_k": None} | {side: torch.tensor(wrong)}
+    cu = {"cu_seqlens": torch.tensor([0, *[3] * (len(wrong) - 2), 7]), "cu_seqlens_k": None} | {
+        side: torch.tensor(wrong)
+    }
     for visible in ("all", "causal"):
         with pytest.raises(ValueError, match=f"{side}: expected boundaries that rise from 0 to 7, got") as caught:
             linear_attention(x, x, x, visible=visible, impl=impl, **cu)

@@ -116,7 +116,9 @@ def test_merge_over_a_reset(impl):
     for span in (slice(0, 5), slice(5, 9), slice(9, 12)):
         x = {n: None if t is None else t[:, span] for n, t in case.leaves.items()}
         parts.append(
-            attend(x["q"], x["k"], x["v"], visible="causal", log_decay=x["log_decay"], return_state=True, impl=impl).state
+            attend(
+                x["q"], x["k"], x["v"], visible="causal", log_decay=x["log_decay"], return_state=True, impl=impl
+            ).state
         )
     whole = case.call(impl).state
     for merged in (parts[0].merge(parts[1]).merge(parts[2]), parts[0].merge(parts[1].merge(parts[2]))):

@@ -123,8 +123,7 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], q: Tensor
         if t is not None or place < needed:
             expect(isinstance(t, Tensor), name, "a tensor", type(t).__name__)
             assert isinstance(t, Tensor)
-            dense = t.layout is torch.strided and not t.is_nested
-            expect(dense, name, "a dense tensor (torch.strided)", "nested" if t.is_nested else t.layout)
+            expect(t.layout is torch.strided, name, "a dense tensor (torch.strided)", t.layout)
             expect(t.device == q.device, name, "the device of q, {}", t.device, q.device)
 
 
