@@ -234,3 +234,14 @@ def test_a_state_without_values_or_features(width, T, impl):
     with torch.no_grad():
         found = case.call(impl)
     assert_near(found.state.z, expected["z"])
+
+
+@pytest.mark.parametrize("impl", ("torch", pytest.param("native", marks=pytest.mark.requires_tool("native library"))))
+def test_a_graph_that_kept_the_old_state_notices_the_update(impl):
+    """Its gradient would be that of another state: autograd says so, also where a kernel wrote by address."""
+    q = torch.rand(2, 1, 2, 3, requires_grad=True)
+    state = LinearState.zeros(2, 2, 1, 3, 3)
+    output = linear_attention(q, q, q, visible="causal", initial_state=state, impl=impl).output
+    step(state, impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

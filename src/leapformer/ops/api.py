@@ -396,35 +396,29 @@ def _final_state(
     update_state: bool,
 ) -> LinearState:  # fmt: skip
     """The state to return: a new one, or ``initial_state`` with what an implementation has not written there itself."""
-    if log_decay is None and (initial_state is None or initial_state.log_decay is None):
-        total = None
-    else:
-        total = _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
+    before = None if initial_state is None else initial_state.log_decay
+    total = None if log_decay is None else _total_decay(log_decay, cu_seqlens, kv.dtype)
     if not update_state or initial_state is None:
+        if before is not None:
+            total = before.clone() if total is None else total + before
         return LinearState(kv, z, total)
-    pairs = zip(initial_state, (kv, z, total), strict=True)
-    for own, new in pairs:
-        if own is not None and new is not None and own is not new:
+    for own, new in ((initial_state.kv, kv), (initial_state.z, z)):
+        if own is not new:
             own.copy_(new)
+    if before is not None and total is not None:
+        before.add_(total)
     return initial_state
 
 
-def _total_decay(
-    log_decay: Tensor | None, cu_seqlens: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
-) -> Tensor | None:
-    """The summed log decay [B or N, H] of the stretch, on top of that of the initial state; None without any."""
-    before = None if initial_state is None else initial_state.log_decay
-    if log_decay is None:
-        return None if before is None else before.clone()
+def _total_decay(log_decay: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The summed log decay [B or N, H] of the stretch."""
     if cu_seqlens is None:
-        total = log_decay.sum(1, dtype=dtype)
-    else:
-        bounds = cu_seqlens.to(torch.int64)
-        slots = torch.arange(log_decay.shape[1], device=log_decay.device)
-        row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
-        total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
-        total = total.index_add(0, row, log_decay[0].to(dtype))
-    return total if before is None else total + before
+        return log_decay.sum(1, dtype=dtype)
+    bounds = cu_seqlens.to(torch.int64)
+    slots = torch.arange(log_decay.shape[1], device=log_decay.device)
+    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+    total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
+    return total.index_add(0, row, log_decay[0].to(dtype))
 
 
 def _block_states(

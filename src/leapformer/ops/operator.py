@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from leapformer.ops.arguments import DIFFERENTIABLE, NO_MODULE, TENSORS, Arguments, LeapWeights
 from leapformer.ops.autocast import without_autocast
@@ -76,7 +77,12 @@ class Operator:
         else:
             given = [t for t in x[:TENSORS] if t is not None]
             _refuse_transforms(given)
-            output, kv, z, *_ = form(x) if _needs_operator(x, given) else self._direct(x, update_state)
+            if _needs_operator(x, given):
+                output, kv, z, *_ = form(x)
+            else:
+                output, kv, z, *_ = self._direct(x, update_state)
+                if update_state:  # a graph that has kept the old state must not be followed backward with the new one
+                    increment_version([t for t in (x.kv, x.z) if t is not None])
         return output, kv, z
 
     def attend_leap(
