@@ -118,3 +118,16 @@ def test_staircase_counts(staircase, fields):
 def test_staircase_counts_of_each_sample():
     staircase = Staircase(torch.tensor([1, 4]), 2, torch.tensor([1, 3]), 0)
     assert staircase.counts(5, 8).tolist() == [stairs(1, 2, 1, 0, 5, 8), stairs(4, 2, 3, 0, 5, 8)]
+
+
+@pytest.mark.parametrize("tensors", (False, True))
+@pytest.mark.parametrize("value", (2**31, 2**62, 10**30))
+@pytest.mark.parametrize("place", range(4))
+def test_staircases_beyond_any_length(place, value, tensors):
+    """One huge field saturates what it means, and overflows nothing."""
+    for sign in (1, -1) if place != 2 else (1,):
+        fields = [2, 1, 1, 0]
+        fields[place] = sign * value
+        expected = stairs(*fields, 9, 6)
+        kept = [torch.tensor([max(-(2**63), min(2**63 - 1, f))]) for f in fields] if tensors else fields
+        assert Staircase(*kept).counts(9, 6).tolist() == [expected]

@@ -80,7 +80,28 @@ WRONG = {
     ),
     "eps of zero": ({"eps": 0.0}, "eps"),
     "negative eps": ({"eps": -1e-6}, "eps"),
+    "eps of NaN": ({"eps": float("nan")}, "eps"),
+    "eps of a word": ({"eps": "small"}, "eps"),
+    "eps of nothing": ({"eps": None}, "eps"),
     "unknown implementation": ({"impl": "cuda"}, "impl"),
+    "normalize of a word": ({"normalize": "no"}, "normalize"),
+    "relu of a number": ({"relu": 2}, "relu"),
+    "q of a list": ({"q": [1.0]}, "q"),
+    "v of nothing": ({"v": None}, "v"),
+    "float8": ({name: t.to(torch.float8_e4m3fn) for name, t in (("q", q), ("k", k), ("v", v))}, "q"),
+    "complex factors": ({**factors, "k_factors": factors["k_factors"].to(torch.complex64)}, "k_factors"),
+    "staircase of a fraction": ({"visible": Staircase(1.5, 1)}, "visible.offset"),
+    "staircase of words": ({"visible": Staircase(1, "1")}, "visible.step"),
+    "staircase of steps of zero": ({"visible": Staircase(1, 1, torch.tensor([1, 0]))}, "visible.every"),
+    "state of a tuple": ({"initial_state": (torch.zeros(2, 2, 1, 3, 7), torch.zeros(2, 2, 1, 3), None)}, "LinearState"),
+    "state without z": ({"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7), None)}, "initial_state"),
+    "state of integers": (
+        {"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7).long(), torch.zeros(2, 2, 1, 3))}, "initial_state"
+    ),
+    "decay of a state of other heads": (
+        {"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7), torch.zeros(2, 2, 1, 3), torch.zeros(2, 2))},
+        "initial_state.log_decay",
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +150,22 @@ def test_leap_weights_that_do_not_fit(side, wrong):
         leap_attention(q, k, v, *leaps)
 
 
-@pytest.mark.parametrize("every", (0, -1))
+@pytest.mark.parametrize("wrong", (None, 3, (None, None), LeapWeights(None, None, None, torch.rand(1))))
+def test_leap_weights_that_are_none(wrong):
+    fits = LeapWeights(None, None, torch.rand(1, 3), torch.rand(1))
+    with pytest.raises(ValueError, match="k_leap: expected.*got"):
+        leap_attention(q, k, v, fits, wrong)
+
+
+@pytest.mark.parametrize("field", range(4))
+def test_leap_weights_of_integers(field):
+    fits = [torch.rand(1, 2, 3), torch.rand(1, 2), torch.rand(1, 2), torch.rand(1)]
+    fits[field] = fits[field].long()
+    with pytest.raises(ValueError, match="weights of q_leap: expected a floating dtype, got torch.int64"):
+        leap_attention(q, k, v, LeapWeights(*fits), LeapWeights(*fits))
+
+
+@pytest.mark.parametrize("every", (0, -1, 1.5, "2"))
 def test_linear_state_of_no_blocks(every):
     with pytest.raises(ValueError, match="every.*expected.*got"):
         linear_state(k, v, every=every)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from leapformer.ops import Staircase, linear_attention
+from leapformer.ops import LinearState, Staircase, linear_attention
 from leapformer.ops.native import library
 from tests.ops.oracle import check_low, make_case
 
@@ -154,3 +154,84 @@ def test_queries_keys_and_values_that_share_memory(visible):
         expected = linear_attention(*(kept.double() for _ in range(3)), visible=visible, impl="reference").output
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(shared, kept)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+NO_MEMORY = "no memory for the kernels' own buffers"
+
+
+@pytest.fixture
+def limited_memory():
+    """Allocations of the kernels fail beyond a size; those that threads already have stay."""
+    yield library.limit_memory
+    library.limit_memory(0)
+
+
+@pytest.mark.parametrize("visible", ("causal", Staircase.wait_k(3, 2)))
+def test_without_memory_there_is_an_exception(visible, limited_memory):
+    """Of a width that no other test has, so that no thread has the memory yet."""
+    x = torch.rand(1, 70, 1, 333)
+    limited_memory(1)
+    with pytest.raises(MemoryError, match=NO_MEMORY) as caught:
+        linear_attention(x, x, x, visible=visible, impl="native")
+    assert "\n" not in str(caught.value) and "K=333" in str(caught.value)
+    limited_memory(0)
+    q = x.clone().requires_grad_()
+    output = linear_attention(q, x, x, visible=visible, impl="native").output
+    limited_memory(1)
+    with pytest.raises(MemoryError, match=NO_MEMORY):  # backward needs more
+        output.sum().backward()
+    limited_memory(0)
+    assert torch.equal(linear_attention(x, x, x, visible=visible, impl="native").output, output)
+
+
+def test_a_state_is_not_touched_without_memory(limited_memory):
+    x, state = torch.rand(1, 1, 2, 345), LinearState.zeros(1, 2, 1, 345, 345)
+    limited_memory(1)
+    with torch.no_grad(), pytest.raises(MemoryError, match="step"):
+        linear_attention(x, x, x, visible="causal", initial_state=state, update_state=True, impl="native")
+    assert state.kv.eq(0).all() and state.z.eq(0).all()
+
+
+def test_without_memory_in_other_threads():
+    """A thread without memory leaves its share to the others; the process lives in any case."""
+    printed = run("""
+        from leapformer.ops import Staircase
+        from leapformer.ops.native import library
+        torch.set_num_threads(2)
+        x = torch.rand(4, 1300, 1, 64)
+        expected = linear_attention(x[:1, :64], x[:1, :64], x[:1, :64], visible="causal", impl="native").output
+        for limit in (1, 1000, 20000):  # the plan, the states on their way, the threads' own
+            for visible in ("causal", Staircase.wait_k(3, 2)):
+                for given in (x, x[:1]):
+                    library.limit_memory(limit)
+                    try:
+                        linear_attention(given, given, given, visible=visible, impl="native")
+                        print("done")
+                    except MemoryError as error:
+                        print("MemoryError")
+        library.limit_memory(0)
+        assert torch.equal(linear_attention(x, x, x, visible="causal", impl="native").output[:1, :64], expected)
+    """)
+    # The caller has memory from the first call; without pieces and plan that is enough.
+    assert set(printed.split()) == {"done", "MemoryError"}
+
+
+@linux
+def test_a_full_address_space_is_an_exception():
+    printed = run("""
+        import resource
+        torch.set_num_threads(2)
+        attend()  # everything is loaded, and the threads are there
+        x = torch.rand(2, 8, 2, 3000)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, -1))
+        try:
+            linear_attention(x, x, x, visible="causal", impl="native")
+        except (MemoryError, RuntimeError) as error:
+            print(type(error).__name__, "\\n" in str(error))
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        print(attend().isfinite().all().item())
+    """)
+    assert printed.split()[0] in ("MemoryError", "RuntimeError") and printed.split()[-1] == "True"

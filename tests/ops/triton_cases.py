@@ -18,9 +18,10 @@ from torch import Tensor
 
 from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
 from leapformer.ops.triton_impl import OPERATOR, step_
-from tests.ops.oracle import Case, make_case, results_and_gradients
+from tests.ops.oracle import Case, difference, largest, make_case, results_and_gradients
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+INF = float("inf")
 Errors = dict[str, tuple[float, float]]
 
 # Chunks are of 16 tokens here and segments of 32: lengths above 32 go through all of it.
@@ -42,6 +43,17 @@ FORMS: dict[str, tuple[str, torch.dtype, dict]] = {
     "decay, grouped": ("causal", BF16, {"T": 18, "decay": True, "B": 1, "H": 2, "G": 1, "R": 2}),
     "decay, packed": ("causal", F32, {"lengths": [18, 0, 3], "decay": True, "H": 1, "state": True}),
     "decay, numerator": ("causal", F32, {"T": 18, "decay": True, "normalize": False, **SMALL}),
+    "decay, resets": (
+        "causal",
+        F32,
+        {"T": 70, "decay": True, "R": 2, "state": True, "strong": (-INF, -1e30, -1e6, -90.0), **SMALL},
+    ),
+    "decay, resets, packed": (
+        "causal",
+        BF16,
+        {"lengths": [18, 0, 35], "decay": True, "H": 1, "state": True, "strong": (-INF, -1e30)},
+    ),
+    "packed, keys otherwise": ("causal", F32, {"lengths": [18, 0, 20], "key_lengths": [3, 2, 33], "H": 1, "R": 2}),
     "all": ("all", BF16, {"T": 21, "S": 37, "B": 1, "H": 2, "G": 1, "R": 2, "mask": True, "state": True}),
     "all, packed": ("all", F32, {"lengths": [3, 0, 18], "key_lengths": [34, 2, 0], "H": 1, "R": 2}),
     "no keys": ("all", F32, {"T": 3, "S": 0, "state": True, **SMALL}),
@@ -81,8 +93,7 @@ def relative(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
     for name, right in expected.items():
         got = actual[name].double()
         assert got.shape == right.shape, f"{name}: {tuple(got.shape)}, expected {tuple(right.shape)}"
-        error = (got - right).abs().max().item() / max(1.0, right.abs().max().item()) if right.numel() else 0.0
-        errors[name] = error if error == error else float("inf")
+        errors[name] = difference(got, right) / max(1.0, largest(right)) if right.numel() else 0.0
     return errors
 
 
@@ -98,7 +109,10 @@ def compare(run: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]], e
 
 def linear(visible: str, dtype: torch.dtype, form: dict) -> Errors:
     """``linear_attention`` against the explicit formula of the same, rounded, numbers."""
-    case = make_case(visible, **form).to(dtype)
+    strong = form.get("strong", ())  # decays that stand among the others
+    case = make_case(visible, **{name: value for name, value in form.items() if name != "strong"}).to(dtype)
+    for i, value in enumerate(strong):
+        case.leaves["log_decay"][:, 2 + 3 * i :: 17] = value
     expected = results_and_gradients(case.to(torch.float64), Case.formula)
     return compare(lambda impl: results_and_gradients(case, lambda c: c.call(impl)), expected)
 
@@ -118,11 +132,23 @@ LEAPS = {
         "dtype": F32,
         "visible": "all",
     },
+    "leap, saturated": {
+        "T": 18,
+        "H": 2,
+        "G": 1,
+        "per_head": True,
+        "r": 3,
+        "dtype": F32,
+        "visible": "causal",
+        "bias": 20.0,
+    },
     "leap with decay": {"T": 18, "H": 2, "G": 1, "per_head": True, "r": 2, "dtype": F32, "visible": "decay"},
 }
 
 
-def leap(T: int, H: int, G: int, per_head: bool, r: int, dtype: torch.dtype, visible: str, K: int = 5) -> Errors:
+def leap(
+    T: int, H: int, G: int, per_head: bool, r: int, dtype: torch.dtype, visible: str, K: int = 5, bias: float = 0.0
+) -> Errors:
     """``leap_attention`` with its modules in the kernels, a mask, and the gradients of all weights."""
     generator = torch.Generator().manual_seed(0)
 
@@ -135,7 +161,10 @@ def leap(T: int, H: int, G: int, per_head: bool, r: int, dtype: torch.dtype, vis
         hidden = (random_(n, r, K), random_(n, r)) if r else (None, None)
         return [w if w is None else w.float() for w in (*hidden, random_(n, r or K), random_(n))]
 
-    tensors = [random_(1, T, H, K), random_(1, T, G, K), random_(1, T, G, 6), *weights(H), *weights(G)]
+    modules = weights(H), weights(G)
+    modules[0][3] += bias  # P_q near 1 and P_k near 0
+    modules[1][3] -= bias
+    tensors = [random_(1, T, H, K), random_(1, T, G, K), random_(1, T, G, 6), *modules[0], *modules[1]]
     decay = -torch.rand(1, T, H, generator=generator) if visible == "decay" else None
     key_mask = torch.rand(1, T, generator=generator) > 0.3
     where = Staircase.wait_k(2, 1) if visible == "wait-k" else "causal" if visible == "decay" else visible
@@ -145,7 +174,7 @@ def leap(T: int, H: int, G: int, per_head: bool, r: int, dtype: torch.dtype, vis
         x = [t if t is None else t.to(dtype or t.dtype).detach().requires_grad_() for t in tensors]
         result = leap_attention(
             *x[:3], LeapWeights(*x[3:7]), LeapWeights(*x[7:]), visible=where, key_mask=key_mask, log_decay=decay,
-            return_state=True, eps=0.1, impl=impl,
+            return_state=True, eps=1e-12 if bias else 0.1, impl=impl,
         )  # fmt: skip
         state = result.state
         loss = (result.output.double() * probe).sum() + state.kv.double().sum() + state.z.double().square().sum()
@@ -203,6 +232,21 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
     return {name: (triton[name], torch_[name]) for name in expected}
 
 
+def negated() -> Errors:
+    """Lazily negated views, whose bytes have the other sign, without gradients: nothing resolves them on the way."""
+    case = make_case("causal", T=20, B=1, H=1, R=2).to(F32)
+    expected = {"output": case.to(torch.float64).formula()[0]}
+
+    def run(impl):
+        leaves = {
+            n: None if t is None else torch.complex(torch.zeros_like(t), -t).conj().imag for n, t in case.leaves.items()
+        }
+        with torch.no_grad():
+            return {"output": Case(leaves, case.visible, case.counts, case.spans).call(impl).output}, {}
+
+    return compare(run, (expected, {}))
+
+
 def operator() -> Errors:
     """torch's own checks of the two operators; raises where one fails."""
     case = make_case("causal", T=3, B=1, H=1, R=2, state=True).to(F32)
@@ -219,6 +263,7 @@ CASES: dict[str, Callable[[], Errors]] = {
     **{f"random {seed}": (lambda seed=seed: linear(*random_form(seed))) for seed in SEEDS},
     **{name: (lambda form=form: leap(**form)) for name, form in LEAPS.items()},
     **{name: (lambda form=form: one_step(**form)) for name, form in STEPS.items()},
+    "negated views": negated,
     "operator": operator,
 }
 

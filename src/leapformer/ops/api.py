@@ -18,7 +18,7 @@ from torch import Tensor
 from leapformer.ops import native, reference, torch_impl, triton_impl
 from leapformer.ops.arguments import LeapWeights
 from leapformer.ops.autocast import without_autocast
-from leapformer.ops.checks import Call, check_arguments, check_leap, expect
+from leapformer.ops.checks import Call, boundaries, check_arguments, check_tensors, expect
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
@@ -88,9 +88,9 @@ def linear_attention(
     """
     check_arguments(
         q, k, v, q_factors, k_factors, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps,
-        update_state=update_state,
+        normalize=normalize, relu=relu, update_state=update_state,
     )  # fmt: skip
-    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
+    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k, log_decay)
     if log_decay is not None and q.shape[2] != k.shape[2]:
         k, v = (_for_query_heads(x, q.shape[2]) for x in (k, v))
         if k_factors is not None and k_factors.shape[2] > 1:
@@ -101,7 +101,8 @@ def linear_attention(
         output, kv, z = run(
             q, k, v, q_factors, k_factors, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps, relu=relu, update_state=update_state,
+            initial_state=initial_state, normalize=normalize, eps=_representable(eps, q.dtype), relu=relu,
+            update_state=update_state,
         )  # fmt: skip
     if not return_state and not update_state:
         return AttentionOutput(output, None)
@@ -134,30 +135,29 @@ def leap_attention(
 
     Source: arXiv 2405.13046, eq. 7-9.
     """
-    check_leap("q_leap", q, q_leap)
-    check_leap("k_leap", k, k_leap)
-    hidden = max(0 if w.w1 is None else w.w1.shape[1] for w in (q_leap, k_leap))
+    check_arguments(
+        q, k, v, None, None, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps,
+        normalize=normalize, update_state=update_state, leaps=(q_leap, k_leap),
+    )  # fmt: skip
+    hidden = max(0 if w1 is None else w1.shape[1] for w1 in (q_leap[0], k_leap[0]))
     fused = _implementation(impl, Call(q, v, 2, hidden, initial_state)).attend_leap
     if fused is None or (log_decay is not None and q.shape[2] != k.shape[2]):
         if key_mask is not None and key_mask.shape == k.shape[:2]:
             k = k.masked_fill(~key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
         q, k = torch.relu(q), torch.relu(k)
-        q_factors, k_factors = (cosine_factors(proportion(x, w)) for x, w in ((q, q_leap), (k, k_leap)))
+        q_factors, k_factors = _leap_factors(q, q_leap), _leap_factors(k, k_leap)
         return linear_attention(
             q, k, v, q_factors, k_factors, visible=visible, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k, log_decay=log_decay, initial_state=initial_state, return_state=return_state,
             update_state=update_state, normalize=normalize, eps=eps, impl=impl,
         )  # fmt: skip
-    check_arguments(
-        q, k, v, None, None, visible, key_mask, cu_seqlens, cu_seqlens_k, log_decay, initial_state, eps, rank=2,
-        update_state=update_state,
-    )  # fmt: skip
-    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k)
+    causal, counts = _lower_visibility(visible, q, k, cu_seqlens, cu_seqlens_k, log_decay)
     with without_autocast(q.device.type):
         output, kv, z = fused(
             q, k, v, q_leap, k_leap, causal=causal, counts=counts, key_mask=key_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, log_decay=log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps, update_state=update_state,
+            initial_state=initial_state, normalize=normalize, eps=_representable(eps, q.dtype),
+            update_state=update_state,
         )  # fmt: skip
     if not return_state and not update_state:
         return AttentionOutput(output, None)
@@ -178,6 +178,10 @@ def linear_state(
     k [B, S, G, K], v [B, S, G, V], k_factors [B, S, G or 1, R], key_mask bool [B, S] (True = real). At the end: kv
     [B, G, R, K, V] and z [B, G, R, K]; at block boundaries with a block axis after B, n = ceil(S / C) blocks.
     """
+    check_tensors(("k", "v", "k_factors"), (k, v, k_factors), k, 2)
+    for name, x in (("k", k), ("k_factors", k if k_factors is None else k_factors)):
+        if x.dim() != 4:
+            expect(False, name, "4 axes [batch, tokens, heads, width]", x.shape)
     q = k[:, :0]
     q_factors = None if k_factors is None else k_factors[:, :0]
     if every is None:
@@ -185,27 +189,23 @@ def linear_state(
         state = linear_attention(q, k, v, q_factors, k_factors, **kwargs).state
         assert state is not None
         return state
-    expect(every >= 1, "every", "at least 1", every)
+    expect(isinstance(every, int | torch.SymInt) and every >= 1, "every", "an integer of at least 1", every)
     check_arguments(q, k, v, q_factors, k_factors, "all", key_mask, None, None, None, initial_state, 1.0)
     return _block_states(k, v, k_factors, key_mask, every, initial_state)
 
 
 def proportion(x: Tensor, weights: LeapWeights) -> Tensor:
     """P = sigmoid(w2 . relu(w1 x + b1) + b2) in [0, 1]: x [B, T, H, K] (already ReLU'd) -> [B, T, H], float32 or better."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with without_autocast(x.device.type):
-        w1, b1, w2, b2 = (None if w is None else w.to(dtype) for w in weights)
-        assert w2 is not None and b2 is not None
-        x = x.to(dtype)
-        if w1 is not None:
-            x = torch.relu(_by_head(x, w1) + (0 if b1 is None else b1))
-        return torch.sigmoid(_by_head(x, w2[:, None])[..., 0] + b2)
+    return torch.sigmoid(_score(x, weights))
 
 
 def cosine_factors(p: Tensor) -> Tensor:
-    """[cos(pi/2 P), sin(pi/2 P)] for P [B, T, H] -> [B, T, H, 2]: cos(pi/2 (a - b)) as a sum of two products."""
-    angle = p * (math.pi / 2)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    """[cos(pi/2 P), sin(pi/2 P)] for P [B, T, H] -> [B, T, H, 2]: cos(pi/2 (a - b)) as a sum of two products.
+
+    Neither is negative for P in [0, 1], and so no normaliser is: cos(pi/2 P) is computed as sin(pi/2 (1 - P)), which is
+    exactly 0 for P = 1, where the cosine of the nearest number to pi/2 need not be.
+    """
+    return torch.stack([1 - p, p], dim=-1).mul(math.pi / 2).sin()
 
 
 def available_impls() -> dict[str, list[str]]:
@@ -214,6 +214,29 @@ def available_impls() -> dict[str, list[str]]:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _score(x: Tensor, weights: LeapWeights) -> Tensor:
+    """What goes into the sigmoid of a LeaP module: x [B, T, H, K] -> [B, T, H]."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device.type):
+        w1, b1, w2, b2 = (None if w is None else w.to(dtype) for w in weights)
+        assert w2 is not None and b2 is not None
+        x = x.to(dtype)
+        if w1 is not None:
+            x = torch.relu(_by_head(x, w1) + (0 if b1 is None else b1))
+        return _by_head(x, w2[:, None])[..., 0] + b2
+
+
+def _leap_factors(x: Tensor, weights: LeapWeights) -> Tensor:
+    """``cosine_factors(proportion(x, weights))``, and as exact where 1 - P is too small to be seen in P."""
+    score = _score(x, weights)
+    return torch.stack([-score, score], dim=-1).sigmoid().mul(math.pi / 2).sin()
+
+
+def _representable(eps: float, dtype: torch.dtype) -> float:
+    """``eps``, but no less than the smallest number whose inverse the sums' dtype has: a clamp must not become 0."""
+    return max(float(eps), 2.3e-308 if dtype is torch.float64 else 1.2e-38)
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -250,16 +273,19 @@ def _run_reference(
         q, k = torch.relu(q), torch.relu(k)
     if q_factors is None or k_factors is None:
         q_factors, k_factors = q.new_ones(*q.shape[:2], 1, 1), k.new_ones(*k.shape[:2], 1, 1)
-    if causal:
-        counts = Staircase.causal().counts(q.shape[1], k.shape[1], device=q.device)
-        if cu_seqlens is not None:
-            counts = counts - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    whole = [(slice(None), slice(None), slice(None))]
-    parts = whole if cu_seqlens is None or cu_seqlens_k is None else _packed_parts(cu_seqlens, cu_seqlens_k)
+    T, S = q.shape[1], k.shape[1]
+    parts = [(slice(None), slice(0, T), slice(0, S))]
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        queries, keys = boundaries(cu_seqlens, cu_seqlens_k, T, S, same=causal)
+        parts = [
+            (slice(n, n + 1), slice(*queries[n : n + 2]), slice(*keys[n : n + 2])) for n in range(len(queries) - 1)
+        ]
+    steps = Staircase.causal()
     results = [
         reference.attend(
             q[:, t], k[:, s], v[:, s], q_factors[:, t], k_factors[:, s],
-            counts=None if counts is None else counts[:, t],
+            counts=steps.counts(t.stop - t.start, s.stop - s.start, device=q.device) if causal
+            else None if counts is None else counts[:, t],
             key_mask=None if key_mask is None else key_mask[:, s],
             log_decay=None if log_decay is None else log_decay[:, t],
             initial_state=None if initial_state is None else initial_state.select(row),
@@ -322,20 +348,23 @@ def _chosen(call: Call) -> _Implementation:
     raise AssertionError("torch always runs")
 
 
-def _packed_parts(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, slice, slice]]:
-    queries, keys = cu_seqlens.tolist(), cu_seqlens_k.tolist()
-    return [
-        (slice(n, n + 1), slice(queries[n], queries[n + 1]), slice(keys[n], keys[n + 1]))
-        for n in range(len(queries) - 1)
-    ]
-
-
 def _lower_visibility(
-    visible: Visible, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+    visible: Visible,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    log_decay: Tensor | None,
 ) -> tuple[bool, Tensor | None]:
-    """(causal, counts): counts int64 [B or 1, T] relative to the own sequence, None for "all" and causal."""
+    """(causal, counts): counts int64 [B or 1, T] relative to the own sequence, None for "all" and causal.
+
+    Causal attention means to every implementation that each sequence has as many keys as queries; where packed keys have
+    boundaries of their own it is a staircase like others. With a decay it can't be, and implementations refuse.
+    """
     if isinstance(visible, str):
-        return visible == "causal", None
+        if visible == "all" or log_decay is not None or _same_boundaries(cu_seqlens, cu_seqlens_k):
+            return visible == "causal", None
+        visible = Staircase.causal()
     T, S = q.shape[1], k.shape[1]
     if cu_seqlens is None:
         if isinstance(visible, Staircase):
@@ -353,40 +382,43 @@ def _lower_visibility(
     return False, own.at(index[:, None], lengths[:, None]).reshape(1, T)
 
 
+def _same_boundaries(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> bool:
+    """Whether keys are known to be packed as queries are; elsewhere than on the CPU a look would make the device wait."""
+    if cu_seqlens_k is None or cu_seqlens is None or cu_seqlens_k is cu_seqlens:
+        return True
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return cu_seqlens.tolist() == cu_seqlens_k.tolist()
+
+
 def _final_state(
     kv: Tensor, z: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, initial_state: LinearState | None,
     update_state: bool,
 ) -> LinearState:  # fmt: skip
     """The state to return: a new one, or ``initial_state`` with what an implementation has not written there itself."""
-    if log_decay is None and (initial_state is None or initial_state.log_decay is None):
-        total = None
-    else:
-        total = _total_decay(log_decay, cu_seqlens, initial_state, kv.dtype)
+    before = None if initial_state is None else initial_state.log_decay
+    total = None if log_decay is None else _total_decay(log_decay, cu_seqlens, kv.dtype)
     if not update_state or initial_state is None:
+        if before is not None:
+            total = before.clone() if total is None else total + before
         return LinearState(kv, z, total)
-    pairs = zip(initial_state, (kv, z, total), strict=True)
-    for own, new in pairs:
-        if own is not None and new is not None and own is not new:
+    for own, new in ((initial_state.kv, kv), (initial_state.z, z)):
+        if own is not new:
             own.copy_(new)
+    if before is not None and total is not None:
+        before.add_(total)
     return initial_state
 
 
-def _total_decay(
-    log_decay: Tensor | None, cu_seqlens: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
-) -> Tensor | None:
-    """The summed log decay [B or N, H] of the stretch, on top of that of the initial state; None without any."""
-    before = None if initial_state is None else initial_state.log_decay
-    if log_decay is None:
-        return None if before is None else before.clone()
+def _total_decay(log_decay: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The summed log decay [B or N, H] of the stretch."""
     if cu_seqlens is None:
-        total = log_decay.sum(1, dtype=dtype)
-    else:
-        bounds = cu_seqlens.to(torch.int64)
-        slots = torch.arange(log_decay.shape[1], device=log_decay.device)
-        row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
-        total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
-        total = total.index_add(0, row, log_decay[0].to(dtype))
-    return total if before is None else total + before
+        return log_decay.sum(1, dtype=dtype)
+    bounds = cu_seqlens.to(torch.int64)
+    slots = torch.arange(log_decay.shape[1], device=log_decay.device)
+    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+    total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
+    return total.index_add(0, row, log_decay[0].to(dtype))
 
 
 def _block_states(
@@ -394,6 +426,7 @@ def _block_states(
 ) -> LinearState:
     """States after each block, by one batched state per block and a running sum."""
     B, S = k.shape[:2]
+    every = min(every, max(1, S))  # what is longer is padded to no more than the keys there are
     n = -(-S // every)
 
     def by_block(x: Tensor | None) -> Tensor | None:

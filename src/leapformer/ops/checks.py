@@ -7,15 +7,29 @@ and would cost more than the step of one token.
 
 from __future__ import annotations
 
+import numbers
+from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import LeapWeights
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDINARY = frozenset((Tensor, torch.nn.Parameter))  # types whose bytes are where and what they seem
+
+_place = attrgetter("device", "layout")
+_TENSORS = (
+    "q", "k", "v", "q_factors", "k_factors", "key_mask", "cu_seqlens", "cu_seqlens_k", "log_decay", "initial_state.kv",
+    "initial_state.z", "initial_state.log_decay", "visible",
+)  # fmt: skip
+_NO_STATE = (None, None, None)
+_WITH_LEAPS = _TENSORS + tuple(f"{side}_leap.{field}" for side in "qk" for field in ("w1", "b1", "w2", "b2"))
 
 
 class Call(NamedTuple):
@@ -38,89 +52,233 @@ def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> N
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
     key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, eps: float, *, rank: int | None = None, update_state: bool = False,
+    initial_state: LinearState | None, eps: float, *, normalize: bool = True, relu: bool = False,
+    update_state: bool = False, leaps: tuple[LeapWeights, LeapWeights] | None = None,
 ) -> None:  # fmt: skip
-    """Everything that ``linear_attention`` takes; what only the values could tell (they may be on a GPU) is trusted.
+    """Everything that the doors take; what only the values could tell (they may be on a GPU) is trusted.
 
-    ``rank``: of factors that are still to come.
+    ``leaps``: the LeaP modules of queries and keys, where they stand for factors.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        expect(x.dim() == 4, name, "4 axes [batch, tokens, heads, width]", x.shape)
-        expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
-        expect(x.dtype == q.dtype, name, "the dtype of q, {}", x.dtype, q.dtype)
-        expect(x.device == q.device, name, "the device of q, {}", x.device, q.device)
+    state = _NO_STATE
+    if initial_state is not None:
+        expect(isinstance(initial_state, LinearState), "initial_state", "a LinearState", type(initial_state).__name__)
+        state = initial_state
+    given = visible if isinstance(visible, Tensor) else None
+    tensors = (q, k, v, q_factors, k_factors, key_mask, cu_seqlens, cu_seqlens_k, log_decay, *state, given)
+    if leaps is None:
+        check_tensors(_TENSORS, tensors, q, 3)
+    else:
+        for name, weights in zip(("q_leap", "k_leap"), leaps, strict=True):
+            if not (isinstance(weights, tuple) and len(weights) == 4):
+                expect(False, name, "LeapWeights(w1, b1, w2, b2)", type(weights).__name__)
+        check_tensors(_WITH_LEAPS, (*tensors, *leaps[0], *leaps[1]), q, 3)
+    _check_main(q, k, v)
+    if leaps is not None:
+        _check_module("q_leap", q, leaps[0])
+        _check_module("k_leap", k, leaps[1])
     B, T, H, K = q.shape
-    S, G = k.shape[1], k.shape[2]
-    expect(k.shape[0] == B and k.shape[3] == K, "k", "shape [{}, S, G, {}] to go with q", k.shape, B, K)
-    expect(v.shape[:3] == k.shape[:3], "v", "shape [{}, {}, {}, V] to go with k", v.shape, B, S, G)
-    expect(G > 0 and H % G == 0, "heads of q", "a multiple of the {} heads of k", H, G)
-    expect(eps > 0, "eps", "a number above 0", eps)
-    _check_factors(q, k, q_factors, k_factors)
+    _, S, G, V = v.shape
+    if not (isinstance(eps, numbers.Real | torch.SymFloat) and eps > 0):
+        expect(False, "eps", "a number above 0", eps)
+    for name, option in (("normalize", normalize), ("relu", relu)):
+        if not isinstance(option, bool):
+            expect(False, name, "True or False", option)
+    if q_factors is not None or k_factors is not None:
+        _check_factors(q, k, q_factors, k_factors)
     if key_mask is not None:
         expect(key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", key_mask.dtype)
         expect(key_mask.shape == k.shape[:2], "key_mask", "shape [{}, {}]", key_mask.shape, B, S)
-    N = _check_packing(B, T, S, cu_seqlens, cu_seqlens_k)
-    _check_visible(visible, B, T, S, N)
+    N = B
+    if cu_seqlens is not None or cu_seqlens_k is not None:
+        N = _check_packing(B, T, S, cu_seqlens, cu_seqlens_k)
+    _check_visible(visible, B, T, S, N, q.device)
     if log_decay is not None:
         expect(isinstance(visible, str) and visible == "causal", "visible with log_decay", "'causal'", visible)
         expect(log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", log_decay.shape, B, T, H)
-        expect(log_decay.is_floating_point(), "log_decay", "a floating dtype", log_decay.dtype)
+        expect(log_decay.dtype in FLOATING, "log_decay", "a floating dtype", log_decay.dtype)
     if initial_state is not None:
-        R = rank or (1 if q_factors is None else q_factors.shape[-1])
-        V, heads = v.shape[3], G if log_decay is None else H
-        kv, z = initial_state.kv.shape, initial_state.z.shape
-        fits = tuple(kv) == (N, heads, R, K, V)
-        expect(fits, "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv, N, heads, R, K, V)
-        expect(tuple(z) == (N, heads, R, K), "initial_state.z", "shape [{}, {}, {}, {}]", z, N, heads, R, K)
+        R = 2 if leaps is not None else 1 if q_factors is None else q_factors.shape[-1]
+        _check_state(initial_state, N, G if log_decay is None else H, H, R, K, V)
     if update_state:
         expect(initial_state is not None, "update_state", "an initial_state to update", None)
-        has_grad = torch.is_grad_enabled()
-        expect(not has_grad, "update_state", "gradients switched off (torch.no_grad), which need the old state", "on")
+        if torch.is_grad_enabled():
+            wanted = "gradients switched off (torch.no_grad), which need the old state"
+            expect(False, "update_state", wanted, "on")
+        # What a compiler or a transform puts in a tensor's place has no address.
+        if initial_state is not None and type(initial_state.kv) in ORDINARY and not torch.compiler.is_compiling():
+            _check_written(initial_state)
 
 
-def check_leap(name: str, x: Tensor, weights: tuple[Tensor | None, Tensor | None, Tensor, Tensor]) -> None:
-    """The weights of one LeaP module against the q or k [B, T, H, K] that they read."""
-    expect(x.dim() == 4, name[0], "4 axes [batch, tokens, heads, width]", x.shape)
-    heads, K = (1, x.shape[2]), x.shape[3]
+def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], q: Tensor, needed: int = 0) -> None:
+    """All are tensors or None (the first ``needed`` are tensors), dense, and on the device of ``q``.
+
+    Kernels read addresses: what lies elsewhere, or is laid out otherwise, must not reach them.
+    """
+    given = [t for t in tensors if t is not None]
+    if not torch.compiler.is_compiling() and ORDINARY.issuperset(map(type, given)) and len(given) >= needed:
+        places = set(map(_place, given))
+        if len(places) == 1 and places.pop()[1] is torch.strided:
+            return
+    for place, (name, t) in enumerate(zip(names, tensors, strict=True)):
+        if t is not None or place < needed:
+            expect(isinstance(t, Tensor), name, "a tensor", type(t).__name__)
+            assert isinstance(t, Tensor)
+            expect(t.layout is torch.strided, name, "a dense tensor (torch.strided)", t.layout)
+            expect(t.device == q.device, name, "the device of q, {}", t.device, q.device)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_module(name: str, x: Tensor, weights: LeapWeights) -> None:
+    """The weights of a LeaP module against the q or k [B, T, H, K] that it reads."""
     w1, b1, w2, b2 = weights
+    if w2 is None or b2 is None:
+        expect(False, name, "w2 and b2", "None")
+    (_, _, H, K), last = x.shape, w2.shape
+    r = K
     if w1 is not None:
-        fits = w1.dim() == 3 and w1.shape[0] in heads and w1.shape[2] == K
-        expect(fits, f"{name}.w1", "shape [1 or {}, r, {}]", w1.shape, heads[1], K)
-    r = K if w1 is None else w1.shape[1]
-    expect(b1 is None or w1 is not None, f"{name}.b1", "None without w1", "a tensor")
+        shape = w1.shape
+        if not (len(shape) == 3 and shape[0] in (1, H) and shape[2] == K):
+            expect(False, f"{name}.w1", "shape [1 or {}, r, {}]", shape, H, K)
+        r = shape[1]
     if b1 is not None:
-        fits = b1.dim() == 2 and b1.shape[0] in heads and b1.shape[1] == r
-        expect(fits, f"{name}.b1", "shape [1 or {}, {}]", b1.shape, heads[1], r)
-    fits = w2.dim() == 2 and w2.shape[0] in heads and w2.shape[1] == r
-    expect(fits, f"{name}.w2", "shape [1 or {}, {}]", w2.shape, heads[1], r)
-    expect(b2.dim() == 1 and b2.shape[0] in heads, f"{name}.b2", "shape [1 or {}]", b2.shape, heads[1])
+        if w1 is None:
+            expect(False, f"{name}.b1", "None without w1", "a tensor")
+        shape = b1.shape
+        if not (len(shape) == 2 and shape[0] in (1, H) and shape[1] == r):
+            expect(False, f"{name}.b1", "shape [1 or {}, {}]", shape, H, r)
+    if not (len(last) == 2 and last[0] in (1, H) and last[1] == r):
+        expect(False, f"{name}.w2", "shape [1 or {}, {}]", last, H, r)
+    shape = b2.shape
+    if not (len(shape) == 1 and shape[0] in (1, H)):
+        expect(False, f"{name}.b2", "shape [1 or {}]", shape, H)
+    for w in weights:
+        if w is not None and w.dtype not in FLOATING:
+            expect(False, f"weights of {name}", "a floating dtype", w.dtype)
+
+
+def _check_main(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V]."""
+    dtype = q.dtype
+    if not (q.dim() == k.dim() == v.dim() == 4 and dtype in FLOATING and k.dtype == dtype and v.dtype == dtype):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            expect(x.dim() == 4, name, "4 axes [batch, tokens, heads, width]", x.shape)
+            expect(x.dtype in FLOATING, name, "a floating dtype", x.dtype)
+            expect(x.dtype == dtype, name, "the dtype of q, {}", x.dtype, dtype)
+    (B, _, H, K), keys, values = q.shape, k.shape, v.shape
+    G = keys[2]
+    if not (keys[0] == B and keys[3] == K):
+        expect(False, "k", "shape [{}, S, G, {}] to go with q", keys, B, K)
+    if values[:3] != keys[:3]:
+        expect(False, "v", "shape [{}, {}, {}, V] to go with k", values, *keys[:3])
+    if not (G > 0 and H % G == 0):
+        expect(False, "heads of q", "a multiple of the {} heads of k", H, G)
+
+
+def _check_state(state: LinearState, N: int, heads: int, decay_heads: int, R: int, K: int, V: int) -> None:
+    kv, z, decay = state
+    if kv is None or z is None:
+        expect(False, "initial_state", "kv and z", "None")
+    if kv.shape != (N, heads, R, K, V):
+        expect(False, "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv.shape, N, heads, R, K, V)
+    if z.shape != (N, heads, R, K):
+        expect(False, "initial_state.z", "shape [{}, {}, {}, {}]", z.shape, N, heads, R, K)
+    if not (kv.dtype in FLOATING and z.dtype in FLOATING):
+        expect(False, "initial_state", "floating dtypes", f"{kv.dtype} and {z.dtype}")
+    if decay is not None:
+        fits = decay.shape == (N, decay_heads) and decay.dtype in FLOATING
+        expect(fits, "initial_state.log_decay", "floating numbers [{}, {}]", f"{decay.dtype} {tuple(decay.shape)}",
+               N, decay_heads)  # fmt: skip
+
+
+def _check_written(state: LinearState) -> None:
+    """A state that is written to: no element of its tensors may be another's too."""
+    kv, z, decay = state
+    if kv.is_contiguous() and z.is_contiguous() and (decay is None or decay.is_contiguous()):
+        begin, end = kv.data_ptr(), kv.data_ptr() + kv.nbytes
+        other, last = z.data_ptr(), z.data_ptr() + z.nbytes
+        if end <= other or last <= begin:
+            if decay is None:
+                return
+            own, after = decay.data_ptr(), decay.data_ptr() + decay.nbytes
+            if (own >= end or after <= begin) and (own >= last or after <= other):
+                return
+    fields = [t for t in state if t is not None and t.numel()]
+    alone = all(t.is_contiguous() or _holds_apart(t) for t in fields)
+    expect(alone, "update_state", "a state whose elements have memory of their own", "an expanded or overlapping one")
+    apart = all(_apart(a, b) for i, a in enumerate(fields) for b in fields[:i])
+    expect(apart, "update_state", "a state whose tensors do not share memory", "tensors that do")
+
+
+def _holds_apart(t: Tensor) -> bool:
+    """Whether no two elements share an address: either each stride reaches over all smaller ones, or by looking at all."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride <= reach:
+            found = _addresses(t)
+            return found.unique().numel() == found.numel()
+        reach += stride * (size - 1)
+    return True
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share no element: by where they begin and end, or by looking at all."""
+    if a.device.type == "meta":
+        return True
+    spans = [
+        (t.data_ptr(), t.data_ptr() + (1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))) * t.element_size())
+        for t in (a, b)
+    ]  # fmt: skip
+    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
+        return True
+    return not torch.isin(_addresses(a), _addresses(b)).any()
+
+
+def _addresses(t: Tensor) -> Tensor:
+    """Of every element, int64 on the CPU; elements of different sizes are taken to lie on a common grid."""
+    found = torch.tensor(t.data_ptr())
+    for stride, size in zip(t.stride(), t.shape, strict=True):
+        found = found[..., None] + torch.arange(size) * (stride * t.element_size())
+    return found.flatten()
 
 
 def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Tensor | None) -> None:
-    if q_factors is None and k_factors is None:
-        return
     if q_factors is None or k_factors is None:
         raise ValueError("q_factors and k_factors: expected both or neither, got only one")
     for name, x, of in (("q_factors", q_factors, q), ("k_factors", k_factors, k)):
         B, T, H, _ = of.shape
         fits = x.dim() == 4 and x.shape[:2] == of.shape[:2] and x.shape[2] in (1, H)
         expect(fits, name, "shape [{}, {}, {} or 1, R]", x.shape, B, T, H)
-        expect(x.is_floating_point(), name, "a floating dtype", x.dtype)
+        expect(x.dtype in FLOATING, name, "a floating dtype", x.dtype)
     expect(q_factors.shape[3] == k_factors.shape[3], "rank of k_factors", "{}", k_factors.shape[3], q_factors.shape[3])
 
 
-def _check_visible(visible: Visible, B: int, T: int, S: int, N: int) -> None:
+def _check_visible(visible: Visible, B: int, T: int, S: int, N: int, device: torch.device) -> None:
     forms = "'all', 'causal', a Staircase or integers [B, T]"
     if isinstance(visible, str):
-        expect(visible in ("all", "causal"), "visible", forms, repr(visible))
-        expect(visible == "all" or T == S, "visible='causal'", "as many keys as queries ({})", S, T)
+        if visible == "causal":
+            if T != S:
+                expect(False, "visible='causal'", "as many keys as queries ({})", S, T)
+        else:
+            expect(visible == "all", "visible", forms, repr(visible))
     elif isinstance(visible, Staircase):
         for name, field in zip(Staircase._fields, visible, strict=True):
             if isinstance(field, Tensor):
                 expect(field.dtype in INTEGERS, f"visible.{name}", "an integer dtype", field.dtype)
                 fits = field.dim() <= 1 and field.numel() in (1, N)
                 expect(fits, f"visible.{name}", "shape [{}]", field.shape, N)
-        expect(isinstance(visible.every, Tensor) or visible.every > 0, "visible.every", "at least 1", visible.every)
+                near = field.device == device or field.device.type == "cpu"
+                expect(near, f"visible.{name}", "a tensor on {} or the CPU", field.device, device)
+            else:
+                expect(isinstance(field, int | torch.SymInt), f"visible.{name}", "an integer", field)
+        every = visible.every
+        if isinstance(every, Tensor):
+            # Elsewhere than on the CPU a look would make the device wait.
+            known = every.device.type == "cpu" and not torch.compiler.is_compiling()
+            expect(not known or bool((every > 0).all()), "visible.every", "at least 1", "less")
+        else:
+            expect(every > 0, "visible.every", "at least 1", every)
     elif isinstance(visible, Tensor):
         fits = visible.dim() == 2 and visible.shape[0] in (1, B) and visible.shape[1] == T
         expect(fits, "visible", "shape [{}, {}]", visible.shape, B, T)
@@ -130,10 +288,9 @@ def _check_visible(visible: Visible, B: int, T: int, S: int, N: int) -> None:
 
 
 def _check_packing(B: int, T: int, S: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
-    """The number of states: N packed sequences, else the batch."""
+    """The number of states: N packed sequences."""
     if cu_seqlens is None:
-        expect(cu_seqlens_k is None, "cu_seqlens_k", "None without cu_seqlens", "a tensor")
-        return B
+        raise ValueError("cu_seqlens_k: expected None without cu_seqlens, got a tensor")
     expect(B == 1, "batch with cu_seqlens", "1", B)
     for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if bounds is not None:
@@ -146,3 +303,19 @@ def _check_packing(B: int, T: int, S: int, cu_seqlens: Tensor | None, cu_seqlens
         same = cu_seqlens_k.shape == cu_seqlens.shape
         expect(same, "cu_seqlens_k", "shape [{}]", cu_seqlens_k.shape, cu_seqlens.shape[0])
     return cu_seqlens.shape[0] - 1
+
+
+def boundaries(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, slots: int, *, same: bool
+) -> tuple[list[int], list[int]]:
+    """The boundaries of queries and of keys, where every implementation reads them: they rise from 0 to the length.
+
+    same: a decay needs each sequence to have as many keys as queries.
+    """
+    found = cu_seqlens.tolist(), cu_seqlens_k.tolist()
+    for name, bounds, total in zip(("cu_seqlens", "cu_seqlens_k"), found, (tokens, slots), strict=True):
+        rises = bounds[0] == 0 and bounds[-1] == total and all(a <= b for a, b in pairwise(bounds))
+        expect(rises, name, "boundaries that rise from 0 to {}", bounds[:10], total)
+    if same:
+        expect(found[0] == found[1], "cu_seqlens_k with log_decay", "the boundaries of cu_seqlens", "others")
+    return found

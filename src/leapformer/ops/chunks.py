@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.decay import running_sum
 from leapformer.ops.memory import new_empty
 
 CHUNK = 64
@@ -111,6 +112,9 @@ class State(NamedTuple):
 
 def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
     """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
+    assert not causal or x.q.shape[1] == x.k.shape[1], (
+        "a causal block is a view of queries and of keys by the same slots"
+    )
     result, rooms = _empty_result(x, normalize), Workspace(x)
     for rows in _rows(x):
         state = _state(x, rows, x.kv, x.z)
@@ -374,11 +378,12 @@ def _decay(x: Inputs, block: Block, room: Room) -> Decay | None:
     if x.log_decay is None:
         return None
     steps = _view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
-    total = steps.cumsum(-2, dtype=x.compute_dtype)
+    total = running_sum(steps, -2, x.compute_dtype)
     # Between a key and an earlier query the difference is positive; what it becomes is cut off.
-    between = torch.sub(total, total.transpose(-1, -2), out=room.between).exp_().tril_()
+    between = room.between.copy_(total - total.transpose(-1, -2)).exp_().tril_()
     end = total[:, -1:]
-    return Decay(total.exp(), (end - total).exp_(), end.exp().unflatten(0, (block.n, -1)).unbind(), between)
+    since_start, until_end = (part.to(x.compute_dtype).exp_() for part in (total, end - total))
+    return Decay(since_start, until_end, since_start[:, -1:].unflatten(0, (block.n, -1)).unbind(), between)
 
 
 def _apply_causal(P: Tensor, decay: Decay | None) -> Tensor:

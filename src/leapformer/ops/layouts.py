@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import chunks
+from leapformer.ops.checks import boundaries
 from leapformer.ops.chunks import Forward, Gradients, Inputs
 
 
@@ -153,6 +154,7 @@ class _Bucket(NamedTuple):
 
 def packed_forward(x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: Options) -> Forward:
     """B = 1, N sequences behind one another; states are [N, ...] and counts relative to their own sequence."""
+    buckets = _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=options.causal)
     N = cu_seqlens.numel() - 1
     G, K, V = x.k.shape[2], x.k.shape[3], x.v.shape[3]
     dtype, T, H = x.compute_dtype, x.q.shape[1], x.q.shape[2]
@@ -162,7 +164,7 @@ def packed_forward(x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options:
         x.q.new_zeros(N, G, x.rank, K, dtype=dtype),
         x.q.new_zeros(1, T if options.normalize else 0, H, dtype=dtype),
     )
-    for bucket in _buckets(cu_seqlens, cu_seqlens_k):
+    for bucket in buckets:
         part = forward(bucket.inputs(x), bucket.options(options))
         bucket.queries_to(result.output, part.output)
         if options.normalize:
@@ -177,7 +179,7 @@ def packed_backward(
 ) -> Gradients:  # fmt: skip
     """Gradients of ``packed_forward``."""
     total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x.differentiable))  # type: ignore[arg-type]
-    for bucket in _buckets(cu_seqlens, cu_seqlens_k):
+    for bucket in _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=options.causal):
         saved_part = Forward(
             bucket.queries_in(saved.output),
             saved.kv[bucket.rows],
@@ -199,9 +201,9 @@ def packed_backward(
     return total
 
 
-def _buckets(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
-    """Sequences grouped by the powers of two that hold their lengths."""
-    queries, keys = cu_seqlens.tolist(), cu_seqlens_k.tolist()
+def _buckets(cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, slots: int, *, same: bool) -> list[_Bucket]:
+    """Sequences grouped by the powers of two that hold their lengths; ``same``: each has as many keys as queries."""
+    queries, keys = boundaries(cu_seqlens, cu_seqlens_k, tokens, slots, same=same)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row in range(len(queries) - 1):
         T, S = queries[row + 1] - queries[row], keys[row + 1] - keys[row]

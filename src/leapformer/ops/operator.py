@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from leapformer.ops.arguments import DIFFERENTIABLE, NO_MODULE, TENSORS, Arguments, LeapWeights
 from leapformer.ops.autocast import without_autocast
+from leapformer.ops.checks import ORDINARY
+from leapformer.ops.decay import without_resets
 from leapformer.ops.state import LinearState
 
 _ALWAYS = ("q", "k", "v")
@@ -20,6 +25,10 @@ _OPTIONS = "bool causal, bool normalize, float eps, bool relu"
 _MODULES = tuple(name for name in Arguments._fields if name.startswith(("q_w", "q_b", "k_w", "k_b")))
 _FACTORS = ("q_factors", "k_factors")
 _NUMBERS = Arguments._fields[TENSORS:]
+_NO_FORMULA = (
+    'this implementation of linear attention has no autograd formula for them; impl="reference" works with all of them'
+)
+_LOG_DECAY = Arguments._fields.index("log_decay")
 
 Forward = Callable[[Arguments], Sequence[Tensor]]
 Backward = Callable[..., Sequence[Tensor | None]]
@@ -63,7 +72,17 @@ class Operator:
             cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
         )  # fmt: skip
         form = self.linear if q_leap is None or self.leap is None else self.leap
-        output, kv, z, *_ = form(x) if _needs_operator(x) else self._direct(x, update_state)
+        if torch.compiler.is_compiling():
+            output, kv, z, *_ = form(x)
+        else:
+            given = [t for t in x[:TENSORS] if t is not None]
+            _refuse_transforms(given)
+            if _needs_operator(x, given):
+                output, kv, z, *_ = form(x)
+            else:
+                output, kv, z, *_ = self._direct(x, update_state)
+                if update_state:  # a graph that has kept the old state must not be followed backward with the new one
+                    increment_version([t for t in (x.kv, x.z) if t is not None])
         return output, kv, z
 
     def attend_leap(
@@ -98,6 +117,7 @@ class Form:
             schema=f"({inputs}, {saved}, {gradients}, {_OPTIONS}) -> Tensor[]",
         )  # fmt: skip
         self.backward_op.register_fake(self._like_inputs)
+        self.backward_op.register_autograd(_refuse_second)
         self.forward_op.register_autograd(self._autograd, setup_context=self._save)
 
     def __call__(self, x: Arguments) -> Sequence[Tensor]:
@@ -117,7 +137,11 @@ class Form:
         x = self.arguments((*given[:n], *given[-options:]))
         *results, grad, grad_kv, grad_z = given[n:-options]
         with without_autocast(x.q.device.type):
-            gradients = self._backward(x, results, grad, grad_kv, grad_z)
+            gradients = list(self._backward(x, results, grad, grad_kv, grad_z))
+            of_decay = gradients[_LOG_DECAY]
+            if of_decay is not None and x.log_decay is not None:
+                wide = torch.promote_types(x.q.dtype, torch.float32)
+                gradients[_LOG_DECAY] = without_resets(of_decay, x.log_decay, wide)
         pairs = zip(gradients, x.differentiable, strict=True)
         return [g.to(t.dtype).contiguous() for g, t in pairs if g is not None and t is not None]
 
@@ -136,13 +160,33 @@ class Form:
         tensors, n = ctx.saved_tensors, len(self.tensors)  # once: under checkpointing a second reading is an error
         inputs, results = tensors[:n], tensors[n:]
         grad = torch.zeros_like(results[0]) if grad is None else grad
-        gradients = iter(self.backward_op(*inputs, *results, grad, grad_kv, grad_z, *ctx.options))
+        try:
+            gradients = iter(self.backward_op(*inputs, *results, grad, grad_kv, grad_z, *ctx.options))
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(f"gradients in batches (is_grads_batched, vectorize): {_NO_FORMULA}") from None
         found = [None if t is None else next(gradients) for t in inputs[: self.differentiable]]
         return (*found, *[None] * (n - self.differentiable + len(_NUMBERS)))
 
 
-def _needs_operator(x: Arguments) -> bool:
-    """Whether a compiler or autograd looks on."""
-    if torch.compiler.is_compiling() or type(x.q) is not Tensor:
+def _needs_operator(x: Arguments, given: list[Tensor]) -> bool:
+    """Whether autograd looks on, or a tensor's bytes are not its values (a subclass, a negative that is yet to be taken):
+    the dispatch of an operator turns those into what they stand for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.differentiable):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.differentiable)
+    return not ORDINARY.issuperset(map(type, given)) or any(map(Tensor.is_neg, given))
+
+
+def _refuse_transforms(given: list[Tensor]) -> None:
+    """One line where the operators would fail in several ways, or leave a tangent out unsaid."""
+    if peek_interpreter_stack() is not None and any(
+        is_functorch_wrapped_tensor(t) or (t.requires_grad and torch.is_grad_enabled()) for t in given
+    ):
+        raise RuntimeError(f"torch.func (vmap, grad, jvp, ...): {_NO_FORMULA}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise RuntimeError(f"forward-mode derivatives: {_NO_FORMULA}")
+
+
+def _refuse_second(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"second derivatives: {_NO_FORMULA}")

@@ -45,13 +45,11 @@ def attend(
     weight = torch.einsum("bthrk,bshrk->bhts", phi_q, phi_k_of_query_head)
     if counts is not None:
         weight = weight * (torch.arange(S, device=q.device) < counts[:, :, None])[:, None]
-    since_start = None
+    left = None
     if log_decay is not None:  # the state is multiplied by exp(log_decay[t]) before key t is added
-        since_start = log_decay.to(dtype).cumsum(1).transpose(1, 2)  # [B, H, T], T = S
-        between = since_start[:, :, :, None] - since_start[:, :, None, :]
-        weight = (
-            weight * between.masked_fill(~torch.ones(T, S, dtype=torch.bool, device=q.device).tril(), -torch.inf).exp()
-        )
+        log_decay = log_decay.to(dtype)
+        left = _left_between(log_decay)
+        weight = weight * left
     numerator = torch.einsum("bhts,bshv->bthv", weight, v_of_query_head)
     normaliser = weight.sum(-1).transpose(1, 2)
 
@@ -59,34 +57,37 @@ def attend(
         old_kv, old_z = initial_state.kv.to(dtype), initial_state.z.to(dtype)
         from_kv = torch.einsum("bthrk,bhrkv->bthv", phi_q, old_kv.repeat_interleave(H // old_kv.shape[1], dim=1))
         from_z = torch.einsum("bthrk,bhrk->bth", phi_q, old_z.repeat_interleave(H // old_z.shape[1], dim=1))
-        if since_start is not None:
-            seen = since_start.transpose(1, 2).exp()
+        if log_decay is not None:
+            seen = log_decay.cumsum(1).exp()
             from_kv, from_z = from_kv * seen[..., None], from_z * seen
         numerator, normaliser = numerator + from_kv, normaliser + from_z
     output = numerator / normaliser.clamp(min=eps)[..., None] if normalize else numerator
-    return output, _final_state(phi_k, v, phi_k_of_query_head, v_of_query_head, log_decay, initial_state, dtype)
+    if left is not None:  # of each key at the end: the last row, or nothing where T = 0
+        phi_k, v = phi_k_of_query_head * left[:, :, -1:].sum(2).transpose(1, 2)[..., None, None], v_of_query_head
+    return output, _final_state(phi_k, v, log_decay, initial_state, dtype)
+
+
+def _left_between(log_decay: Tensor) -> Tensor:
+    """[B, H, T, T]: what is left at t of key j, exp of the sum over j < s <= t, from ``log_decay`` [B, T, H]; 0 for t < j.
+
+    Each sum by itself: a difference of running sums would be lost behind -1e6 and undefined behind -inf.
+    """
+    T = log_decay.shape[1]
+    later = torch.ones(T, T, dtype=torch.bool, device=log_decay.device).tril(-1)
+    steps = log_decay.transpose(1, 2)[..., None].expand(*log_decay.shape[:1], log_decay.shape[2], T, T)
+    sums = steps.masked_fill(~later, 0).cumsum(2)
+    return sums.exp().tril()
 
 
 def _final_state(
-    phi_k: Tensor,
-    v: Tensor,
-    phi_k_of_query_head: Tensor,
-    v_of_query_head: Tensor,
-    log_decay: Tensor | None,
-    initial_state: LinearState | None,
-    dtype: torch.dtype,
+    phi_k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
 ) -> LinearState:
-    """The initial state plus all unmasked keys, whatever g; with a decay, each key decayed up to the end."""
-    total = None
-    if log_decay is not None:
-        log_decay = log_decay.to(dtype)
-        total = log_decay.sum(1)
-        until_end = (total[:, None] - log_decay.cumsum(1)).exp()
-        phi_k, v = phi_k_of_query_head * until_end[..., None, None], v_of_query_head
+    """The initial state plus all unmasked keys, whatever g; with a decay, ``phi_k`` is what is left of each at the end."""
+    total = None if log_decay is None else log_decay.sum(1)
     kv = torch.einsum("bshrk,bshv->bhrkv", phi_k, v)
     z = phi_k.sum(1)
     if initial_state is not None:
-        keep = torch.ones_like(z[:, :, 0, 0]) if total is None else total.exp()
+        keep = z.new_ones(z.shape[:2]) if total is None else total.exp()
         kv = kv + initial_state.kv.to(dtype) * keep[:, :, None, None, None]
         z = z + initial_state.z.to(dtype) * keep[:, :, None, None]
         if total is not None and initial_state.log_decay is not None:

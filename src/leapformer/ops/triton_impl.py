@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import NO_MODULE, Arguments, LeapWeights
-from leapformer.ops.checks import Call
+from leapformer.ops.arguments import NO_MODULE, TENSORS, Arguments, LeapWeights
+from leapformer.ops.checks import Call, boundaries, check_tensors
 from leapformer.ops.operator import Operator
 from leapformer.ops.state import LinearState
 
@@ -133,6 +133,10 @@ class Plan:
         self.N = x.sequences
         heads = H if packed else B * H
         self.queries = _span(T, self.N, segment_tokens(T, heads, x.q.device), x.cu_seqlens)
+        if x.causal and x.cu_seqlens is not None and x.cu_seqlens_k is not None and x.cu_seqlens_k is not x.cu_seqlens:
+            boundaries(
+                x.cu_seqlens, x.cu_seqlens_k, T, S, same=True
+            )  # a decay with keys packed otherwise: rare, so it may wait
         # Causal sweeps meet chunk by chunk, so both sides have the same segments.
         self.keys = self.queries if x.causal else _span(S, self.N, segment_tokens(S, heads, x.q.device), x.cu_seqlens_k)
         self.read = read_tiles(K, V, self.R, x.q.dtype)
@@ -155,20 +159,20 @@ class Plan:
             "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
-    def query_side(self, w: Tensor | None = None, scale=None, aux=None, angle=None, leap=None) -> Any:
-        return self._side(self.x.q, self.x.q_factors, w, scale, aux, angle, leap, None)
+    def query_side(self, w: Tensor | None = None, scale=None, aux=None, score=None, leap=None) -> Any:
+        return self._side(self.x.q, self.x.q_factors, w, scale, aux, score, leap, None)
 
-    def key_side(self, angle: Tensor | None = None, leap=None) -> Any:
-        return self._side(self.x.k, self.x.k_factors, self.x.v, None, None, angle, leap, self.mask)
+    def key_side(self, score: Tensor | None = None, leap=None) -> Any:
+        return self._side(self.x.k, self.x.k_factors, self.x.v, None, None, score, leap, self.mask)
 
-    def _side(self, x, factors, w, scale, aux, angle, leap, mask) -> Any:
+    def _side(self, x, factors, w, scale, aux, score, leap, mask) -> Any:
         x, factors, strides = dense(x), by_head(factors), None
         w1, b1, w2, b2, *leap_strides, r = _leap((None,) * 4 if leap is None else leap)
         if factors is not None:
             strides = factors.stride(0), 0 if factors.shape[1] == 1 else factors.stride(1)
         return _kernels().Side(
             x=x, x_strides=_strides(x), relu=1 if self.x.relu else None, factors=factors, factor_strides=strides,
-            angle=angle, w1=w1, b1=b1, w2=w2, b2=b2, leap_strides=tuple(leap_strides), r=r,
+            score=score, w1=w1, b1=b1, w2=w2, b2=b2, leap_strides=tuple(leap_strides), r=r,
             w=w if w is None else dense(w), w_strides=None if w is None else _strides(dense(w)), scale=scale, aux=aux, mask=mask,
             decay=by_head(self.x.log_decay), tokens=x.shape[1], heads=x.shape[2],
         )  # fmt: skip
@@ -187,7 +191,7 @@ class Plan:
             "BH": self.hidden,
             "PRECISION": self.constants(self.read)["PRECISION"],
         }
-        launch(_kernels().proportions, (-(-T // 16), B, heads), side, self.K, **constants, num_warps=4, num_stages=1)
+        launch(_kernels().scores, (-(-T // 16), B, heads), side, self.K, **constants, num_warps=4, num_stages=1)
         return side._replace(w2=None)
 
     def run_states(
@@ -239,8 +243,8 @@ class Plan:
         tiles, (B, T, heads) = -(-self.K // self.features.BK), a.x.shape[:3]
         decay = self.x.log_decay is not None
         factors = None
-        if a.angle is not None or a.factors is not None:
-            shape = (tiles, B, heads, T) if a.angle is not None else (tiles, B, heads, self.R, T)
+        if a.score is not None or a.factors is not None:
+            shape = (tiles, B, heads, T) if a.score is not None else (tiles, B, heads, self.R, T)
             factors = dx.new_empty(shape, dtype=torch.float32)
         sums = dx.new_empty(tiles, B, heads, T, dtype=torch.float32) if decay else None
         shares = (1, self.H // self.G) if reverse else (self.H // self.G, 1)
@@ -289,7 +293,8 @@ def _span(length: int, sequences: int, M: int, cu: Tensor | None) -> Any:
     if cu is None:
         return Span(length, -(-length // M), sequences, M, None, None, None, None)
     # The tables are made on the device, so that nothing waits for the lengths: a few programs too many find no segment.
-    cu = cu.to(torch.int32).contiguous()
+    # Made to rise from 0 to the length: whatever they hold, no kernel reads beyond the tensors.
+    cu = cu.to(torch.int64).clamp(0, length).cummax(0).values.to(torch.int32).contiguous()
     segments = (cu.diff() + (M - 1)) // M
     ends = segments.cumsum(0)
     index = torch.arange(length // M + sequences, device=cu.device)
@@ -314,21 +319,21 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    """(output, kv, z, normaliser, states at the segments' starts, proportions of queries, and of keys)."""
+    """(output, kv, z, normaliser, states at the segments' starts, scores of queries, and of keys)."""
     plan, q = Plan(x), x.q
     leap = x.q_leap is not None
-    q_angle = q.new_empty((plan.B, plan.H, plan.T) if leap else (0,), dtype=torch.float32)
-    k_angle = q.new_empty((plan.B, plan.G, plan.S) if leap else (0,), dtype=torch.float32)
+    q_score = q.new_empty((plan.B, plan.H, plan.T) if leap else (0,), dtype=torch.float32)
+    k_score = q.new_empty((plan.B, plan.G, plan.S) if leap else (0,), dtype=torch.float32)
     output = q.new_empty(plan.B, plan.T, plan.H, plan.V)
     normaliser = q.new_empty((plan.B, plan.H, plan.T) if x.normalize else (0,), dtype=torch.float32)
     with _on(q):
-        keys = plan.run_module(plan.key_side(angle=k_angle if leap else None, leap=x.k_leap))
+        keys = plan.run_module(plan.key_side(score=k_score if leap else None, leap=x.k_leap))
         states, final_kv, final_z = plan.run_states(keys, plan.keys, x.kv, x.z, reverse=False, heads=1, aux=True)
-        keys = keys._replace(w2=None)  # by now its proportions are stored
-        queries = plan.run_module(plan.query_side(angle=q_angle if leap else None, leap=x.q_leap))
+        keys = keys._replace(w2=None)  # by now its scores are stored
+        queries = plan.run_module(plan.query_side(score=q_score if leap else None, leap=x.q_leap))
         spans = plan.queries, plan.keys
         plan.run_read(queries, keys, spans, states, output, normaliser if x.normalize else None, reverse=False)
-    return output, final_kv, final_z, normaliser, states, q_angle, k_angle
+    return output, final_kv, final_z, normaliser, states, q_score, k_score
 
 
 def _empty(x: Arguments) -> tuple[Tensor, ...]:
@@ -352,13 +357,13 @@ def _empty(x: Arguments) -> tuple[Tensor, ...]:
 def _backward(
     x: Arguments, results: Sequence[Tensor], grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None
 ) -> list[Tensor | None]:
-    output, _kv, _z, normaliser, states, q_angle, k_angle = results
+    output, _kv, _z, normaliser, states, q_score, k_score = results
     with _on(x.q):
-        return _gradients(x, output, normaliser, states, q_angle, k_angle, grad, grad_kv, grad_z)
+        return _gradients(x, output, normaliser, states, q_score, k_score, grad, grad_kv, grad_z)
 
 
 def _gradients(
-    x: Arguments, output: Tensor, normaliser: Tensor, states: Tensor, q_angle: Tensor, k_angle: Tensor, grad: Tensor,
+    x: Arguments, output: Tensor, normaliser: Tensor, states: Tensor, q_score: Tensor, k_score: Tensor, grad: Tensor,
     grad_kv: Tensor | None, grad_z: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
     plan, kernels, normalize, eps = Plan(x), _kernels(), x.normalize, x.eps
@@ -372,8 +377,8 @@ def _gradients(
             kernels.numerator_gradients, (-(-rows // block),), grad, _strides(grad), output, _strides(output), normaliser,
             scale, aux, plan.T, plan.H, rows, eps, plan.V, BLOCK=block, BV=power_of_two(plan.V), num_warps=4,
         )  # fmt: skip
-    queries = plan.query_side(w=grad, scale=scale, aux=aux, angle=q_angle if leap else None)
-    keys = plan.key_side(angle=k_angle if leap else None)
+    queries = plan.query_side(w=grad, scale=scale, aux=aux, score=q_score if leap else None)
+    keys = plan.key_side(score=k_score if leap else None)
     reverse_states, d_kv, d_z = plan.run_states(
         queries, plan.queries, grad_kv, grad_z, reverse=True, heads=share, aux=normalize
     )
@@ -414,7 +419,7 @@ def _decay_gradient(plan: Plan, states: Tensor, reverse_states: Tensor, query_su
 
 
 def _leap_gradients(
-    plan: Plan, side: Any, weights: tuple[Tensor | None, ...], d_angle: Tensor, dx: Tensor, mask: Tensor | None
+    plan: Plan, side: Any, weights: tuple[Tensor | None, ...], d_score: Tensor, dx: Tensor, mask: Tensor | None
 ) -> list[Tensor | None]:
     """Adds the module's part to dx [B, T, H, K] and returns the gradients of its four weights."""
     w1, b1, w2, b2 = weights
@@ -429,7 +434,7 @@ def _leap_gradients(
     import triton
 
     launch(
-        _kernels().leap_gradients, (programs, modules), side.x, side.x_strides, side.angle, d_angle, dx, _strides(dx), mask,
+        _kernels().leap_gradients, (programs, modules), side.x, side.x_strides, side.score, d_score, dx, _strides(dx), mask,
         _leap(weights), partial, T, H, rows, K, numbers, per_head=modules > 1, r=r, BH=power_of_two(r), C=block,
         BK=triton.next_power_of_2(max(16, K)), PRECISION=plan.constants(plan.read)["PRECISION"], num_warps=8, num_stages=1,
     )  # fmt: skip
@@ -482,6 +487,9 @@ def step_(
         q, k, v, q_factors, k_factors, log_decay, state.kv, state.z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE),
         key_mask, None, None, None, True, normalize, eps, relu or q_leap is not None,
     )  # fmt: skip
+    check_tensors(x._fields[:TENSORS], x[:TENSORS], q, 3)
+    if any(t is not None and t.is_neg() for t in x[:TENSORS]):
+        raise ValueError("step_: expected tensors as they lie in memory, got a lazily negated view (use resolve_neg)")
     if log_decay is not None and state.log_decay is not None:
         state.log_decay.add_(log_decay[:, 0])
     return _step(x, state.kv, state.z)[0]
@@ -496,12 +504,12 @@ def _step(x: Arguments, new_kv: Tensor | None = None, new_z: Tensor | None = Non
         new_z = x.q.new_empty(shape, dtype=torch.float32)
     kv, z = (None if t is None else t.float().contiguous() for t in (x.kv, x.z))
     output = x.q.new_empty(plan.B, 1, plan.H, plan.V)
-    angle = x.q.new_empty(0, dtype=torch.float32) if x.q_leap is not None else None  # factors come from proportions
+    score = x.q.new_empty(0, dtype=torch.float32) if x.q_leap is not None else None  # factors come from scores
     BK = power_of_two(plan.K)
     with _on(x.q):
         launch(
-            _kernels().step, (plan.B, plan.G), plan.query_side(angle=angle, leap=x.q_leap),
-            plan.key_side(angle=angle, leap=x.k_leap), kv, z, new_kv, new_z, output, _strides(output), plan.G,
+            _kernels().step, (plan.B, plan.G), plan.query_side(score=score, leap=x.q_leap),
+            plan.key_side(score=score, leap=x.k_leap), kv, z, new_kv, new_z, output, _strides(output), plan.G,
             plan.H // plan.G, x.eps, plan.K, plan.V, NORMALIZE=x.normalize, DECAY=x.log_decay is not None, R=plan.R,
             BH=plan.hidden, BK=BK, BV=max(16, min(power_of_two(plan.V), 4096 // BK)), num_warps=4,
         )  # fmt: skip

@@ -33,6 +33,7 @@ import triton.language as tl
 ALL = tl.constexpr(0)
 CAUSAL = tl.constexpr(1)
 COUNTS = tl.constexpr(2)
+LEAST_STEP = tl.constexpr(-200.0)  # of a log decay, as in decay.py
 # NumPy, on which Triton's interpreter runs, has no bfloat16 product.
 EMULATED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -41,9 +42,9 @@ class Side(NamedTuple):
     """Tokens of one side. x and w have strides [batch, token, head] and a dense last axis; None: there is none.
 
     What has one number for each token is float32 with tokens side by side: ``factors`` [batch, heads or 1, R, token] with
-    strides [batch, head]; ``angle`` proportions in place of factors, ``scale`` a further factor, ``aux`` the channel of the
+    strides [batch, head]; ``score`` what gives proportions by its sigmoid, in place of factors, ``scale`` a further factor, ``aux`` the channel of the
     normaliser and ``decay`` the log decay, all [batch, head, token]. ``relu`` (1 or None): relu(x) is meant. ``w1``,
-    ``b1``, ``w2``, ``b2``: weights of a LeaP module that computes ``angle`` and stores it (w2 is None: there is none), with
+    ``b1``, ``w2``, ``b2``: weights of a LeaP module that computes ``score`` and stores it (w2 is None: there is none), with
     ``leap_strides`` from head to head and ``r``. ``mask`` uint8 [batch, token].
     """
 
@@ -52,7 +53,7 @@ class Side(NamedTuple):
     relu: Any
     factors: Any
     factor_strides: Any
-    angle: Any
+    score: Any
     w1: Any
     b1: Any
     w2: Any
@@ -173,6 +174,18 @@ def _sine(t):
 
 
 @triton.jit
+def _cosine_of(score):
+    """cos(pi/2 P) of P = sigmoid(score) as sin(pi/2 (1 - P)): never negative, and right where P is rounded to 1."""
+    return _sine(tl.sigmoid(-score))
+
+
+@triton.jit
+def _sine_of(score):
+    """sin(pi/2 P) of P = sigmoid(score)."""
+    return _sine(tl.sigmoid(score))
+
+
+@triton.jit
 def _load_x(side, b, h, token, keep, k, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """x [C, BK], or relu(x), in its own dtype."""
     i = tl.arange(0, C)
@@ -186,7 +199,7 @@ def _load_x(side, b, h, token, keep, k, K: tl.constexpr, C: tl.constexpr, BK: tl
 
 @triton.jit
 def _module(side, x, h, k, K: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr):
-    """The proportion [C] of ReLU'd x [C, BK], BK >= K."""
+    """The score [C] of ReLU'd x [C, BK], BK >= K."""
     s1, sb, s2, sb2 = side.leap_strides
     if side.w1 is None:
         weight = tl.load(side.w2 + h * s2 + k, mask=k < K, other=0.0).to(tl.float32)
@@ -204,20 +217,20 @@ def _module(side, x, h, k, K: tl.constexpr, BH: tl.constexpr, PRECISION: tl.cons
                 hidden += tl.load(side.b1 + h * sb + u, mask=inside, other=0.0).to(tl.float32)[None, :]
             weight = tl.load(side.w2 + h * s2 + u, mask=inside, other=0.0).to(tl.float32)
             score += tl.sum(tl.maximum(hidden, 0.0) * weight[None, :], axis=1)
-    return tl.sigmoid(score + tl.load(side.b2 + h * sb2).to(tl.float32))
+    return score + tl.load(side.b2 + h * sb2).to(tl.float32)
 
 
 @triton.jit
 def _factors(side, p, b, h, token, keep, R: tl.constexpr, C: tl.constexpr):
-    """R factors [C], float32: cosine and sine of proportion p, or loaded, or 1."""
+    """R factors [C], float32: cosine and sine of the proportion that score p gives, or loaded, or 1."""
     i = tl.arange(0, C)
     factors = ()
     for rank in tl.static_range(R):
-        if side.angle is not None:
+        if side.score is not None:
             if rank == 0:
-                factors = factors + (_sine(1.0 - p),)
+                factors = factors + (_cosine_of(p),)
             else:
-                factors = factors + (_sine(p),)
+                factors = factors + (_sine_of(p),)
         elif side.factors is not None:
             base = side.factors + b * side.factor_strides[0] + h * side.factor_strides[1] + rank * side.tokens + token
             factors = factors + (tl.load(base + i, mask=keep, other=0.0),)
@@ -240,17 +253,17 @@ def _features(
     side, b, h, token, keep, k, K: tl.constexpr, store, R: tl.constexpr, BH: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(x [C, BK], its factors). A LeaP module is run here, on what was just loaded, and its proportions stored."""
+    """(x [C, BK], its factors). A LeaP module is run here, on what was just loaded, and its scores stored."""
     x = _load_x(side, b, h, token, keep, k, K, C, BK)
     p = 0.0
     if side.w2 is not None:
         p = _module(side, x, h, k, K, BH, PRECISION)
         i = tl.arange(0, C)
         first = (b * side.heads + h) * side.tokens + token
-        # Masked tokens too: a gradient reads their proportions, if only to multiply them by 0.
-        tl.store(side.angle + first + i, p, mask=i < store)
-    elif side.angle is not None:
-        p = _scalars(side, side.angle, b, h, token, keep, C)
+        # Masked tokens too: a gradient reads their scores, if only to multiply by 0.
+        tl.store(side.score + first + i, p, mask=i < store)
+    elif side.score is not None:
+        p = _scalars(side, side.score, b, h, token, keep, C)
     return x, _factors(side, p, b, h, token, keep, R, C)
 
 
@@ -276,20 +289,25 @@ def _values(side, b, h, token, keep, v, V: tl.constexpr, C: tl.constexpr, BV: tl
 
 @triton.jit
 def _decays(side, b, h, token, left, REVERSE: tl.constexpr, C: tl.constexpr):
-    """(running sum of the log decay [C], its total, factor of rows, factor of absorbed columns) in one chunk."""
+    """(running sum of the log decay [C], its total, factor of rows, factor of absorbed columns) in one chunk.
+
+    In float64, and a step is no less than one that leaves exactly 0: what a difference of sums held besides -inf, or -1e30,
+    would be lost.
+    """
     i = tl.arange(0, C)
     steps = _scalars(side, side.decay, b, h, token, i < left, C)
+    steps = tl.where(steps < LEAST_STEP, LEAST_STEP, steps).to(tl.float64)  # a NaN stays one
     total = tl.sum(steps, axis=0)
     running = tl.cumsum(steps, axis=0)
-    since, until = tl.exp(running), tl.exp(total - running)
+    since, until = tl.exp(running.to(tl.float32)), tl.exp((total - running).to(tl.float32))
     if REVERSE:
-        return running, total, until, since
+        return running, total.to(tl.float32), until, since
     else:
-        return running, total, since, until
+        return running, total.to(tl.float32), since, until
 
 
 @triton.jit
-def proportions(side, K: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+def scores(side, K: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """Runs a LeaP module alone, where heads are so wide that a sweep has no registers left for it. Grid: (tokens / C, batch, head)."""
     token, b, h = tl.program_id(0) * C, tl.program_id(1).to(tl.int64), tl.program_id(2)
     k = tl.arange(0, BK)
@@ -297,7 +315,7 @@ def proportions(side, K: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BK: tl
     keep = _kept(side, b, token, left, C)
     p = _module(side, _load_x(side, b, h, token, keep, k, K, C, BK), h, k, K, BH, PRECISION)
     i = tl.arange(0, C)
-    tl.store(side.angle + (b * side.heads + h) * side.tokens + token + i, p, mask=i < left)
+    tl.store(side.score + (b * side.heads + h) * side.tokens + token + i, p, mask=i < left)
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------
@@ -562,7 +580,7 @@ def _between(running, sight, REVERSE: tl.constexpr):
     between = running[:, None] - running[None, :]
     if REVERSE:
         between = -between
-    return tl.exp(tl.where(sight, between, 0.0))
+    return tl.exp(tl.where(sight, between, 0.0).to(tl.float32))
 
 
 @triton.jit
@@ -845,9 +863,9 @@ def _write_feature_gradients(
     plane = tile * span.sequences + b if span.cu is None else tile + b
     row = (plane * side.heads + h) * side.tokens
     place = row + token + i
-    if side.angle is not None:
-        p = _scalars(side, side.angle, b, h, token, keep, C)
-        turn = of_factors[1] * _sine(1.0 - p) - of_factors[0] * _sine(p)
+    if side.score is not None:
+        p = _scalars(side, side.score, b, h, token, keep, C)
+        turn = of_factors[1] * _cosine_of(p) - of_factors[0] * _sine_of(p)
         tl.store(dfactors + place, tl.where(keep, turn * 1.5707963267948966, 0.0), mask=i < left)
     elif side.factors is not None:
         for rank in tl.static_range(R):
@@ -934,7 +952,7 @@ def decay_gradients(
 
 @triton.jit
 def leap_gradients(
-    x, x_strides, p, dp, dx, dx_strides, mask, weights, partial, tokens, heads, rows, K, W,
+    x, x_strides, score, dp, dx, dx_strides, mask, weights, partial, tokens, heads, rows, K, W,
     per_head: tl.constexpr, r: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Through one LeaP module: adds to dx [batch, token, head, K], and sums each program's gradients of the weights.
@@ -967,8 +985,8 @@ def leap_gradients(
         features = tl.load(x + at, mask=inner, other=0.0).to(tl.float32)
         features = tl.where(features < 0, 0.0, features)
         where = (b * heads + h) * tokens + t
-        q = tl.load(p + where, mask=keep, other=0.0)
-        slope = tl.load(dp + where, mask=keep, other=0.0) * q * (1.0 - q)
+        q = tl.load(score + where, mask=keep, other=0.0)
+        slope = tl.load(dp + where, mask=keep, other=0.0) * tl.sigmoid(q) * tl.sigmoid(-q)
         db2 += tl.sum(slope, axis=0)
         if r > 0:
             part = (u < r)[:, None] & (k < K)[None, :]
@@ -1076,7 +1094,7 @@ def _one_token(side, b, h, keep, k, K: tl.constexpr, R: tl.constexpr, BH: tl.con
                 hidden += tl.load(side.b1 + h * sb + u, mask=u < side.r, other=0.0).to(tl.float32)
             weight = tl.load(side.w2 + h * s2 + u, mask=u < side.r, other=0.0).to(tl.float32)
             score = tl.zeros([1], tl.float32) + tl.sum(tl.maximum(hidden, 0.0) * weight, axis=0)
-        p = tl.sigmoid(score + tl.load(side.b2 + h * sb2).to(tl.float32))
-    elif side.angle is not None:
-        p = _scalars(side, side.angle, b, h, 0, keep, 1)
+        p = score + tl.load(side.b2 + h * sb2).to(tl.float32)
+    elif side.score is not None:
+        p = _scalars(side, side.score, b, h, 0, keep, 1)
     return tl.reshape(x, [BK]), _factors(side, p, b, h, 0, keep, R, 1)

@@ -10,9 +10,14 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+LARGEST = 2**30  # that a field may count for: beyond every length, and products stay within int64
+
 
 class Staircase(NamedTuple):
-    """g(i) = clip(offset + step * ((i + phase) // every), 0, S), with integers or int tensors [B] as fields."""
+    """g(i) = clip(offset + step * ((i + phase) // every), 0, S), with integers or int tensors [B] as fields.
+
+    A field beyond 2^30, more than any length, counts as 2^30.
+    """
 
     offset: int | Tensor
     step: int | Tensor = 0
@@ -43,7 +48,9 @@ class Staircase(NamedTuple):
         """g at query indices ``i`` int64 [1 or B, T]."""
 
         def column(field: int | Tensor) -> int | Tensor:
-            return field.to(i.device, torch.int64).reshape(-1, 1) if isinstance(field, Tensor) else field
+            if not isinstance(field, Tensor):
+                return field if -LARGEST <= field <= LARGEST else LARGEST if field > 0 else -LARGEST
+            return field.to(i.device, torch.int64).clamp(-LARGEST, LARGEST).reshape(-1, 1)
 
         offset, step, every, phase = (column(field) for field in self)
         g = offset + step * torch.div(i + phase, every, rounding_mode="floor")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 NAME = "libleapformer_native.so"
 ELSEWHERE = "LEAPFORMER_NATIVE"  # environment variable: a library that was built otherwise, as for the sanitizers
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 # What csrc/interface.h calls Problem, in its order: 18 integers, eps, and addresses and strides.
 PROBLEM = struct.Struct("18qd73q")
@@ -37,7 +37,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library {path} is of another version; install leapformer again"
     for name in ("forward", "backward", "step"):
         getattr(library, f"leapformer_{name}").argtypes = [ctypes.c_char_p]
-        getattr(library, f"leapformer_{name}").restype = None
+        getattr(library, f"leapformer_{name}").restype = ctypes.c_int
+    library.leapformer_limit_memory.argtypes = [ctypes.c_int64]
     _share_threads(library)
     return library, ""
 
@@ -102,3 +103,9 @@ def use_instruction_set(name: str) -> None:
     """Run another instruction set's kernels from now on (for tests); ValueError where this machine can't."""
     if LIBRARY is None or not LIBRARY.leapformer_use_instruction_set(name.encode()):
         raise ValueError(f"instruction set: expected one that this machine has, got {name!r}")
+
+
+def limit_memory(size: int) -> None:
+    """Let the kernels' allocations of more than ``size`` bytes fail from now on, or none where it is 0 (for tests)."""
+    if LIBRARY is not None:
+        LIBRARY.leapformer_limit_memory(size)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leapformer.ops.arguments import Arguments, LeapWeights
+from leapformer.ops.checks import boundaries
 from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
 
 CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * SUPER in csrc
-TINIEST = 1.2e-38  # the smallest float32 whose inverse is finite
 
 
 class Outputs(NamedTuple):
@@ -47,6 +46,10 @@ class Incoming(NamedTuple):
     output: Tensor
     kv: Tensor | None
     z: Tensor | None
+
+
+_NO_GRADIENTS = Gradients(*[None] * 10)  # type: ignore[arg-type]
+_NOTHING = (0, 0, 0, 0, 0)  # a view of nothing
 
 
 def pieces(x: Arguments) -> int:
@@ -91,64 +94,53 @@ def incoming(output: Tensor, kv: Tensor | None, z: Tensor | None, saved: Outputs
 def run(name: str, x: Arguments, out: Outputs, given: Incoming | None = None, grads: Gradients | None = None) -> None:
     """Calls ``leapformer_<name>``. Whatever is made here for the call lives until it returns."""
     assert LIBRARY is not None
-    B, T, H, K = x.q.shape
-    S, G, V = x.v.shape[1:]
+    q, k, v, mask = x.q, x.k, x.v, x.key_mask
+    B, T, H, K = q.shape
+    _, S, G, V = v.shape
+    sequences, cut = x.sequences, pieces(x)
     wide = [_wide(t) for t in (x.q_factors, x.k_factors, x.log_decay)]
-    state = [_ready(t) for t in (x.kv, x.z)]
-    cut = pieces(x)
-    bounds = [_bounds(t, n) for t, n in ((x.cu_seqlens, T), (x.cu_seqlens_k, S))]
-    causal, counts = _visibility(x, bounds)
-    modules = [_module(m) for m in (x.q_leap, x.k_leap)]
-    g = grads or Gradients(*[None] * 10)  # type: ignore[arg-type]
-    passed = given or Incoming(None, None, None)  # type: ignore[arg-type]
-    passed_state = [_ready(t) for t in passed[1:]]
+    kv, z = _ready(x.kv), _ready(x.z)
+    bounds, counts = _bounds(x), _counts(x.counts)
+    modules = _module(x.q_leap), _module(x.k_leap)
+    g = grads or _NO_GRADIENTS
+    passed, passed_state = _NOTHING, []
+    if given is not None:
+        passed, passed_state = _view(given.output), [_ready(t) for t in given[1:]]
     integers = (
-        x.q.dtype == torch.bfloat16, B, x.sequences, T, S, H, G, K, V, x.rank, causal,
-        not causal and (counts is None or T == 0), x.normalize, x.q_leap is not None, threads(), slots(x, cut),
-        cut, x.relu,
+        q.dtype is torch.bfloat16, B, sequences, T, S, H, G, K, V, x.rank, x.causal,
+        not x.causal and (counts is None or T == 0), x.normalize, x.q_w2 is not None, threads(), slots(x, cut), cut, x.relu,
     )  # fmt: skip
-    mask = x.key_mask
     fields = (
-        *_view(x.q), *_view(x.k), *_view(x.v), *_views(wide), *_addresses(*state),
+        q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
+        *_view(wide[0]), *_view(wide[1]), *_view(wide[2]), *_addresses(kv, z),
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
         *((0, 0) if counts is None else (counts.data_ptr(), counts.stride(0) if counts.shape[0] > 1 else 0)),
-        *_addresses(*bounds), *_addresses(*out), *_view(passed.output), *_addresses(*passed_state),
+        *_addresses(*bounds, *out), *passed, *(_addresses(*passed_state) if passed_state else (0, 0)),
         *_addresses(g.q, g.k, g.v, g.q_factors, g.k_factors, g.log_decay, g.kv, g.z),
         *_leap(modules[0], g.q_leap), *_leap(modules[1], g.k_leap),
     )  # fmt: skip
-    getattr(LIBRARY, f"leapformer_{name}")(PROBLEM.pack(*integers, max(x.eps, TINIEST), *fields))
+    if not getattr(LIBRARY, f"leapformer_{name}")(PROBLEM.pack(*integers, x.eps, *fields)):
+        widths = f"K={K}, V={V}, R={x.rank}"
+        raise MemoryError(f"native linear attention: no memory for the kernels' own buffers ({name}, {widths})")
 
 
-def _bounds(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
+def _bounds(x: Arguments) -> tuple[Tensor | None, Tensor | None]:
     """Boundaries as the kernels read them, int64 and without holes: they reach into memory by them."""
-    if cu_seqlens is None:
-        return None
-    found = cu_seqlens.tolist()
-    if found[0] != 0 or found[-1] != total or any(a > b for a, b in pairwise(found)):
-        raise ValueError(f"cu_seqlens: expected boundaries that rise from 0 to {total}, got {found[:10]}")
-    return cu_seqlens.to(torch.int64).contiguous()
+    if x.cu_seqlens is None or x.cu_seqlens_k is None:
+        return None, None
+    boundaries(x.cu_seqlens, x.cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=x.causal)
+    return x.cu_seqlens.to(torch.int64).contiguous(), x.cu_seqlens_k.to(torch.int64).contiguous()
 
 
-def _visibility(x: Arguments, bounds: list[Tensor | None]) -> tuple[bool, Tensor | None]:
-    """(causal, counts): the kernels' causal path wants as many keys as queries in each packed sequence."""
-    queries, keys = bounds
-    if not x.causal or queries is None or keys is None or torch.equal(queries, keys):
-        counts = None if x.counts is None else x.counts if x.counts.stride(0) else x.counts[:1]
-        return x.causal, None if counts is None else counts.contiguous()
-    if x.log_decay is not None:
-        raise ValueError("cu_seqlens_k with log_decay: expected the boundaries of cu_seqlens, got others")
-    starts = queries[:-1].repeat_interleave(queries.diff())
-    return False, (torch.arange(1, x.q.shape[1] + 1) - starts)[None]
-
-
-def _views(tensors: list[Tensor | None]) -> list[int]:
-    return [number for t in tensors for number in _view(t)]
+def _counts(counts: Tensor | None) -> Tensor | None:
+    """[B or 1, T] without holes; one row where all samples share it."""
+    return None if counts is None else (counts if counts.stride(0) else counts[:1]).contiguous()
 
 
 def _view(t: Tensor | None) -> tuple[int, ...]:
     """Address and four strides; what is shared by all heads has stride 0 there, what has no width none."""
     if t is None:
-        return 0, 0, 0, 0, 0
+        return _NOTHING
     strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
     return t.data_ptr(), *strides, *[0] * (4 - t.dim())
 

@@ -18,6 +18,9 @@
 #include "leap.h"
 #include "plan.h"
 
+// A step of the decay that leaves exactly 0, as -inf does. Differences of sums that held anything further off would be lost.
+constexpr float LEAST_STEP = -200;
+
 struct Buffers {
     float *kx, *kt, *v, *vt, *phi_k, *kf, *dkf, *dxk, *dv, *dphi_k;
     float *qx, *phi_q, *qf, *dqf, *scores, *weights, *num, *gn, *dphi_q, *dxq;
@@ -82,19 +85,19 @@ struct Attention : Buffers {
     void read_state(const float* kv, const float* z_from, float* S_to, float* z_to) {
         memset(S_to, 0, sizeof(float) * s.Fp * s.ldv), memset(z_to, 0, sizeof(float) * s.ldf);
         empty = true;
-        if (!kv) return;
-        for (long i = 0; i < s.F; i++) memcpy(S_to + i * s.ldv, kv + i * s.V, sizeof(float) * s.V);
+        if (!z_from) return;  // not kv: without values it has no address, and z is there all the same
+        for (long i = 0; s.V && i < s.F; i++) memcpy(S_to + i * s.ldv, kv + i * s.V, sizeof(float) * s.V);
         memcpy(z_to, z_from, sizeof(float) * s.F);
         for (long i = 0; empty && i < s.F; i++)
             for (int c = 0; c < s.Vp; c++) empty = empty && S_to[i * s.ldv + c] == 0;
         for (long i = 0; empty && i < s.F; i++) empty = z_to[i] == 0;
     }
     void write_state(const float* S_from, const float* z_from, float* kv, float* z_to) const {
-        for (long i = 0; i < s.F; i++) memcpy(kv + i * s.V, S_from + i * s.ldv, sizeof(float) * s.V);
-        memcpy(z_to, z_from, sizeof(float) * s.F);
+        for (long i = 0; s.V && i < s.F; i++) memcpy(kv + i * s.V, S_from + i * s.ldv, sizeof(float) * s.V);
+        if (s.F) memcpy(z_to, z_from, sizeof(float) * s.F);
     }
     void read_given_state(const float* kv, const float* z_from, float* S_to, float* z_to) {
-        read_state(kv ? kv + state_row() * s.F * s.V : nullptr, kv ? z_from + state_row() * s.F : nullptr, S_to, z_to);
+        read_state(kv ? kv + state_row() * s.F * s.V : nullptr, z_from ? z_from + state_row() * s.F : nullptr, S_to, z_to);
     }
     // What piece j hands on (0) and, backward, its queries behind all keys (1); after handing out, what it starts from (0).
     float* handed(long j, int which = 0) const {
@@ -130,7 +133,10 @@ struct Attention : Buffers {
     // Sums of the decay within the tile and their exponentials; with a decay, query heads and key heads are the same.
     void load_decay(long token, int n) {
         double sum = 0;
-        for (int i = 0; i < n; i++) since[i] = sum += at(p.log_decay, token + i, g, 0);
+        for (int i = 0; i < n; i++) {
+            const float step = at(p.log_decay, token + i, g, 0);
+            since[i] = sum += step < LEAST_STEP ? LEAST_STEP : step;
+        }
         for (int i = n; i < TILE; i++) since[i] = sum;
         for (int i = 0; i < TILE; i++) eq[i] = float(since[i]), ek[i] = float(sum - since[i]);
         for (int i = 0; i < TILE; i += W) store(eq + i, exponential(load(eq + i))), store(ek + i, exponential(load(ek + i)));
@@ -343,13 +349,13 @@ struct Attention : Buffers {
         const long at = state_row() * s.F;
         float *kv = p.final_kv + at * s.V, *z_new = p.final_z + at;
         for (int f = 0; f < s.F; f++) {
-            const float *before = p.kv ? p.kv + (at + f) * s.V : nullptr, add = phi_k[f];
+            const float *before = p.z ? p.kv + (at + f) * s.V : nullptr, add = phi_k[f];
             float* row = kv + long(f) * s.V;
             int c = 0;
             for (; c + W <= s.V; c += W)
                 store(row + c, (before ? splat(keeps) * load(before + c) : Vec{}) + splat(add) * load(v + c));
             for (; c < s.V; c++) row[c] = (before ? keeps * before[c] : 0) + add * v[c];
-            z_new[f] = (p.kv ? keeps * p.z[at + f] : 0) + add;
+            z_new[f] = (p.z ? keeps * p.z[at + f] : 0) + add;
         }
         for (long h = g * (p.H / p.G); h < (g + 1) * (p.H / p.G); h++) {
             if (p.leap) q_module.load_weights(s, p.q_leap, h);
@@ -604,7 +610,7 @@ struct Attention : Buffers {
             for (long m = end - 1; m >= begin; m--) tile_backward(m, slot, state_of(m - begin), z_of(m - begin));
             end = begin;
         }
-        if (p.dkv && j == 0) write_state(dS, dz, p.dkv + state_row() * s.F * s.V, p.dz + state_row() * s.F);
+        if (p.dz && j == 0) write_state(dS, dz, p.dkv + state_row() * s.F * s.V, p.dz + state_row() * s.F);
     }
 
     void tail_backward(long slot, const Piece& piece) {

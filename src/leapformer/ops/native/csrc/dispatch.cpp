@@ -28,9 +28,10 @@ const Kernels* chosen = choose(nullptr);
 
 #define DOOR extern "C" __attribute__((visibility("default")))
 
-DOOR void leapformer_forward(const Problem* p) { chosen->forward(p); }
-DOOR void leapformer_backward(const Problem* p) { chosen->backward(p); }
-DOOR void leapformer_step(const Problem* p) { chosen->step(p); }
+// 1 where all is computed, 0 where memory was missing.
+DOOR int leapformer_forward(const Problem* p) { return chosen->forward(p); }
+DOOR int leapformer_backward(const Problem* p) { return chosen->backward(p); }
+DOOR int leapformer_step(const Problem* p) { return chosen->step(p); }
 DOOR const char* leapformer_instruction_set() { return chosen->name; }
 // Takes "avx512", "avx2" or "baseline"; 0 where this machine cannot run it.
 DOOR int leapformer_use_instruction_set(const char* name) {
@@ -40,4 +41,4 @@ DOOR int leapformer_use_instruction_set(const char* name) {
 }
 // Python packs Problem by position: both sides must agree on its size and on the order of its fields.
 DOOR int64_t leapformer_problem_size() { return sizeof(Problem); }
-DOOR int64_t leapformer_interface_version() { return 2; }
+DOOR int64_t leapformer_interface_version() { return 3; }

@@ -46,16 +46,20 @@ struct Problem {
 
 static_assert(sizeof(void*) == 8 && sizeof(double) == 8, "the fields of Problem are 8 bytes wide");
 
-// One set of kernels, compiled for one instruction set.
+// One set of kernels, compiled for one instruction set. False: there was no memory, and the results are not all there.
 struct Kernels {
     const char* name;
-    void (*forward)(const Problem*);
-    void (*backward)(const Problem*);
-    void (*step)(const Problem*);
+    bool (*forward)(const Problem*);
+    bool (*backward)(const Problem*);
+    bool (*step)(const Problem*);
 };
 
-// Runs `work` for every item on `threads` threads; each call gets `floats` floats of its thread's own memory.
+// The one door to memory: null where there is none. No exception may leave a thread, which would end the process.
+void* allocate(int64_t bytes);
+
+// Runs `work` for every item on `threads` threads; each call gets `floats` floats of its thread's own memory. A thread that
+// gets none leaves its share to the others; false where items are left because no thread got any.
 typedef void (*Work)(const void* context, int64_t item, float* memory);
-void run_parallel(int64_t threads, int64_t items, Work work, const void* context, int64_t floats);
+bool run_parallel(int64_t threads, int64_t items, Work work, const void* context, int64_t floats);
 
 constexpr int64_t SUPER = 8;  // key tiles between two checkpoints of the state

@@ -42,32 +42,31 @@ void work(const void* context, int64_t slot, float* memory) {
 }
 
 // `sum` and `hand_out` make the states that the pieces of a sequence start from; a sequence in one piece needs neither.
-void run(const Problem& p, Pass sum, Pass hand_out, Pass pass, bool backward) {
+bool run(const Problem& p, Pass sum, Pass hand_out, Pass pass, bool backward) {
     const Plan plan(p);
+    if (!plan.complete) return false;
     const Shape shape(p);
     Buffers sizes;
     const long floats = sizes.place(nullptr, p, shape, backward);
     Context context{p, plan, pass, p.pieces, backward, nullptr};
     auto run_pass = [&](Pass which, long pieces) {
         context.pass = which, context.pieces = pieces;
-        run_parallel(p.threads, p.slots, work, &context, floats);
+        return run_parallel(p.threads, p.slots, work, &context, floats);
     };
-    if (p.pieces > 1) {
-        context.between = (float*)malloc(sizeof(float) * p.N * p.G * p.pieces * 2 * handed_size(shape));
-        run_pass(sum, p.pieces);
-        run_pass(hand_out, 1);
-    }
-    run_pass(pass, p.pieces);
+    if (p.pieces == 1) return run_pass(pass, 1);
+    context.between = (float*)allocate(sizeof(float) * p.N * p.G * p.pieces * 2 * handed_size(shape));
+    const bool done = context.between && run_pass(sum, p.pieces) && run_pass(hand_out, 1) && run_pass(pass, p.pieces);
     free(context.between);
+    return done;
 }
 
-void forward(const Problem* p) {
-    run(*p, &Attention::sum_keys, &Attention::hand_out_states, &Attention::forward, false);
+bool forward(const Problem* p) {
+    return run(*p, &Attention::sum_keys, &Attention::hand_out_states, &Attention::forward, false);
 }
-void backward(const Problem* p) {
-    run(*p, &Attention::sum_queries, &Attention::hand_out_gradients, &Attention::backward, true);
+bool backward(const Problem* p) {
+    return run(*p, &Attention::sum_queries, &Attention::hand_out_gradients, &Attention::backward, true);
 }
-void step(const Problem* p) { run(*p, nullptr, nullptr, &Attention::step, false); }
+bool step(const Problem* p) { return run(*p, nullptr, nullptr, &Attention::step, false); }
 
 }  // namespace
 

@@ -12,7 +12,7 @@ struct Module {
     float* hidden;       // [TILE, ldh]: relu(w1 x + b1)
     float* grad_hidden;  // [TILE, ldh]
     float* grad_w1;      // [hidden, ldk]
-    float *proportion, *angle;
+    float *proportion, *rest, *slope;  // P, 1 - P where it is too small to be seen in P, and the gradient of the score
     int units;  // 0 without a hidden layer
 
     void place(Arena& arena, const Shape& s) {
@@ -20,7 +20,7 @@ struct Module {
         b1 = arena.take(s.ldh), w2 = arena.take(s.ldh > s.ldk ? s.ldh : s.ldk);
         hidden = arena.take(TILE * s.ldh), grad_hidden = arena.take(TILE * s.ldh);
         grad_w1 = arena.take(long(up16(s.hidden)) * s.ldk);
-        proportion = arena.take(TILE), angle = arena.take(TILE);
+        proportion = arena.take(TILE), rest = arena.take(TILE), slope = arena.take(TILE);
     }
 
     void load_weights(const Shape& s, const Leap& leap, long head) {
@@ -56,9 +56,11 @@ struct Module {
         }
         for (int i = n; i < TILE; i++) proportion[i] = 0;
         for (int i = 0; i < TILE; i += W) {
-            const Vec p = splat(1.0f) / (splat(1.0f) + exponential(-load(proportion + i)));
-            store(proportion + i, p);
-            store(factors + i, cosine(p * splat(HALF_PI)));
+            const Vec e = exponential(-load(proportion + i)), whole = splat(1.0f) + e;
+            const Vec p = splat(1.0f) / whole, left = e / whole;
+            store(proportion + i, p), store(rest + i, left);
+            // cos(pi/2 P) = sin(pi/2 (1 - P)) is never negative, and so no normaliser is.
+            store(factors + i, sine(left * splat(HALF_PI)));
             store(factors + TILE + i, sine(p * splat(HALF_PI)));
         }
     }
@@ -67,11 +69,10 @@ struct Module {
     void backward(
         const Shape& s, int n, const float* x, const float* factors, const float* grad_factors, float* grad_x, float* gradient
     ) {
-        float* slope = angle;  // gradient of what goes into the sigmoid
         for (int i = 0; i < TILE; i += W) {
             const Vec p = load(proportion + i), c = load(factors + i), sn = load(factors + TILE + i);
             const Vec grad_p = splat(HALF_PI) * (c * load(grad_factors + TILE + i) - sn * load(grad_factors + i));
-            store(slope + i, grad_p * p * (splat(1.0f) - p));
+            store(slope + i, grad_p * p * load(rest + i));
         }
         const int last = units ? units : s.K;
         float* grad_w2 = gradient + long(units) * s.K + units;

@@ -31,12 +31,15 @@ struct Plan {
     int32_t* counts = nullptr;  // g made safe, clamped to the sequence and never decreasing: [rows, T]
     long* begins = nullptr;     // for visibilities given by counts
     long rows = 0;
+    bool complete = true;  // false: there was no memory
 
     explicit Plan(const Problem& problem) : p(problem) {
         if (!p.counts) return;
         rows = p.cu_q ? p.N : (p.counts_b ? p.B : 1);
-        counts = (int32_t*)malloc(sizeof(int32_t) * (p.cu_q ? p.T : rows * p.T) + 1);
-        begins = (long*)malloc(sizeof(long) * (p.cu_q ? p.S / TILE + 3 * p.N : rows * (p.S / TILE + 3)));
+        counts = (int32_t*)allocate(sizeof(int32_t) * (p.cu_q ? p.T : rows * p.T) + 1);
+        begins = (long*)allocate(sizeof(long) * (p.cu_q ? p.S / TILE + 3 * p.N : rows * (p.S / TILE + 3)) + 1);
+        complete = counts && begins;
+        if (!complete) return;
         for (long n = 0; n < rows; n++) lay_out(sequence(p, n));
     }
     ~Plan() { free(counts), free(begins); }

@@ -1,7 +1,7 @@
 // Threads: those of the OpenMP runtime that is already in the process, handed in by Python, else plain ones.
 #include <atomic>
 #include <cstdlib>
-#include <new>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -19,16 +19,18 @@ KmpcFork kmpc_fork = nullptr;
 KmpcPush kmpc_push = nullptr;
 KmpcThread kmpc_thread = nullptr;
 
+std::atomic<int64_t> most{0};  // bytes of one allocation, in tests; 0: as many as there are
+
 // A thread's memory, kept between calls so that its pages are mapped once.
 struct Memory {
     float* data = nullptr;
     int64_t floats = 0;
+    // Null where there is none.
     float* get(int64_t wanted) {
-        if (wanted > floats) {
+        if (wanted > floats || !data) {
             free(data);
-            data = (float*)std::aligned_alloc(64, (wanted * sizeof(float) + 63) / 64 * 64);
+            data = (float*)allocate(wanted * sizeof(float));
             floats = data ? wanted : 0;
-            if (!data) throw std::bad_alloc();
         }
         return data;
     }
@@ -44,6 +46,7 @@ struct Job {
 
     void run() {
         float* own = memory.get(floats);
+        if (!own) return;
         for (int64_t item; (item = next.fetch_add(1)) < items;) work(context, item, own);
     }
 };
@@ -53,21 +56,35 @@ void run_kmpc_job(int32_t*, int32_t*, void* job) { ((Job*)job)->run(); }
 
 }  // namespace
 
-void run_parallel(int64_t threads, int64_t items, Work work, const void* context, int64_t floats) {
+void* allocate(int64_t bytes) {
+    if (most && bytes > most) return nullptr;
+    return std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+bool run_parallel(int64_t threads, int64_t items, Work work, const void* context, int64_t floats) {
     Job job{work, context, items, floats};
     if (threads > items) threads = items;
-    if (threads <= 1) return job.run();
-    if (gomp_parallel) return gomp_parallel(run_job, &job, unsigned(threads), 0);
-    if (kmpc_fork && kmpc_push && kmpc_thread) {
+    if (threads <= 1)
+        job.run();
+    else if (gomp_parallel)
+        gomp_parallel(run_job, &job, unsigned(threads), 0);
+    else if (kmpc_fork && kmpc_push && kmpc_thread) {
         // An ident_t of zeros with a source string, as the runtime wants it.
         static struct { int32_t reserved, flags, reserved2, reserved3; const char* source; } location = {0, 2, 0, 0, ";unknown;unknown;0;0;;"};
         kmpc_push(&location, kmpc_thread(&location), int32_t(threads));
-        return kmpc_fork(&location, 1, (void (*)(int32_t*, int32_t*, void*))run_kmpc_job, &job);
+        kmpc_fork(&location, 1, (void (*)(int32_t*, int32_t*, void*))run_kmpc_job, &job);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            others.reserve(threads);
+            for (int64_t i = 1; i < threads; i++) others.emplace_back(run_job, &job);
+        } catch (const std::exception&) {
+            // Fewer threads than wanted, then.
+        }
+        job.run();
+        for (auto& thread : others) thread.join();
     }
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; i++) others.emplace_back(run_job, &job);
-    job.run();
-    for (auto& thread : others) thread.join();
+    return job.next >= items;
 }
 
 #define DOOR extern "C" __attribute__((visibility("default")))
@@ -77,3 +94,5 @@ DOOR void leapformer_use_threads(void* parallel, void* fork_call, void* push, vo
     gomp_parallel = (GompParallel)parallel;
     kmpc_fork = (KmpcFork)fork_call, kmpc_push = (KmpcPush)push, kmpc_thread = (KmpcThread)thread;
 }
+// For tests: allocations of more bytes fail from now on; 0: none does.
+DOOR void leapformer_limit_memory(int64_t bytes) { most = bytes; }

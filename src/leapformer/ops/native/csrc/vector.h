@@ -62,7 +62,7 @@ INLINE Vec exponential(Vec x) {
     return keep(~tiny, (Vec)((Int)y + scale));
 }
 
-// Sine and cosine of x in [0, pi/2] by their series, to about 1 ulp of 1.
+// Sine of x in [0, pi/2] by its series, to about 1 ulp.
 INLINE Vec sine(Vec x) {
     const Vec y = x * x;
     Vec s = splat(1.6059044e-10f) * y + splat(-2.5052108e-8f);
@@ -71,16 +71,6 @@ INLINE Vec sine(Vec x) {
     s = s * y + splat(8.3333333e-3f);
     s = s * y + splat(-1.6666667e-1f);
     return s * y * x + x;
-}
-INLINE Vec cosine(Vec x) {
-    const Vec y = x * x;
-    Vec c = splat(-1.1470746e-11f) * y + splat(2.0876757e-9f);
-    c = c * y + splat(-2.7557319e-7f);
-    c = c * y + splat(2.4801587e-5f);
-    c = c * y + splat(-1.3888889e-3f);
-    c = c * y + splat(4.1666667e-2f);
-    c = c * y + splat(-0.5f);
-    return c * y + splat(1.0f);
 }
 
 // ---- transposition of W x W blocks by log2(W) rounds of exchanging halves ------------------------------------------
