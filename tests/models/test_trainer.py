@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 
 from leapformer.models import LeapformerForMaskedLM, LeapformerForSequenceClassification
 from tests.models.builders import tiny_config, tiny_model, tokens
+from tests.models.test_peft import METHODS
 from tests.models.translation_builders import speech, targets, tiny_translator
 
 pytestmark = [
@@ -59,6 +61,14 @@ def test_label_smoothing_shifts_the_labels_of_a_language_model(fields, tmp_path)
     expected = smoothed(model(ids).logits[:, :-1], labels[:, 1:], 0.1)
     found = loss_of(model, {"input_ids": ids, "labels": labels}, tmp_path, label_smoothing_factor=0.1)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_label_smoothing_shifts_the_labels_around_adapters(method, tmp_path):
+    model, ids = get_peft_model(tiny_model(dtype=torch.float32), METHODS[method]("CAUSAL_LM")), tokens(2, 9)
+    expected = smoothed(model(ids).logits[:, :-1], ids[:, 1:], 0.1)
+    found = loss_of(model, {"input_ids": ids, "labels": ids}, tmp_path, label_smoothing_factor=0.1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_label_smoothing_learns_the_next_token_and_not_to_copy(tmp_path):

@@ -58,6 +58,8 @@ def _register_names() -> None:
     }
     for table, kind in tables.items():
         getattr(modeling_auto, table)[kind.config_class.model_type] = kind.__name__
+    # Around a prefix that PEFT learns the Trainer takes the name of the body for that of the model.
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["leapformer_with_prefix"] = LeapformerModel.__name__
 
 
 _register_names()

@@ -16,6 +16,7 @@ from leapformer.models.fields import (
     check_size,
     check_types,
     finish,
+    words_that_count,
 )
 from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, KINDS, REWEIGHTINGS
@@ -213,7 +214,8 @@ class LeapformerConfig(PreTrainedConfig):
         block += heads * (self.leap_hidden or 0) * K
         kinds = self.attention_kinds
         other = 2 * features * places * kinds.count("linformer") + features * K * kinds.count("performer")
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + places * (self.positions == "learned")
+        words = words_that_count(self.vocab_size, None if self.tie_word_embeddings else self.vocab_size)
+        tables = words + places * (self.positions == "learned")
         return self.num_hidden_layers * block + other + tables * D + 4 * D * self.classifier_hidden_size
 
     def _check_choices(self) -> None:

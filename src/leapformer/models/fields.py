@@ -18,10 +18,12 @@ MOST_PARAMETERS = 10**11  # of a model, about: 400 GB in float32
 WIDEST = 1 << 24
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 MOST_LABELS = 1 << 20
+# Words that count in a model's size: a vocabulary comes from data, and a recipe is checked before there is any.
+WORDS_THAT_COUNT = 1 << 20
 
 # What several configurations have: the least and the most, both allowed.
 RANGES: dict[str, tuple[float, float]] = {
-    "vocab_size": (1, 1 << 28), "hidden_size": (1, WIDEST), "num_attention_heads": (1, 1 << 16),
+    "vocab_size": (1, 1 << 31), "hidden_size": (1, WIDEST), "num_attention_heads": (1, 1 << 16),
     "num_key_value_heads": (1, 1 << 16), "head_dim": (1, 1 << 16), "intermediate_size": (1, WIDEST),
     "conv_width": (0, 1 << 10), "leap_hidden": (1, 1 << 18), "leap_bins": (2, WIDEST),
     "attention_eps": (1e-45, 1), "layer_norm_eps": (0, 1), "hidden_dropout": (0, 1), "attention_dropout": (0, 1),
@@ -92,12 +94,17 @@ def check_common(config: Any) -> None:
                 )
 
 
+def words_that_count(*sizes: int | None) -> int:
+    """Rows of embeddings and output layers, each up to `WORDS_THAT_COUNT`."""
+    return sum(min(size or 0, WORDS_THAT_COUNT) for size in sizes)
+
+
 def check_size(config: PreTrainedConfig, parameters: int) -> None:
     """Refuse a model of more parameters than any machine holds, before memory is taken."""
     if parameters > MOST_PARAMETERS:
         raise ValueError(
             f"config of {type(config).__name__}: expected a model of at most {MOST_PARAMETERS:,} parameters, "
-            f"found about {parameters:.1e} (hidden_size={config.hidden_size}, vocab_size={config.vocab_size})"
+            f"found about {parameters:.1e} (hidden_size={config.hidden_size})"
         )
 
 

@@ -14,6 +14,7 @@ from leapformer.models.fields import (
     check_size,
     check_types,
     finish,
+    words_that_count,
 )
 from leapformer.models.reading import read_config
 
@@ -23,8 +24,8 @@ TRANSLATION_KINDS = ("leap", "cosformer", "linear", "softmax")
 PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
 OWN_RANGES: dict[str, tuple[float, float]] = {
     "num_features": (1, 1 << 16), "conv_channels": (1, 1 << 16), "pre_decision": (1, 1 << 20),
-    "encoder_layers": (1, MOST_LAYERS), "decoder_layers": (1, MOST_LAYERS), "source_vocab_size": (1, 1 << 28),
-    "ctc_vocab_size": (1, 1 << 28), "max_source_positions": (1, 1 << 40), "max_target_positions": (1, 1 << 40),
+    "encoder_layers": (1, MOST_LAYERS), "decoder_layers": (1, MOST_LAYERS), "source_vocab_size": (1, 1 << 31),
+    "ctc_vocab_size": (1, 1 << 31), "max_source_positions": (1, 1 << 40), "max_target_positions": (1, 1 << 40),
     "ctc_weight": (0, 1e6),
 }  # fmt: skip
 
@@ -180,10 +181,11 @@ class LeapformerTranslationConfig(PreTrainedConfig):
         D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
         attention = 2 * D * K * heads + (self.conv_width or 0) * D + heads * (self.leap_hidden or 0) * K
         layers, C = self.encoder_layers + self.decoder_layers, self.conv_channels
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + (self.source_vocab_size or 0)
+        untied = None if self.tie_word_embeddings else self.vocab_size
+        tables = words_that_count(self.vocab_size, untied, self.source_vocab_size, self.ctc_vocab_size)
         front = 9 * C * C + C * self.num_features // 4 * D
         blocks = layers * (attention + 2 * D * self.intermediate_size) + self.decoder_layers * attention
-        return blocks + (tables + (self.ctc_vocab_size or 0)) * D + front
+        return blocks + tables * D + front
 
     def _check_choices(self) -> None:
         own = {"source": SOURCES, "context": CONTEXTS, **dict.fromkeys(PLACES, TRANSLATION_KINDS)}
