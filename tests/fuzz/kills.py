@@ -24,9 +24,9 @@ import yaml
 
 from tests.fuzz.harness import Wrong
 
-SECONDS = 180
+SECONDS = 400
 CASES = {"short": 8, "full": 150}
-LONGEST = 60  # seconds of a child
+LONGEST = 120  # seconds of a child, on a machine that has other work
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # How an interrupted command may end: by the signal, by a stop that saves, or before it came.
 CODES = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130, 143, 0}
@@ -181,6 +181,7 @@ def _set_up(folder: Path) -> None:
 
 def _of_run(folder: Path, output: str) -> dict[str, Any]:
     """Losses, weights and results of a run, and that nothing else is left in its folder."""
+    from leapformer.files.locking import LOCK
     from leapformer.training.run import Run
 
     run = Run(folder / "run")
@@ -192,7 +193,8 @@ def _of_run(folder: Path, output: str) -> dict[str, Any]:
     return {
         "results.json": results,
         "metrics.jsonl": rows,
-        "leftovers": sorted(path.name for path in run.path.rglob(".*")),
+        # Of a kill behind the last write the lock's file is left, which holds nothing and is in nobody's way.
+        "leftovers": sorted(path.name for path in run.path.rglob(".*") if path.name != LOCK),
         **{str(path.relative_to(folder)): path.read_bytes() for path in files},
     }
 
