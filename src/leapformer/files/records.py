@@ -1,4 +1,4 @@
-"""Typed views of what a run writes about itself: results.json, the rows of metrics.jsonl, and progress.json.
+"""Typed views of what a run writes about itself: results.json and the rows of metrics.jsonl.
 
 A file may be of an older version, so keys may be missing and further ones there; what is there has the types and ranges
 below, on which tables and pictures rely. NaN and infinity, which older versions wrote, are None.
@@ -109,13 +109,6 @@ class EventRecord(Record):
     step: Count
 
 
-class ProgressRecord(Record):
-    """progress.json of a checkpoint: what the training has seen and taken so far."""
-
-    targets: Count
-    seconds: NotNegative
-
-
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -149,15 +142,6 @@ def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) ->
             continue
         events.append(event)
     return events
-
-
-def read_progress(path: str | os.PathLike[str]) -> ProgressRecord:
-    """The content of a progress.json.
-
-    Raises:
-        LeapformerError: it can't be read, or is none.
-    """
-    return check(ProgressRecord, read_json_object(path), where=cut(os.fspath(path), 240))
 
 
 def check(kind: type[Kind], content: Any, *, where: str) -> Kind:
