@@ -7,7 +7,7 @@ import json
 import pytest
 
 from leapformer.errors import LeapformerError
-from leapformer.files.records import read_events, read_progress, read_results
+from leapformer.files.records import read_events, read_results
 from tests.analysis.builders import curve_point, results, translation_results
 
 
@@ -61,23 +61,6 @@ def test_wrong_types_and_ranges_are_one_line(tmp_path, change, line):
     with pytest.raises(LeapformerError) as caught:
         read_results(written(tmp_path, {**results("leap", perplexity=310.0), **change}))
     assert f"results.json: {line}" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_progress(tmp_path):
-    path = tmp_path / "progress.json"
-    path.write_text('{"targets": 7, "seconds": 1.5}')
-    progress = read_progress(path)
-    assert (progress.targets, progress.seconds) == (7, 1.5)
-    for text in (
-        "{}",
-        "[]",
-        '{"targets": "7", "seconds": 1}',
-        '{"targets": -1, "seconds": 1}',
-        '{"targets": 1, "seconds": NaN}',
-    ):
-        path.write_text(text)
-        with pytest.raises(LeapformerError, match=r"progress\.json: expected|targets: expected"):
-            read_progress(path)
 
 
 def test_no_metrics(tmp_path):
