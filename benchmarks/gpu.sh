@@ -9,4 +9,4 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
     echo "benchmarks/gpu.sh: expected a Python with PyTorch, found none in $python (set PYTHON=...)" >&2
     exit 2
 fi
-PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m leapformer.bench.gpu "$@"
+PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m benchmarks.gpu "$@"
