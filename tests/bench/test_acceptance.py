@@ -15,6 +15,7 @@ from leapformer.bench.attention import LongRow, MemoryRow, TimeRow
 from leapformer.bench.decoding import StepRow
 from leapformer.bench.lra import SpeedRow
 from leapformer.bench.rows import Spread, Times, to_json
+from tests.test_layers import SOURCES, imported_modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,6 +161,12 @@ def test_what_is_not_judged_is_not_measured(capsys, tmp_path, monkeypatch):
     assert main(["overhead"]) == 2
     assert "expected attention, decoding, lra, streaming, found 'overhead'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_knows_nothing_of_what_is_owed():
+    """A wheel holds the package alone."""
+    modules = [(path, module) for path in SOURCES for _, module in imported_modules(path)]
+    assert not [(path.name, module) for path, module in modules if module.partition(".")[0] == "benchmarks"]
 
 
 def test_it_runs_as_a_module(capsys, monkeypatch):

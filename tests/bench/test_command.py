@@ -171,6 +171,14 @@ def test_wrong_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, messa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "leapformer.bench.decoding")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = one_line(capsys, "decoding", "--output", str(tmp_path / "out"))
+    assert "this command needs the package 'matplotlib.figure'" in error and "pip install 'leapformer[plots]'" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_in_place_of_the_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "expected a folder, found a file" in one_line(capsys, "--output", str(tmp_path / "file"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leapformer.bench.result import Result, Settings, Table
 from leapformer.bench.timing import Race, Timer, race
+from leapformer.errors import MissingExtra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,5 +74,14 @@ class Benchmark:
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """The benchmark of one of NAMES."""
-    return import_module(f"leapformer.bench.{name}").BENCHMARK
+    """The benchmark of one of NAMES.
+
+    Raises:
+        MissingExtra: a package that it needs is not installed.
+    """
+    try:
+        return import_module(f"leapformer.bench.{name}").BENCHMARK
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("leapformer"):
+            raise
+        raise MissingExtra("plots", package=error.name, purpose="this command") from error
