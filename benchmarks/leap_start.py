@@ -4,9 +4,9 @@
 
 Prints one Markdown row per start ("default", "spread") and seed, over one batch of validation text, and one per trained
 run that is named. Columns, each a mean over layers: the standard deviation over tokens of the query and of the key
-proportions; the mean of P_q - P_k; the share of the attention weights' logarithm that the re-weighting varies by, as the
-standard deviation over keys of ln cos(pi/2 (P_q - P_k)); and the root mean square of the gradient of the LeaP weights,
-divided by that of the query and key projections.
+proportions; the mean of P_q - P_k; the share of the attention weights' logarithm that the re-weighting varies by, as
+the standard deviation over keys of ln cos(pi/2 (P_q - P_k)); and the root mean square of the gradient of the LeaP
+weights, divided by that of the query and key projections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Few heads on two cores: milliseconds of the native kernels with sequences whole and cut into pieces, and the speed-up.
+"""Few heads on two cores: milliseconds of the native kernels with sequences whole and cut into pieces, and the ratio.
 
 python benchmarks/pieces.py [LENGTH ...]
 """
@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from leapformer.ops.native import problem
 PIECES = {"whole": lambda x: 1, "cut": problem.pieces}
 
 
-def step(tensors: list[torch.Tensor], cotangent: torch.Tensor | None, visible: str) -> None:
+def step(tensors: list[torch.Tensor], cotangent: torch.Tensor | None, visible: Literal["causal", "all"]) -> None:
     """Forward, and backward where there is a cotangent."""
     with torch.set_grad_enabled(cotangent is not None):
         output = linear_attention(*tensors, relu=True, visible=visible, impl="native").output

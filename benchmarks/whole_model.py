@@ -1,4 +1,4 @@
-"""Train, generation and encoder steps of the package in a folder, on one thread, and where the time of two of them goes.
+"""Train, generation and encoder steps of the package in a folder, on one thread, and where the time of two goes.
 
 To compare two revisions:
 
@@ -26,9 +26,14 @@ from leapformer.models import LeapformerConfig, LeapformerForCausalLM  # noqa: E
 from leapformer.nn import EncoderBlock, build_attention  # noqa: E402
 
 SMALL = {
-    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "attention": "leap", "max_position_embeddings": 256,
-}  # fmt: skip
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "attention": "leap",
+    "max_position_embeddings": 256,
+}
 TOKENS = 50  # of a measurement of generation
 TOP = 8
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.contenders import FLA, RESEARCH, contender, others
 from leapformer.bench import contenders
-from leapformer.bench.contenders import CAUSAL, LEAP, LRA, RESEARCH, SDPA, build, contenders_for, useful_flops
+from leapformer.bench.contenders import CAUSAL, LEAP, LRA, SDPA, contenders_for, useful_flops
 from leapformer.bench.worker import Worker
 
 SMALL_CAUSAL, SMALL_LRA = replace(CAUSAL, heads=2, width=8), replace(LRA, batch=3, width=8, hidden=4)
@@ -15,13 +16,13 @@ N = 20
 
 def same_inputs(name, shape):
     """The output [B, N, H, K] of a contender, its inputs drawn as for our own implementation."""
-    output = build(name, shape, N, backward=False)()
+    output = contender(name).call(shape, N, backward=False)()
     if name == RESEARCH:  # rows are batch x heads
         return output.unflatten(0, (shape.batch, shape.heads)).transpose(1, 2)
     return output
 
 
-class OneLayout(contenders._Random):
+class OneLayout(contenders.Inputs):
     """Draws [B, N, H, ...] whatever is asked for, so that all contenders get the same numbers."""
 
     shape = SMALL_CAUSAL
@@ -42,19 +43,19 @@ class OneLayout(contenders._Random):
 
 @pytest.mark.parametrize(("shape", "ours"), [(SMALL_CAUSAL, "torch"), (SMALL_LRA, "torch" + LEAP)])
 def test_research_code_gives_our_result(shape, ours, monkeypatch):
-    monkeypatch.setattr(contenders, "_Random", OneLayout)
+    monkeypatch.setattr(contenders, "Inputs", OneLayout)
     monkeypatch.setattr(OneLayout, "shape", shape)
     torch.testing.assert_close(same_inputs(RESEARCH, shape), same_inputs(ours, shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [SMALL_CAUSAL, SMALL_LRA], ids=lambda shape: shape.name)
 def test_every_contender_gives_an_output_and_all_gradients(shape):
-    names, _ = contenders_for(shape)
-    assert {SDPA, RESEARCH, "torch" + LEAP} <= set(names)
-    for name in names:
-        output = build(name, shape, N, backward=False)()
+    everyone = [each for each in (*contenders_for(shape), *others()) if not each.why_not]
+    assert {SDPA, RESEARCH, "torch" + LEAP} <= {each.name for each in everyone}
+    for each in everyone:
+        output = each.call(shape, N, backward=False)()
         assert output.isfinite().all() and not output.requires_grad
-        gradients = build(name, shape, N, backward=True)()
+        gradients = each.call(shape, N, backward=True)()
         assert all(gradient.isfinite().all() for gradient in gradients)
         assert sum(bool(gradient.any()) for gradient in gradients) == len(gradients)
 
@@ -63,7 +64,7 @@ def test_every_contender_gives_an_output_and_all_gradients(shape):
     "change", [{"masked": True}, {"groups": 1}, {"visible": "wait-k"}], ids=lambda change: next(iter(change))
 )
 def test_odd_shapes_run(change):
-    output = build("torch", replace(SMALL_CAUSAL, **change), N, backward=False)()
+    output = contender("torch").call(replace(SMALL_CAUSAL, **change), N, backward=False)()
     assert output.shape == (1, N, 2, 8) and output.isfinite().all()
 
 
@@ -82,15 +83,28 @@ def test_only_implementations_of_the_processor(monkeypatch):
 
 
 def test_a_gpu_library_is_named_as_not_run(monkeypatch):
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name == "fla" or None)
-    names, not_run = contenders_for(CAUSAL)
-    assert "flash-linear-attention" not in names and not_run == {"flash-linear-attention": "its kernels need a GPU"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "fla" or None)
+    found = {each.name: each.why_not for each in others()}
+    assert found == {RESEARCH: "", FLA: "its kernels need a GPU"} and FLA == "flash-linear-attention"
+
+
+def test_what_users_compare_with_is_on_every_machine():
+    for shape in (CAUSAL, LRA):
+        names = [each.name for each in contenders_for(shape)]
+        assert names == [n + s for n in contenders.cpu_impls() for s in (("", LEAP), (LEAP,))[shape.leap]] + [SDPA]
+
+
+def test_only_what_keeps_all_pairs_needs_much_memory():
+    assert contender(RESEARCH).bytes_needed(CAUSAL, 1000, backward=False) == 8 * 1e6 * 4 * 3
+    assert contender(RESEARCH).bytes_needed(CAUSAL, 1000, backward=True) == 8 * 1e6 * 4 * 5
+    assert contender(RESEARCH).bytes_needed(LRA, 1000, backward=True) == 0
+    assert contender(SDPA).bytes_needed(CAUSAL, 1000, backward=True) == 0
 
 
 def test_a_worker_times_and_tells_its_memory():
     # 4 heads x 512 x 512 x 4 bytes are 4 MiB, and the quadratic form holds several of these at once.
     shape = replace(CAUSAL, heads=4, width=8)
-    with Worker(RESEARCH, shape, 512, backward=True, threads=1) as worker:
+    with Worker(contender(RESEARCH), shape, 512, backward=True, threads=1) as worker:
         memory = worker.memory_mib()
         sample = worker.time(2)
     assert memory is None or 8 < memory < 60
@@ -99,7 +113,7 @@ def test_a_worker_times_and_tells_its_memory():
 
 
 def test_a_dead_worker_is_told():
-    with Worker("torch", replace(CAUSAL, heads=2, width=8), 64, backward=True, threads=1) as worker:
+    with Worker(contender("torch"), replace(CAUSAL, heads=2, width=8), 64, backward=True, threads=1) as worker:
         worker.process.kill()
         with pytest.raises(RuntimeError, match="the measuring process was ended by signal 9"):
             worker.time(1)
@@ -107,7 +121,7 @@ def test_a_dead_worker_is_told():
 
 def test_a_worker_that_fails_says_why():
     with (
-        Worker("no such implementation", CAUSAL, 64, backward=False, threads=1) as worker,
+        Worker(contender("no such implementation"), CAUSAL, 64, backward=False, threads=1) as worker,
         pytest.raises(
             RuntimeError, match=r"ended with code 1: ValueError: impl: expected one of .*no such implementation"
         ),

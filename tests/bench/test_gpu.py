@@ -13,18 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from leapformer.bench import gpu
-from leapformer.bench.contenders import FLA, LEAP, SDPA
+from benchmarks import gpu
+from benchmarks.contenders import FLA
+from leapformer.bench.contenders import LEAP, SDPA
 from leapformer.bench.result import Result, Settings
+from leapformer.bench.rows import rows_of
 from leapformer.bench.timing import timer
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.registry import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = gpu.WIKITEXT103 | {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "adaptive_cutoffs": [10, 20], "max_position_embeddings": 9,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "adaptive_cutoffs": [10, 20],
+    "max_position_embeddings": 9,
+}
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ import sys
 for name in {forbidden}:
     sys.modules[name] = None
 import torch
-from leapformer.bench import gpu
+from benchmarks import gpu
 model = gpu.LanguageModel({config}, "leap", "torch")
 assert model(torch.randint(40, (2, 9))).isfinite()
 """
@@ -91,9 +98,9 @@ def test_the_model_is_the_recipes():
 
 def test_what_agrees_with_the_reference_is_not_wrong(bench):
     assert gpu.check(bench, impl="torch", tokens=30) == []
-    rows = bench.result.rows("checks")
+    rows = rows_of(bench.result.content, "checks", gpu.CheckRow)
     assert len(rows) == 2 * len(gpu.CHECKS) - 1  # one is for bfloat16 alone
-    assert all(row["error"] <= row["allowed"] for row in rows)
+    assert all(row.error <= row.allowed for row in rows)
 
 
 def test_a_kernel_that_fails_is_wrong(bench, monkeypatch):
@@ -105,7 +112,7 @@ def test_a_kernel_that_fails_is_wrong(bench, monkeypatch):
         return right(case, impl, dtype)
 
     monkeypatch.setattr(gpu, "_results", results)
-    monkeypatch.setattr(gpu, "CHECKS", {"causal": {}})
+    monkeypatch.setattr(gpu, "CHECKS", {"causal": gpu.Form()})
     wrong = gpu.check(bench, impl="ours", tokens=30)
     assert wrong == [f"causal, {d}: RuntimeError: Triton Error [CUDA]: illegal address" for d in gpu.DTYPES]
 
@@ -119,7 +126,7 @@ def test_what_does_not_is_named(bench, monkeypatch, harm):
         return found | ({"gradient of k": found["gradient of k"] + harm} if impl == "ours" else {})
 
     monkeypatch.setattr(gpu, "_results", results)
-    monkeypatch.setattr(gpu, "CHECKS", {"causal": {}})
+    monkeypatch.setattr(gpu, "CHECKS", {"causal": gpu.Form()})
     wrong = gpu.check(bench, impl="ours", tokens=30)
     assert [line.split(": ")[:2] for line in wrong] == [[f"causal, {d}", "gradient of k"] for d in gpu.DTYPES]
 
@@ -127,11 +134,12 @@ def test_what_does_not_is_named(bench, monkeypatch, harm):
 def test_a_run_and_its_tables(bench, monkeypatch):
     monkeypatch.setattr(gpu, "TOKENS", 32)
     gpu.measure_attention(bench, lengths=(16,), impls=("torch",))
-    gpu.measure_decoding(bench, contexts=(16,), impls=("torch",), in_place=False)
+    gpu.measure_decoding(bench, contexts=(16,), impls=("torch",))
     gpu.measure_training(bench, SMALL, {"softmax": ("softmax", "auto"), "LeaPformer": ("leap", "torch")})
     content = bench.result.content
     row = next(r for r in content["attention"] if r["visible"] == "causal")
     assert row["batch"] == 2 and set(row["contenders"]) == {"torch", "torch" + LEAP, SDPA}
+    assert "torch, in place" in content["decoding"][0]["contenders"]
     titles = [table.title for table in gpu.tables(content)]
     assert len(titles) == 2 * 2 * 2 + 2 * 2 + 1
     assert all("times as fast as" in title for title in titles)

@@ -20,10 +20,9 @@ def run(tmp_path, *, has_gpu: bool, tasks=("text", "image"), **environment):
     for task in tasks:
         (data / f"lra-{task}").mkdir(parents=True)
         (data / f"lra-{task}" / "card.json").write_text("{}")
-    return subprocess.run(
-        [SCRIPT, data, tmp_path / "runs"], env=os.environ | {"PYTHON": str(python)} | environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    environment = {"PYTHON": str(python), **environment}
+    command = [SCRIPT, data, tmp_path / "runs"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_every_task_with_data_and_every_mechanism_then_the_table(tmp_path):

@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 
+from benchmarks.acceptance import acceptance_table
+from benchmarks.acceptance import main as judge
 from leapformer.bench import speakers, streaming
-from leapformer.bench.acceptance import acceptance_table
+from leapformer.bench.rows import Spread, to_json
 from leapformer.bench.speakers import Push, Served, Server, schedule, simulate
-from leapformer.bench.streaming import LiveStream, percentiles, stream
+from leapformer.bench.streaming import LengthRow, LiveStream, SpeakersRow, Tail, percentiles, stream
 from leapformer.cli import main
 from leapformer.models import DecoderStream
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
@@ -76,19 +78,23 @@ def test_the_state_of_linear_attention_alone_does_not_grow(statistics):
 
 def test_percentiles_are_measured_values():
     found = percentiles([float(n) for n in range(100, 0, -1)])
-    assert found == {"median": 50.0, "p95": 95.0, "p99": 99.0, "longest": 100.0, "n": 100}
-    assert percentiles([3.0])["p95"] == 3.0
+    assert found == Tail(median=50.0, p95=95.0, p99=99.0, longest=100.0, n=100)
+    assert percentiles([3.0]).p95 == 3.0
 
 
 # ---- many speakers
 
 
 def test_what_waits_is_one_batch():
-    """A processor that takes 1 s for a batch and 0.25 s more for each push in it, the words half a second before its end."""
+    """A processor that takes 1 s for a batch and 0.25 s more for a push in it, words half a second before the end."""
     pushes = [
-        Push(1.0, 0, 0, False), Push(1.5, 1, 0, False), Push(2.0, 0, 1, False), Push(2.25, 2, 0, True),
-        Push(2.5, 1, 1, True), Push(9.0, 0, 2, True),
-    ]  # fmt: skip
+        Push(1.0, 0, 0, False),
+        Push(1.5, 1, 0, False),
+        Push(2.0, 0, 1, False),
+        Push(2.25, 2, 0, True),
+        Push(2.5, 1, 1, True),
+        Push(9.0, 0, 2, True),
+    ]
     batches = []
 
     def serve(batch):
@@ -97,7 +103,7 @@ def test_what_waits_is_one_batch():
         return Served(seconds, [(push.speaker, seconds - 0.5) for push in batch if push.chunk or push.last])
 
     waits = simulate(reversed(pushes), serve)
-    # Free at 1: one push until 2.25; then speakers 1, 0 and 2 until 4; then speaker 1's second until 5.25; then idle until 9.
+    # Free at 1: one push until 2.25; then speakers 1, 0 and 2 until 4; then speaker 1's second until 5.25; idle to 9.
     assert batches == [[(0, 0)], [(1, 0), (0, 1), (2, 0)], [(1, 1)], [(0, 2)]]
     assert waits.delays == [2.25 + 1.25 - 2.0, 2.25 + 1.25 - 2.25, 4 + 0.75 - 2.5, 0.75]
     assert (waits.busy, waits.end, waits.batches) == (1.25 + 1.75 + 1.25 + 1.25, 10.25, [1, 3, 1, 1])
@@ -197,12 +203,11 @@ def test_the_command_leaves_json_tables_and_a_picture(tmp_path, capsys, small):
     assert found == [(*run, n) for run in runs for n in (2, 3)]
     assert all(0 < row["busy"] <= 1 <= row["pushes_a_batch"] and row["words"] >= 20 for row in content["speakers"])
     printed = capsys.readouterr().out
-    for text in (
-        "Real-time factor", "KiB kept", "by stage", "many speakers", "Where a chunk of softmax spends its time",
-        "LeaPformer, streaming, 1 to 2 s of audio: bytes of state",
-    ):  # fmt: skip
-        assert text in printed
+    titles = ("Real-time factor", "KiB kept", "by stage", "many speakers", "Where a chunk of softmax spends its time")
+    assert all(text in printed for text in titles)
     assert (tmp_path / "streaming.png").read_bytes().startswith(b"\x89PNG")
+    assert judge(["--only-table", "--output", str(tmp_path)]) == 0
+    assert "LeaPformer, streaming, 1 to 2 s of audio: bytes of state" in capsys.readouterr().out
     assert "95 % of the words within" in (tmp_path / "acceptance.md").read_text()
 
 
@@ -216,6 +221,7 @@ def test_lengths_over_the_limit_are_not_run(tmp_path, capsys, small):
     (row,) = json.loads((tmp_path / "streaming.json").read_text())["lengths"]
     assert list(row["not_run"]) == list(streaming.FORMS) and row["contenders"] == {}
     assert "Not run at 1 s: softmax (about " in capsys.readouterr().out
+    assert judge(["--only-table", "--output", str(tmp_path)]) == 0
     assert "not measured: not among the lengths" in (tmp_path / "acceptance.md").read_text()
 
 
@@ -237,15 +243,22 @@ def test_too_many_speakers_end_the_row(tmp_path, small, monkeypatch):
 
 def content_of(factors, states, delay=None):
     def row(seconds, factor, state):
-        return {
-            "seconds": seconds,
-            "real_time_factor": {"LeaPformer": {"median": factor}},
-            "state_bytes": {"LeaPformer": state},
-        }
+        return LengthRow(
+            seconds=seconds,
+            real_time_factor={"LeaPformer": Spread(factor, factor, factor)},
+            state_bytes={"LeaPformer": state},
+            chunk_ms={},
+            stage_ms={},
+            tokens={},
+        )
 
     lengths = [row(*values) for values in zip((5, 60, 600), factors, states, strict=False)]
-    row_of = {"contender": "LeaPformer", "speakers": 32, "threads": 2, "delay_ms": {"p95": delay}}
-    return {"settings": {"quick": False}, "lengths": lengths, "speakers": [] if delay is None else [row_of]}
+    speakers = []
+    if delay is not None:
+        about = {"contender": "LeaPformer", "speakers": 32, "threads": 2, "seconds": 60, "clock": "wall", "words": 1}
+        tail = Tail(median=1.0, p95=delay, p99=delay, longest=delay, n=1)
+        speakers.append(SpeakersRow(**about, delay_ms=tail, busy=1.0, pushes_a_batch=1.0))
+    return to_json({"settings": {"quick": False}, "lengths": lengths, "speakers": speakers})
 
 
 def test_acceptance():

@@ -2,11 +2,12 @@
 
 import pytest
 
-from leapformer.bench.timing import Race, Sample, fitted_exponent, race, spread, timed
+from leapformer.bench.rows import Spread, spread
+from leapformer.bench.timing import Race, Sample, fitted_exponent, race, timed
 
 
 def clockwork(*seconds: float):
-    """A timer that says these wall seconds one after the other, then the last one again, and notes how it was called."""
+    """A timer that says these wall seconds one after the other, then the last one again, and notes how it is called."""
     asked = []
 
     def time_calls(calls: int) -> Sample:
@@ -26,7 +27,7 @@ def test_contenders_take_turns_after_a_warm_up():
     assert asked_slow == [1, 1, 1, 1, 1]
     assert asked_fast == [1, 1, 20, 20, 20]  # what is quick is repeated until 20 ms are full
     assert outcome.ratios("slow", "fast", "cpu") == pytest.approx([100, 100, 100])
-    assert outcome.as_dict()["slow"]["wall_ms"]["median"] == pytest.approx(200)
+    assert outcome.times()["slow"].wall_ms.median == pytest.approx(200)
 
 
 def test_what_is_over_the_limit_is_named_and_not_run():
@@ -49,8 +50,8 @@ def test_long_turns_are_fewer_but_three_at_least():
 
 
 def test_spread_of_measured_values():
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "n": 6}
-    assert spread([2.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0, "n": 1}
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(median=3.5, p20=2.0, p80=5.0, n=6)
+    assert spread([2.0]) == Spread(median=2.0, p20=2.0, p80=2.0, n=1)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 1.37])

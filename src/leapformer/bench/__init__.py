@@ -1,1 +1,1 @@
-"""What `leapformer bench` measures: attention, decoding, training and what LeaP costs, by ratios within one run."""
+"""What `leapformer bench` measures: one module for each benchmark, by ratios within one run."""

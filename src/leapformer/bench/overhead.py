@@ -1,13 +1,14 @@
 """`leapformer bench overhead`: which share of a train step and of a decoding step the LeaP modules cost.
 
-The share is looked at twice: the modules alone, at the model's own sizes, over the step; and the step's difference to that
-of cosFormer, which has the same attention with proportions of position, so nothing but the modules is missing.
+The share is looked at twice: the modules alone, at the model's own sizes, over the step; and the step's difference to
+that of cosFormer, which has the same attention with proportions of position, so nothing but the modules is missing.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -15,8 +16,10 @@ import torch
 from matplotlib.figure import Figure
 
 from leapformer.analysis.plots import Line, lines_over_length
-from leapformer.bench.result import Result, Say, Settings, Table
-from leapformer.bench.timing import Race, race, spread, timer
+from leapformer.bench.benchmark import Bench, Benchmark
+from leapformer.bench.result import Table
+from leapformer.bench.rows import Raced, Spread, rows_of, spread
+from leapformer.bench.timing import timer
 from leapformer.bench.training import fresh_model, generation_step, random_ids, train_step
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.nn import LeapModule
@@ -36,33 +39,52 @@ RATE = 50e9  # operations a second, low, to guess beforehand whether a step is t
 STEP, BLOCK, DECODING = "train step", "one block", "decoding step"
 
 
-def measure_overhead(settings: Settings, result: Result, say: Say) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ShareRow(Raced):
+    """One race, and which share of a LeaPformer's step the LeaP modules take.
+
+    Attributes:
+        size: one of SIZES, with so many parameters.
+        length: tokens; None for a decoding step, which costs the same after any number of them.
+        what: STEP, BLOCK or DECODING, or "nothing".
+        modules_alone: over the whole.
+        difference: to cosFormer's, over the whole.
+    """
+
+    size: str
+    parameters: int
+    length: int | None
+    what: str
+    modules_alone: Spread | None = None
+    difference: Spread | None = None
+
+
+def measure_overhead(bench: Bench) -> None:
     """Every size by every length with one sequence a step, and a decoding step of every size.
 
     A train step that would take more than the limit, or more memory than there is, is replaced by forward and backward
     of one of its blocks; without the embedding, the output layer and the optimizer the share there is an upper bound.
     """
+    settings = bench.settings
     for size in QUICK_SIZES if settings.quick else SIZES:
         for length in settings.lengths_or(LENGTHS, QUICK_LENGTHS):
             models = _models(size, length)
             free = psutil.virtual_memory().available
             what, runs = _step_or_block(models, length, settings.limit, free)
-            row: dict[str, Any] = {"size": size, "parameters": models[LEAP].num_parameters(), "length": length}
+            row = ShareRow(size=size, parameters=models[LEAP].num_parameters(), length=length, what=what)
             if runs:
-                outcome = _race(runs, f"{size} parameters, {what}, {length:,} tokens", settings, say)
-                row |= {"what": what, **_shares(outcome, settings.clock)}
+                row = _raced(bench, row, runs, f"{size} parameters, {what}, {length:,} tokens")
             else:
-                row |= {"what": "nothing", "contenders": {}, "not_run": {"a step or a block": what}}
-            result.add("shares", row)
+                row = replace(row, what="nothing", not_run={"a step or a block": what})
+            bench.result.add("shares", row)
             del models, runs
             gc.collect()
         models = _models(size, PROMPT)
         prompt = random_ids(1, PROMPT, vocab_size=models[LEAP].config.vocab_size)
         runs = {name: generation_step(model, prompt) for name, model in models.items()}
         runs[MODULES] = _modules_alone(leap_modules(models[LEAP]), models[LEAP].config, 1, backward=False)
-        outcome = _race(runs, f"{size} parameters, {DECODING}", settings, say)
-        row = {"size": size, "parameters": models[LEAP].num_parameters(), "length": None, "what": DECODING}
-        result.add("shares", {**row, **_shares(outcome, settings.clock)})
+        row = ShareRow(size=size, parameters=models[LEAP].num_parameters(), length=None, what=DECODING)
+        bench.result.add("shares", _raced(bench, row, runs, f"{size} parameters, {DECODING}"))
 
 
 def leap_modules(model: torch.nn.Module) -> list[LeapModule]:
@@ -135,62 +157,57 @@ def _modules_alone(
     return both if backward else forward
 
 
-def _race(runs: Mapping[str, Callable[[], object]], label: str, settings: Settings, say: Say) -> Race:
-    return race(
-        {name: timer(run) for name, run in runs.items()},
-        repeats=settings.repeats,
-        clock=settings.clock,
-        limit=3 * settings.limit,
-        turn=lambda name: say(f"{label}: {name}"),
+def _raced(bench: Bench, row: ShareRow, runs: Mapping[str, Callable[[], object]], label: str) -> ShareRow:
+    """The row with its times, and the shares of a LeaPformer's step, turn by turn."""
+    timers = {name: timer(run) for name, run in runs.items()}
+    outcome = bench.race(timers, label, limit=3 * bench.settings.limit)
+    alone, others = outcome.ratios(MODULES, LEAP, bench.clock), outcome.ratios(COSFORMER, LEAP, bench.clock)
+    return replace(
+        row,
+        contenders=outcome.times(),
+        not_run=outcome.not_run,
+        modules_alone=spread(alone) if alone else None,
+        difference=spread([1 - ratio for ratio in others]) if others else None,
     )
-
-
-def _shares(outcome: Race, clock: str) -> dict[str, Any]:
-    """Shares of a LeaPformer's step, turn by turn."""
-    alone, others = outcome.ratios(MODULES, LEAP, clock), outcome.ratios(COSFORMER, LEAP, clock)
-    return {
-        "contenders": outcome.as_dict(),
-        "not_run": outcome.not_run,
-        "modules_alone": spread(alone) if alone else None,
-        "difference": spread([1 - ratio for ratio in others]) if others else None,
-    }
 
 
 def overhead_tables(content: Mapping[str, Any]) -> list[Table]:
     """One row for each size and length; the decoding step of a size at any length."""
     clock = content["settings"]["clock"]
     lines, notes = [], []
-    for row in content.get("shares", []):
-        at = "any" if row["length"] is None else f"{row['length']:,}"
+    for row in rows_of(content, "shares", ShareRow):
+        at = "any" if row.length is None else f"{row.length:,}"
         notes += [
-            f"Not run: {row['size']} parameters at {at} tokens: {name} ({reason})."
-            for name, reason in row["not_run"].items()
+            f"Not run: {row.size} parameters at {at} tokens: {n} ({reason})." for n, reason in row.not_run.items()
         ]
-        if LEAP not in row["contenders"]:
+        if LEAP not in row.contenders:
             continue
-        step = row["contenders"][LEAP][f"{clock}_ms"]["median"]
-        bound = "<= " if row["what"] == BLOCK else ""
-        cells = [bound + _percent(row[key]) for key in ("modules_alone", "difference")]
-        lines.append([row["size"], at, row["what"], *cells, f"{step:,.1f}"])
+        step = row.contenders[LEAP].by(clock).median
+        bound = "<= " if row.what == BLOCK else ""
+        cells = [bound + _percent(share) for share in (row.modules_alone, row.difference)]
+        lines.append([row.size, at, row.what, *cells, f"{step:,.1f}"])
     title = "Share of the LeaP modules in a step, median (p20 .. p80); <= where one block stands for the whole"
     columns = ["parameters", "tokens", "of", "modules alone", "difference to cosFormer", "ms of a LeaPformer's"]
     return [Table(title, columns, lines, tuple(notes))]
 
 
-def _percent(values: Mapping[str, float] | None) -> str:
-    if not values:
+def _percent(share: Spread | None) -> str:
+    if share is None:
         return "-"
-    return "{:.1f} % ({:.1f} .. {:.1f})".format(*(100 * values[key] for key in ("median", "p20", "p80")))
+    return f"{100 * share.median:.1f} % ({100 * share.p20:.1f} .. {100 * share.p80:.1f})"
 
 
 def overhead_pictures(content: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """The modules alone as a share of a train step against length, one line for each size."""
-    rows = [row for row in content.get("shares", []) if row["length"] is not None and row.get("modules_alone")]
+    rows = rows_of(content, "shares", ShareRow)
     lines = []
     for size in SIZES:
-        shares = [(row["length"], row["modules_alone"]) for row in rows if row["size"] == size]
-        if shares:
-            points = [(length, *(100 * s[key] for key in ("median", "p20", "p80"))) for length, s in shares]
+        found = [(row.length, row.modules_alone) for row in rows if row.size == size]
+        points = [share.times(100).at(length) for length, share in found if length is not None and share is not None]
+        if points:
             lines.append(Line(f"{size} parameters", points))
     if any(len(line.points) > 1 for line in lines):
         yield "overhead", lines_over_length(lines, ylabel="% of a train step")
+
+
+BENCHMARK = Benchmark(measure_overhead, overhead_tables, overhead_pictures)

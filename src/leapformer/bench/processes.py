@@ -1,21 +1,24 @@
-"""`leapformer bench processes`: train steps of the models of simulst/demo by threads, and by processes that share a batch.
+"""`leapformer bench processes`: train steps of simulst/demo's models by threads, and by processes that share a batch.
 
-Nothing is read: features and targets are random, of the sizes that the built-in data has. A step is what the Trainer does
-from a batch on: forward, backward, clip and update.
+Nothing is read: features and targets are random, of the sizes that the built-in data has. A step is what the Trainer
+does from a batch on: forward, backward, clip and update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
-from leapformer.bench.timing import race, spread, timer
+from leapformer.bench.benchmark import Bench, Benchmark
+from leapformer.bench.result import Table, ratio_text, short
+from leapformer.bench.rows import Compared, Spread, rows_of
+from leapformer.bench.timing import timer
 from leapformer.models import LeapformerForConditionalGeneration, LeapformerTranslationConfig
 from leapformer.tasks.model_section import build_config
 from leapformer.tasks.registry import load_recipe
@@ -30,11 +33,22 @@ TARGETS, CTC_TARGETS = 16, 24  # tokens
 K = 5
 
 
-def measure_processes(settings: Settings, result: Result, say: Say) -> None:
-    """For each recipe one thread, several threads, and as many processes of one thread, in one race by the clock on the wall."""
-    count, before = max(2, settings.threads), torch.get_num_threads()
+@dataclass(frozen=True, kw_only=True)
+class StepRow(Compared):
+    """One race of a recipe's train steps, `rows` in a batch."""
+
+    recipe: str
+    rows: int
+    parameters: int
+    steps_per_second: dict[str, Spread]
+
+
+def measure_processes(bench: Bench) -> None:
+    """For each recipe one thread, several threads, and as many processes of one thread, in one race by wall time."""
+    settings, before = bench.settings, torch.get_num_threads()
+    count = max(2, settings.threads)
     # Time of this process would leave out its helpers'.
-    result.content["settings"] |= {"threads": count, "clock": "wall"}
+    bench.result.content["settings"] |= {"threads": count, "clock": "wall"}
     for name in RECIPES:
         recipe: Any = load_recipe(name)[0]
         rows = 4 if settings.quick else recipe.training.batch_size
@@ -49,26 +63,25 @@ def measure_processes(settings: Settings, result: Result, say: Say) -> None:
             helpers = Helpers(model, count - 1, threads=1, bf16=False)
             stack.callback(helpers.close)
             steps[f"{count} processes"] = step_with_helpers(model, helpers, batch, recipe.training, threads=count)
-            outcome = race(
-                {contender: timer(step) for contender, step in steps.items()},
-                repeats=settings.repeats,
-                clock="wall",
-                limit=settings.limit,
-                turn=lambda contender, name=name: say(f"{name}: {contender}"),
-            )
-        speeds = {each: spread([1 / s for s in outcome.seconds(each, "wall")]) for each in outcome.samples}
-        over = {each: spread(ratios) for each in speeds if (ratios := outcome.ratios(ONE, each, "wall"))}
-        row = {"recipe": name, "rows": rows, "parameters": model.num_parameters(), "contenders": outcome.as_dict()}
-        result.add("steps", {**row, "not_run": outcome.not_run, "steps_per_second": speeds, "speed_over": {ONE: over}})
+            timers = {contender: timer(step) for contender, step in steps.items()}
+            outcome = bench.race(timers, name, clock="wall")
+        row = StepRow(
+            recipe=name,
+            rows=rows,
+            parameters=model.num_parameters(),
+            contenders=outcome.times(),
+            not_run=outcome.not_run,
+            steps_per_second=outcome.a_second(1, "wall"),
+            speed_over=outcome.speed_over([ONE], "wall"),
+        )
+        bench.result.add("steps", row)
 
 
 def fresh_model(recipe: Any) -> LeapformerForConditionalGeneration:
     """A recipe's model for speech with weights of seed 0; torch's own generator is left as it was."""
     sizes = {"vocab_size": recipe.vocabulary.size, "source_vocab_size": recipe.vocabulary.source_size}
-    config = build_config(
-        recipe.model, config_class=LeapformerTranslationConfig, source="speech",
-        ctc_vocab_size=recipe.vocabulary.source_size, **sizes,
-    )  # fmt: skip
+    sizes["ctc_vocab_size"] = recipe.vocabulary.source_size
+    config = build_config(recipe.model, config_class=LeapformerTranslationConfig, source="speech", **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LeapformerForConditionalGeneration(config)
@@ -101,9 +114,13 @@ def step_with_threads(
 
 
 def step_with_helpers(
-    model: LeapformerForConditionalGeneration, helpers: Helpers, batch: dict[str, Any], section: TrainingSection, *,
+    model: LeapformerForConditionalGeneration,
+    helpers: Helpers,
+    batch: dict[str, Any],
+    section: TrainingSection,
+    *,
     threads: int,
-) -> Callable[[], object]:  # fmt: skip
+) -> Callable[[], object]:
     """The same step, its rows shared; the update has all threads."""
     update, items = _update(model, section), batch["labels"].numel()
 
@@ -137,20 +154,21 @@ def _update(model: LeapformerForConditionalGeneration, section: TrainingSection)
 
 def processes_tables(content: Mapping[str, Any]) -> list[Table]:
     """Times as fast as one thread, and steps a second."""
-    lines, names = [], list(content["steps"][0]["steps_per_second"]) if content.get("steps") else []
-    for row in content.get("steps", []):
-        cells = [_cell(row, name) for name in names]
-        lines.append([row["recipe"], f"{row['rows']}", f"{row['parameters']:,}", *cells])
-    return [
-        Table("Train steps, times as fast as one thread, and speed", ["recipe", "rows", "parameters", *names], lines)
-    ]
+    rows = rows_of(content, "steps", StepRow)
+    names = list(rows[0].steps_per_second) if rows else []
+    lines = [[row.recipe, f"{row.rows}", f"{row.parameters:,}", *(_cell(row, name) for name in names)] for row in rows]
+    title = "Train steps, times as fast as one thread, and speed"
+    return [Table(title, ["recipe", "rows", "parameters", *names], lines)]
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    speed, over = row["steps_per_second"].get(name), row["speed_over"][ONE].get(name)
-    return "not run" if speed is None else f"**{ratio_text(over)}**, {short(speed['median'])} steps/s"
+def _cell(row: StepRow, name: str) -> str:
+    speed, over = row.steps_per_second.get(name), row.speed(name, over=ONE)
+    return "not run" if speed is None else f"**{ratio_text(over)}**, {short(speed.median)} steps/s"
 
 
 def processes_pictures(content: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """None: three numbers are quicker read than drawn."""
     yield from ()
+
+
+BENCHMARK = Benchmark(measure_processes, processes_tables, processes_pictures)

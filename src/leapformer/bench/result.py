@@ -1,14 +1,15 @@
-"""What a benchmark leaves behind: a JSON file that grows with every measurement, tables, and the choices behind them."""
+"""What a benchmark leaves behind: a JSON file that grows with every row, tables, and the choices behind them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from leapformer.analysis.tables import markdown_table
+from leapformer.bench.rows import Spread, to_json
 from leapformer.files.writing import write_json, write_text
 from leapformer.training.machine import git_revision, machine, versions
 
@@ -71,15 +72,10 @@ class Result:
         self.clock: str = settings.clock
         write_json(self.path, self.content)
 
-    def add(self, section: str, row: Mapping[str, Any]) -> None:
-        """Append a row to a list and write the file."""
-        self.content.setdefault(section, []).append(dict(row))
+    def add(self, section: str, row: Any) -> None:
+        """Append a row, a dataclass, to a list and write the file."""
+        self.content.setdefault(section, []).append(to_json(row))
         write_json(self.path, self.content)
-
-    def rows(self, section: str, **equal: Any) -> list[dict[str, Any]]:
-        """The rows of a list whose values are the given ones."""
-        rows = self.content.get(section, [])
-        return [row for row in rows if all(row.get(key) == value for key, value in equal.items())]
 
     def finish(self) -> None:
         """Say that nothing is missing."""
@@ -120,9 +116,9 @@ def write_tables(path: Path, content: Mapping[str, Any], tables: Sequence[Table]
     write_text(path, f"# leapformer bench {content['benchmark']}\n\n{machine_line(content)}\n{unfinished}\n{text}")
 
 
-def ratio_text(values: Mapping[str, float] | None) -> str:
+def ratio_text(values: Spread | None) -> str:
     """ "3.21 (3.10 .. 3.30)", or a dash."""
-    return "-" if not values else f"{short(values['median'])} ({short(values['p20'])} .. {short(values['p80'])})"
+    return "-" if values is None else f"{short(values.median)} ({short(values.p20)} .. {short(values.p80)})"
 
 
 def short(value: float) -> str:
@@ -130,6 +126,3 @@ def short(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-Say = Callable[[str], None]  # told what is measured next; the progress bar listens

@@ -1,7 +1,7 @@
 """Many speakers and one model: how long words wait for a processor that takes whatever has come in as one batch.
 
-Chunks arrive at times of a schedule that is drawn beforehand; how long a batch takes is measured. So the delays are those of
-a server with this processor, without having to wait for the speakers.
+Chunks arrive at times of a schedule that is drawn beforehand; how long a batch takes is measured. So the delays are
+those of a server with this processor, without having to wait for the speakers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORD, SMALL_VOCABULARY = "ja", 8  # all that is written
 
 
 class Push(NamedTuple):
-    """One chunk of audio: when it comes in (seconds), whose it is, its number in the utterance, and whether it is the last."""
+    """One chunk of audio: when it comes (seconds), whose it is, its number in the utterance, whether it is the last."""
 
     time: float
     speaker: int
@@ -42,7 +42,7 @@ class Push(NamedTuple):
 
 
 class Served(NamedTuple):
-    """Seconds that a batch took, and for each word its speaker and how many seconds after the batch's begin it was there."""
+    """Seconds of a batch, and for each word its speaker and the seconds from the batch's begin until it was there."""
 
     seconds: float
     words: list[tuple[int, float]]
@@ -83,8 +83,8 @@ def schedule(speakers: int, seconds: float, chunk_seconds: float, *, seed: int =
 
 
 def simulate(pushes: Sequence[Push], serve: Callable[[list[Push]], Served]) -> Waits:
-    """Serve all pushes: whenever the processor is free, all that has come in by then is one batch, at most one push of each
-    speaker, in the order of their times."""
+    """Serve all pushes: whenever the processor is free, all that has come in by then is one batch, at most one push of
+    each speaker, in the order of their times."""
     queues: dict[int, deque[Push]] = {}
     for push in sorted(pushes):
         queues.setdefault(push.speaker, deque()).append(push)
@@ -103,8 +103,8 @@ def simulate(pushes: Sequence[Push], serve: Callable[[list[Push]], Served]) -> W
 
 
 class FixedRate:
-    """Wait-k for fresh weights, whose end of sentence means nothing: a token for every chunk, the same one each time, the
-    first after k chunks and the last ones when the source has ended."""
+    """Wait-k for fresh weights, whose end of sentence means nothing: a token for every chunk, the same one each time,
+    the first after k chunks and the last ones when the source has ended."""
 
     keep_mass = False
 

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from leapformer.bench.rows import Spread, Times, spread
 
 SHORTEST = 0.02  # seconds of one measurement; quicker calls are repeated inside it
 MOST_CALLS = 2000
@@ -56,10 +58,22 @@ class Race:
         pairs = zip(self.seconds(slow, clock), self.seconds(fast, clock), strict=True)
         return [a / b for a, b in pairs]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Milliseconds of both clocks, for a JSON file."""
+    def speed_over(self, slow: Sequence[str], clock: str) -> dict[str, dict[str, Spread]]:
+        """How many times as fast as each of `slow` every contender is; empty for one that did not run."""
+        found: dict[str, dict[str, Spread]] = {}
+        for other in slow:
+            ratios = {name: self.ratios(other, name, clock) for name in self.samples}
+            found[other] = {name: spread(values) for name, values in ratios.items() if values}
+        return found
+
+    def a_second(self, work: float, clock: str) -> dict[str, Spread]:
+        """How much of something each contender does in a second, where a call does `work` of it."""
+        return {name: spread([work / s for s in self.seconds(name, clock)]) for name in self.samples}
+
+    def times(self) -> dict[str, Times]:
+        """Milliseconds of both clocks."""
         return {
-            name: {f"{clock}_ms": spread([1e3 * s for s in self.seconds(name, clock)]) for clock in ("cpu", "wall")}
+            name: Times(*(spread([1e3 * s for s in self.seconds(name, clock)]) for clock in ("cpu", "wall")))
             for name in self.samples
         }
 
@@ -106,18 +120,6 @@ def race(
             samples[name].append(timers[name](count))
     result.samples = samples
     return result
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80; the percentiles are measured values, not between two of them."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-        "n": len(ordered),
-    }
 
 
 def fitted_exponent(lengths: Sequence[float], costs: Sequence[float]) -> float | None:

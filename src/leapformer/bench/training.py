@@ -1,21 +1,24 @@
 """`leapformer bench training`: whole train steps and generation steps of a recipe's model, by attention.
 
-Nothing is read: the tokens are random, so a recipe needs no data. B blocks of T tokens; a step is forward, backward, clip
-and update, as the Trainer does them, without the Trainer's own work between steps.
+Nothing is read: the tokens are random, so a recipe needs no data. B blocks of T tokens; a step is forward, backward,
+clip and update, as the Trainer does them, without the Trainer's own work between steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch.profiler import ProfilerActivity, profile
 
 from leapformer.analysis.plots import Line, lines_over_length
-from leapformer.bench.result import Result, Say, Settings, Table, ratio_text, short
-from leapformer.bench.timing import race, spread, timer
+from leapformer.bench.benchmark import Bench, Benchmark
+from leapformer.bench.profiles import profile_of, profile_tables
+from leapformer.bench.result import Table, ratio_text, short
+from leapformer.bench.rows import Compared, Spread, not_run_notes, rows_of
+from leapformer.bench.timing import timer
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import cut, shown
 from leapformer.models import LeapformerCache, LeapformerConfig, LeapformerForCausalLM
@@ -32,12 +35,29 @@ CONTENDERS = {
 }
 LENGTHS = (256, 1024, 4096)
 STEPS = {"training": "train step", "generation": "generation step"}
-TOP = 12  # operators of a profile
 
 
-def measure_training(settings: Settings, result: Result, say: Say) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StepRow(Compared):
+    """One race of train steps or of generation steps.
+
+    Attributes:
+        kind: one of STEPS.
+        length: of a block; for generation, of what comes before.
+        tokens: that a step predicts.
+        parameters: of each model; told with its train steps.
+    """
+
+    kind: str
+    length: int
+    tokens: int
+    tokens_per_second: dict[str, Spread]
+    parameters: dict[str, int] | None = None
+
+
+def measure_training(bench: Bench) -> None:
     """Train steps by block length at equal tokens a step, then steps of generation, then where the time goes."""
-    recipe = settings.recipe
+    recipe, settings = bench.settings.recipe, bench.settings
     own = check_recipe(recipe)
     block = own.data.block_size
     lengths = sorted(set(settings.lengths_or([block, *(n for n in LENGTHS if n > block)], (block,))))
@@ -45,43 +65,36 @@ def measure_training(settings: Settings, result: Result, say: Say) -> None:
         models = {name: build_model(recipe, overrides, length=length) for name, overrides in CONTENDERS.items()}
         tokens = max(length, own.training.batch_size * block)
         ids = random_ids(tokens // length, length, vocab_size=models[SOFTMAX].config.vocab_size)
+        profiled = length == lengths[0] and not settings.quick
         runs = {name: train_step(model, ids, own.training) for name, model in models.items()}
-        row = _row("training", length, ids.numel(), runs, settings, say)
-        result.add("steps", {**row, "parameters": {name: model.num_parameters() for name, model in models.items()}})
-        if length == lengths[0] and not settings.quick:
-            for name, run in runs.items():
-                say(f"profile of a train step: {name}")
-                result.add("profiles", {"step": STEPS["training"], "contender": name, **where_time_goes(run)})
+        row = _row(bench, "training", length, ids.numel(), runs)
+        parameters = {name: model.num_parameters() for name, model in models.items()}
+        bench.result.add("steps", replace(row, parameters=parameters))
+        _add_profiles(bench, "training", runs if profiled else {})
         runs = {name: generation_step(model, ids[:1]) for name, model in models.items()}
-        result.add("steps", _row("generation", length, 1, runs, settings, say))
-        if length == lengths[0] and not settings.quick:
-            for name, run in runs.items():
-                say(f"profile of a generation step: {name}")
-                result.add("profiles", {"step": STEPS["generation"], "contender": name, **where_time_goes(run)})
+        bench.result.add("steps", _row(bench, "generation", length, 1, runs))
+        _add_profiles(bench, "generation", runs if profiled else {})
         del models, runs
 
 
-def _row(
-    kind: str, length: int, tokens: int, runs: Mapping[str, Callable[[], object]], settings: Settings, say: Say
-) -> dict[str, Any]:
-    outcome = race(
-        {name: timer(run) for name, run in runs.items()},
-        repeats=settings.repeats,
-        clock=settings.clock,
-        limit=settings.limit,
-        turn=lambda name: say(f"{STEPS[kind]}, {length:,} tokens: {name}"),
+def _row(bench: Bench, kind: str, length: int, tokens: int, runs: Mapping[str, Callable[[], object]]) -> StepRow:
+    timers = {name: timer(run) for name, run in runs.items()}
+    outcome = bench.race(timers, f"{STEPS[kind]}, {length:,} tokens")
+    return StepRow(
+        kind=kind,
+        length=length,
+        tokens=tokens,
+        contenders=outcome.times(),
+        not_run=outcome.not_run,
+        tokens_per_second=outcome.a_second(tokens, bench.clock),
+        speed_over=outcome.speed_over([SOFTMAX], bench.clock),
     )
-    speeds = {name: spread([tokens / s for s in outcome.seconds(name, settings.clock)]) for name in outcome.samples}
-    over = {name: spread(ratios) for name in speeds if (ratios := outcome.ratios(SOFTMAX, name, settings.clock))}
-    return {
-        "kind": kind,
-        "length": length,
-        "tokens": tokens,
-        "contenders": outcome.as_dict(),
-        "not_run": outcome.not_run,
-        "tokens_per_second": speeds,
-        "speed_over": {SOFTMAX: over},
-    }
+
+
+def _add_profiles(bench: Bench, kind: str, runs: Mapping[str, Callable[[], object]]) -> None:
+    for name, run in runs.items():
+        bench.say(f"profile of a {STEPS[kind]}: {name}")
+        bench.result.add("profiles", profile_of(run, step=STEPS[kind], contender=name))
 
 
 def build_model(recipe: str, overrides: Sequence[str], *, length: int) -> LeapformerForCausalLM:
@@ -132,7 +145,7 @@ def random_ids(rows: int, length: int, *, vocab_size: int) -> torch.Tensor:
 def train_step(
     model: Any, ids: torch.Tensor, section: TrainingSection, *, labels: torch.Tensor | None = None
 ) -> Callable[[], object]:
-    """One step of a model on tokens [B, T]: loss, gradients, clip, update, schedule. `labels`: the tokens, unless given."""
+    """One step of a model on tokens [B, T]: loss, gradients, clip, update, schedule. `labels`: else the tokens."""
     labels = ids if labels is None else labels
     optimizer = build_optimizer(model, section)
     schedule = build_schedule(optimizer, section)
@@ -167,51 +180,38 @@ def generation_step(model: Any, prompt: torch.Tensor) -> Callable[[], object]:
     return step
 
 
-def where_time_goes(run: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds of one call by operator, without what an operator calls in turn, the costly ones first."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        run()
-    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    rows = [{"operator": e.key, "calls": e.count, "ms": e.self_cpu_time_total / 1e3} for e in events[:TOP]]
-    return {"operators": rows, "all_ms": sum(e.self_cpu_time_total for e in events) / 1e3}
-
-
 def training_tables(content: Mapping[str, Any]) -> list[Table]:
     """Times as fast as softmax and tokens a second, for both kinds of step, and the profiles."""
     tables = []
     for kind, label in STEPS.items():
-        rows = [row for row in content.get("steps", []) if row["kind"] == kind]
+        rows = [row for row in rows_of(content, "steps", StepRow) if row.kind == kind]
         lines = []
         for row in rows:
             cells = []
             for name in CONTENDERS:
-                ratio, speed = row["speed_over"][SOFTMAX].get(name), row["tokens_per_second"].get(name)
-                text = "not run" if speed is None else f"{short(speed['median'])} tokens/s"
+                ratio, speed = row.speed(name, over=SOFTMAX), row.tokens_per_second.get(name)
+                text = "not run" if speed is None else f"{short(speed.median)} tokens/s"
                 cells.append(f"**{ratio_text(ratio)}**, {text}" if ratio else text)
-            lines.append([f"{row['length']:,}", f"{row['tokens']:,}", *cells])
-        notes = tuple(
-            f"Not run at {row['length']:,}: {name} ({reason})." for row in rows for name, reason in row["not_run"].items()
-        )  # fmt: skip
+            lines.append([f"{row.length:,}", f"{row.tokens:,}", *cells])
+        notes = not_run_notes((f"{row.length:,}", row.not_run) for row in rows)
         title = f"{content['settings']['recipe']}: {label}, times as fast as softmax, and speed"
         length = "block length" if kind == "training" else "tokens before"
         tables.append(Table(title, [length, "tokens a step", *CONTENDERS], lines, notes))
-    for row in content.get("profiles", []):
-        lines = [
-            [o["operator"], f"{o['calls']:,}", short(o["ms"]), f"{o['ms'] / row['all_ms']:.0%}"] for o in row["operators"]
-        ]  # fmt: skip
-        title = f"Where a {row['step']} of {row['contender']} spends its time ({short(row['all_ms'])} ms in operators)"
-        tables.append(Table(title, ["operator", "calls", "ms", "share"], lines))
-    return tables
+    return [*tables, *profile_tables(content)]
 
 
 def training_pictures(content: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """Tokens a second against the block length."""
-    rows = [row for row in content.get("steps", []) if row["kind"] == "training"]
+    rows = [row for row in rows_of(content, "steps", StepRow) if row.kind == "training"]
     lines = []
     for name in CONTENDERS:
-        speeds = [(row["length"], row["tokens_per_second"][name]) for row in rows if name in row["tokens_per_second"]]
-        if speeds:
-            lines.append(Line(name, [(length, s["median"], s["p20"], s["p80"]) for length, s in speeds]))
+        points = [row.tokens_per_second[name].at(row.length) for row in rows if name in row.tokens_per_second]
+        if points:
+            lines.append(Line(name, points))
     if any(len(line.points) > 1 for line in lines):
         yield "training", lines_over_length(lines, xlabel="tokens of a block", ylabel="tokens a second")
+
+
+BENCHMARK = Benchmark(
+    measure_training, training_tables, training_pictures, check=lambda settings: check_recipe(settings.recipe)
+)

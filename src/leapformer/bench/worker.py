@@ -16,12 +16,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from leapformer.bench.contenders import Shape, build
+from leapformer.bench.contenders import Contender, Shape
 from leapformer.bench.timing import Sample, timed
 from leapformer.training.machine import peak_memory_mib, reset_peak_memory
 
@@ -35,14 +36,15 @@ class Worker:
     """The parent's end. Use it in a `with`; it ends the process.
 
     Arguments:
-        name, shape, length, backward: as for `build`.
+        contender: what runs.
+        shape, length, backward: as for its `call`.
         threads: of PyTorch.
         environment: added to that of this process.
     """
 
     def __init__(
         self,
-        name: str,
+        contender: Contender,
         shape: Shape,
         length: int,
         *,
@@ -50,7 +52,8 @@ class Worker:
         threads: int,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        job = {"name": name, "shape": asdict(shape), "length": length, "backward": backward, "threads": threads}
+        who = {"name": contender.name, "home": contender.home}
+        job = {**who, "shape": asdict(shape), "length": length, "backward": backward, "threads": threads}
         self.errors = tempfile.TemporaryFile("w+")  # a file never fills up, as a pipe that nobody reads does
         self.process = subprocess.Popen(
             [sys.executable, "-m", "leapformer.bench.worker", json.dumps(job)],
@@ -58,7 +61,8 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={**os.environ, **(environment or {})},
+            # It finds what this process does, wherever that was started.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends the worker
         )
 
@@ -105,14 +109,15 @@ def main(job: Mapping[str, Any]) -> None:
     """The worker's end."""
     torch.set_num_threads(job["threads"])
     end_me_first()
-    name, shape, backward = job["name"], Shape(**job["shape"]), job["backward"]
+    contender: Contender = import_module(job["home"]).contender(job["name"])
+    shape, backward = Shape(**job["shape"]), job["backward"]
     run = None
     for line in sys.stdin:
         request = json.loads(line)
         if request["ask"] == "memory":
-            build(name, shape, min(WARM_UP, job["length"]), backward=backward)()
+            contender.call(shape, min(WARM_UP, job["length"]), backward=backward)()
         if run is None:
-            run = build(name, shape, job["length"], backward=backward)
+            run = contender.call(shape, job["length"], backward=backward)
         answer = timed(run, request["calls"]) if request["ask"] == "time" else call_memory_mib(run)
         print(json.dumps(answer), flush=True)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from leapformer.analysis.plots import figure_png
-from leapformer.bench.acceptance import acceptance_table
+from leapformer.bench.benchmark import LIMIT, NAMES, QUICK_LIMIT, Bench, Benchmark, load_benchmark
+from leapformer.bench.contenders import Contender
 from leapformer.bench.result import Result, Settings, Table, machine_line, write_tables
-from leapformer.bench.training import check_recipe
 from leapformer.cli.compare import print_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import shown
-from leapformer.files.writing import write_bytes, write_text
-from leapformer.tasks.simulst.features import FilterbankStream
-
-BENCHMARKS = ("attention", "decoding", "training", "overhead", "processes", "lra", "streaming")
-LIMIT, QUICK_LIMIT = 20.0, 1.0
-LIMITS = {"streaming": 120.0}  # a call of it is a whole stream
+from leapformer.files.writing import write_bytes
 
 
 def run_bench(
@@ -42,11 +36,15 @@ def run_bench(
     limit: float | None,
     recipe: str | None,
     output: Path,
-) -> None:
-    """Measure, print the tables, and write JSON, Markdown and pictures; an interrupt keeps what was measured."""
-    chosen = BENCHMARKS if what == "all" else (what,)
-    if what not in ("all", *BENCHMARKS):
-        raise LeapformerError(f"bench: expected all, {', '.join(BENCHMARKS)}, found {shown(what)}")
+    others: Sequence[Contender] = (),
+) -> dict[str, Mapping[str, Any]]:
+    """Measure, print the tables, and write JSON, Markdown and pictures; an interrupt keeps what was measured.
+
+    `others` are timed beside the contenders that every installation has. Returns each benchmark's content.
+    """
+    chosen = NAMES if what == "all" else (what,)
+    if what not in ("all", *NAMES):
+        raise LeapformerError(f"bench: expected all, {', '.join(NAMES)}, found {shown(what)}")
     check_output_folder(output)
     if limit is not None and not (limit > 0 and math.isfinite(limit)):
         raise LeapformerError(f"--limit: expected seconds above 0, found {limit:g}")
@@ -61,30 +59,23 @@ def run_bench(
         limit=limit or (QUICK_LIMIT if quick else LIMIT),
         recipe=recipe or Settings.recipe,
     )
-    if "training" in chosen:
-        check_recipe(settings.recipe)
-    if "streaming" in chosen:
-        FilterbankStream()  # says which extra is missing
+    benchmarks = {name: load_benchmark(name) for name in chosen}
+    for benchmark in benchmarks.values():
+        benchmark.check(settings)
     use_threads(threads)
     results: dict[str, Mapping[str, Any]] = {}
-    for name in chosen:
-        own = settings if limit or quick else replace(settings, limit=LIMITS.get(name, LIMIT))
+    for name, benchmark in benchmarks.items():
+        own = settings if limit or quick else replace(settings, limit=benchmark.limit)
         result = Result(name, own)
         results[name] = result.content
-        finished = _measure(name, own, result)
-        _show(name, result)
+        finished = _measure(benchmark, own, result, others)
+        _show(benchmark, result)
         if not finished:
             typer.echo(f"Interrupted; what was measured is in {result.path}")
             raise typer.Exit(130)
-    promises = acceptance_table(results)
-    if promises.rows:
-        write_text(output / "acceptance.md", promises.markdown())
-        measured = [row for row in promises.rows if not row[-1].startswith("not measured")]
-        missing = len(promises.rows) - len(measured)
-        note = (f"{missing} more rows were not measured; {output / 'acceptance.md'} says why.",) if missing else ()
-        _print(replace(promises, rows=measured, notes=note))
     typer.echo(machine_line(next(iter(results.values()))))
     typer.echo(f"Written to {output}: JSON, Markdown tables and pictures (PNG)")
+    return results
 
 
 def parse_lengths(text: str | None) -> tuple[int, ...] | None:
@@ -104,30 +95,29 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _measure(name: str, settings: Settings, result: Result) -> bool:
+def _measure(benchmark: Benchmark, settings: Settings, result: Result, others: Sequence[Contender]) -> bool:
     """Run one benchmark under a progress line; False where the user interrupted it."""
-    measure = getattr(import_module(f"leapformer.bench.{name}"), f"measure_{name}")
     try:
-        with _progress(name) as say:
-            measure(settings, result, say)
+        with _progress(result.content["benchmark"]) as say:
+            benchmark.measure(Bench(settings, result, say, others))
     except KeyboardInterrupt:
         return False
     result.finish()
     return True
 
 
-def _show(name: str, result: Result) -> None:
+def _show(benchmark: Benchmark, result: Result) -> None:
     """Print and write the tables of a result and draw its pictures."""
-    module = import_module(f"leapformer.bench.{name}")
-    tables = [table for table in getattr(module, f"{name}_tables")(result.content) if table.rows]
+    tables = [table for table in benchmark.tables(result.content) if table.rows]
     for table in tables:
-        _print(table)
+        show_table(table)
     write_tables(result.path.with_suffix(".md"), result.content, tables)
-    for title, figure in getattr(module, f"{name}_pictures")(result.content):
+    for title, figure in benchmark.pictures(result.content):
         write_bytes(result.path.parent / f"{title}.png", figure_png(figure))
 
 
-def _print(table: Table) -> None:
+def show_table(table: Table) -> None:
+    """Title, cells without their marks of bold type, and notes."""
     typer.echo(f"\n{table.title}")
     print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows])
     for note in table.notes:

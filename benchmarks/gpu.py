@@ -1,6 +1,6 @@
 """`benchmarks/gpu.sh`: the Triton kernels on a GPU. Right first, then how fast, against FlashAttention and others.
 
-Needs PyTorch, Triton and pytest alone, so nothing here imports the libraries of the models or of the command.
+Needs PyTorch and Triton alone, so nothing here imports the libraries of the models or of the command.
 Letters: B batch, N tokens, H heads, K key and value width.
 """
 
@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.bench.contenders import FLA, LEAP, SDPA, Shape, build
+import leapformer
+from benchmarks.contenders import FLA, contender
+from leapformer.bench.contenders import LEAP, SDPA, Shape
 from leapformer.bench.result import Result, Settings, Table, ratio_text, short
-from leapformer.bench.timing import Race, Sample, Timer, race, spread
+from leapformer.bench.rows import KEY, Compared, names_of, rows_of
+from leapformer.bench.timing import Race, Sample, Timer, race
 from leapformer.nn import DecoderBlock, SinusoidalPositions, build_attention
 from leapformer.ops import LeapWeights, LinearState, available_impls, leap_attention, linear_attention
-from leapformer.ops.triton_impl import step_
 
 SECONDS = 8 * 60  # the whole run; what does not fit is named as not run
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -37,15 +39,24 @@ TOKENS = 32768  # in a call: shorter sequences come in larger batches, so that t
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PASSES = {False: "forward", True: "forward + backward"}
 HEADS, WIDTH, HIDDEN = 8, 64, 16
-CACHED, IN_PLACE = f"{SDPA} with a cache", "triton, in place"
+CACHED, IN_PLACE = f"{SDPA} with a cache", ", in place"  # the latter after the name of an implementation
 
 # The model of the recipe lm/wikitext103 (a test compares them): its vocabulary is that of the text, 267,744 words.
 WIKITEXT103: dict[str, Any] = {
-    "vocab_size": 267744, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16,
-    "num_attention_heads": 8, "leap_hidden": 32, "adaptive_cutoffs": [20000, 60000], "adaptive_factor": 4,
-    "adaptive_dropout": 0.2, "hidden_dropout": 0.3, "attention_dropout": 0.1, "activation_dropout": 0.1,
+    "vocab_size": 267744,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "leap_hidden": 32,
+    "adaptive_cutoffs": [20000, 60000],
+    "adaptive_factor": 4,
+    "adaptive_dropout": 0.2,
+    "hidden_dropout": 0.3,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
     "max_position_embeddings": 513,
-}  # fmt: skip
+}
 BATCH, BLOCK = 8, 513
 MODELS = {
     "softmax": ("softmax", "auto"),
@@ -55,10 +66,9 @@ MODELS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs everything on the GPU; 0, or 1 where a result is wrong or ours failed, or 2 where there is no GPU to run on."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu.sh", description="Correctness and speed of the Triton kernels."
-    )
+    """Runs all of it; 0, or 1 where a result is wrong or ours failed, or 2 where there is no GPU to run on."""
+    about = "Correctness and speed of the Triton kernels."
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=about)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the JSON file")
     output = parser.parse_args(argv).output
     reasons = available_impls()["triton"]
@@ -97,8 +107,8 @@ class Bench:
     failed: list[str] = field(default_factory=list)  # contenders that ended in an error other than a want of memory
 
     def race(self, runs: Mapping[str, Callable[[], Callable[[], object]]], repeats: int = 5) -> Race:
-        """Contenders take turns; `runs` makes each one. One that fails is not run, and unless it was for want of memory, or
-        it is another's library that may be broken or too new, it is a fault of the run."""
+        """Contenders take turns; `runs` makes each one. One that fails is not run, and unless it was for want of
+        memory, or it is another's library that may be broken or too new, it is a fault of the run."""
         timers, not_run = {}, {}
         for name, make in runs.items():
             if time.monotonic() > self.until:
@@ -116,13 +126,11 @@ class Bench:
         outcome.not_run.update(not_run)
         return outcome
 
-    def row(self, outcome: Race, *against: str) -> dict[str, Any]:
-        """What a race leaves in the file: milliseconds, ratios and what did not run."""
-        over = {
-            other: {n: spread(ratios) for n in outcome.samples if (ratios := outcome.ratios(other, n, "wall"))}
-            for other in against
-        }
-        return {"contenders": outcome.as_dict(), "not_run": outcome.not_run, "speed_over": over}
+
+def _compared(outcome: Race, *against: str) -> dict[str, Any]:
+    """What a race gives to the fields of a `Compared` row."""
+    over = outcome.speed_over(against, "wall")
+    return {"contenders": outcome.times(), "not_run": outcome.not_run, "speed_over": over}
 
 
 def _first_line(error: Exception) -> str:
@@ -150,29 +158,61 @@ def gpu_timer(run: Callable[[], object]) -> Timer:
 # ---- right -----------------------------------------------------------------------------------------------------------
 
 
-CHECKS: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "bidirectional": {"visible": "all", "S": 333},
-    "decay": {"decay": True},
-    "packed": {"bounds": [0, 130, 130, 401, 700]},
-    "grouped heads": {"G": 2, "K": 32},
-    "leap": {"leap": 16},
-    "leap, 128 wide": {"leap": 32, "K": 128, "V": 128, "only": "bfloat16"},
-    "leap with decay": {"leap": 16, "decay": True},
-    "numerator": {"normalize": False, "K": 48, "V": 40},
+@dataclass(frozen=True)
+class Form:
+    """One form of attention. S tokens of keys, or as many as of queries; G key heads; V the width of values.
+
+    Attributes:
+        leap: hidden size of LeaP modules, or 0 for given factors.
+        bounds: of packed sequences, in any unit that the last one is the whole of; empty for a batch with a key mask.
+        only: the one dtype that it is for; empty for all.
+    """
+
+    K: int = 64
+    V: int = 64
+    H: int = 4
+    G: int = 4
+    S: int | None = None
+    visible: str = "causal"
+    decay: bool = False
+    leap: int = 0
+    bounds: tuple[int, ...] = ()
+    normalize: bool = True
+    only: str = ""
+
+
+CHECKS = {
+    "causal": Form(),
+    "bidirectional": Form(visible="all", S=333),
+    "decay": Form(decay=True),
+    "packed": Form(bounds=(0, 130, 130, 401, 700)),
+    "grouped heads": Form(G=2, K=32),
+    "leap": Form(leap=16),
+    "leap, 128 wide": Form(leap=32, K=128, V=128, only="bfloat16"),
+    "leap with decay": Form(leap=16, decay=True),
+    "numerator": Form(normalize=False, K=48, V=40),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """The result of a form and dtype that is nearest to its limit: its error, and what is allowed."""
+
+    case: str
+    dtype: str
+    worst: str
+    error: float
+    allowed: float
 
 
 def check(bench: Bench, impl: str = "triton", tokens: int = 700) -> list[str]:
     """Outputs, states and gradients against the reference in float64; what is further off than twice torch + 4 eps."""
     wrong = []
     for name, form in CHECKS.items():
-        form = dict(form)
-        only = form.pop("only", None)
         for label, dtype in DTYPES.items():
-            if only not in (None, label):
+            if form.only not in ("", label):
                 continue
-            case = _case(bench.device, dtype, tokens=tokens, **form)
+            case = _case(form, bench.device, dtype, tokens)
             exact, torchs = _results(case, "reference", torch.float64), _results(case, "torch", None)
             try:
                 ours = _results(case, impl, None)
@@ -185,7 +225,7 @@ def check(bench: Bench, impl: str = "triton", tokens: int = 700) -> list[str]:
                 off[what], theirs = ((x[what].double() - right).abs().max().item() / scale for x in (ours, torchs))
                 allowed[what] = 2 * theirs + 4 * torch.finfo(dtype).eps
             worst = max(off, key=lambda what: (not off[what] <= allowed[what], off[what] / allowed[what]))  # NaN first
-            row = {"case": name, "dtype": label, "worst": worst, "error": off[worst], "allowed": allowed[worst]}
+            row = CheckRow(case=name, dtype=label, worst=worst, error=off[worst], allowed=allowed[worst])
             bench.result.add("checks", row)
             wrong += [
                 f"{name}, {label}: {w}: {off[w]:.1e}, allowed {allowed[w]:.1e}" for w in off if not off[w] <= allowed[w]
@@ -193,13 +233,11 @@ def check(bench: Bench, impl: str = "triton", tokens: int = 700) -> list[str]:
     return wrong
 
 
-def _case(
-    device: str, dtype: torch.dtype, *, tokens: int, K: int = 64, V: int = 64, H: int = 4, G: int = 4, S: int | None = None,
-    visible: str = "causal", decay: bool = False, leap: int = 0, bounds: list[int] | None = None, normalize: bool = True,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+def _case(form: Form, device: str, dtype: torch.dtype, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, keywords) of one call."""
     generator = torch.Generator(device).manual_seed(0)
-    B, S = 1 if bounds else 2, S or tokens
+    B, S = 1 if form.bounds else 2, form.S or tokens
+    H, G, K, V = form.H, form.G, form.K, form.V
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -207,16 +245,17 @@ def _case(
     x = {"q": normal(B, tokens, H, K), "k": normal(B, S, G, K), "v": normal(B, S, G, V)}
     x = {n: t.to(dtype) for n, t in x.items()}
     for side, heads, length in (("q", H, tokens), ("k", G, S)):
-        if leap:
-            sizes = {"w1": (1, leap, K), "b1": (1, leap), "w2": (1, leap), "b2": (1,)}
+        if form.leap:
+            sizes = {"w1": (1, form.leap, K), "b1": (1, form.leap), "w2": (1, form.leap), "b2": (1,)}
             x |= {f"{side}_{n}": normal(*size) / K**0.5 for n, size in sizes.items()}
         else:
             x[f"{side}_factors"] = torch.rand(B, length, heads, 2, generator=generator, device=device)
-    if decay:
+    if form.decay:
         x["log_decay"] = -torch.rand(B, tokens, H, generator=generator, device=device)
-    keywords: dict[str, Any] = {"visible": visible, "normalize": normalize, "eps": 1e-2}
-    if bounds:
-        keywords["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device) * tokens // bounds[-1]
+    keywords: dict[str, Any] = {"visible": form.visible, "normalize": form.normalize, "eps": 1e-2}
+    if form.bounds:
+        bounds = torch.tensor(form.bounds, dtype=torch.int32, device=device)
+        keywords["cu_seqlens"] = bounds * tokens // form.bounds[-1]
     else:
         keywords["key_mask"] = torch.rand(B, S, generator=generator, device=device) > 0.2
     return x, keywords
@@ -237,16 +276,24 @@ def _results(case: tuple[dict[str, Tensor], dict[str, Any]], impl: Any, dtype: t
     generator = torch.Generator(output.device).manual_seed(1)
     loss = output.double().new_zeros(())
     for t in found.values():
-        loss = (
-            loss + (t.double() * torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)).sum()
-        )
-    gradients = torch.autograd.grad(loss, list(x.values()))
-    return {n: t.detach() for n, t in found.items()} | {
-        f"gradient of {n}": g for n, g in zip(x, gradients, strict=True)
-    }
+        cotangent = torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)
+        loss = loss + (t.double() * cotangent).sum()
+    gradients = dict(zip(x, torch.autograd.grad(loss, list(x.values())), strict=True))
+    return {n: t.detach() for n, t in found.items()} | {f"gradient of {n}": g for n, g in gradients.items()}
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRow(Compared):
+    """One race of one shape; `passes` is one of PASSES."""
+
+    visible: str
+    dtype: str
+    length: int
+    batch: int
+    passes: str = field(metadata={KEY: "pass"})
 
 
 def measure_attention(
@@ -256,41 +303,58 @@ def measure_attention(
     for dtype in DTYPES:
         for visible in ("causal", "all"):
             for length in lengths:
+                batch = max(1, TOKENS // length)
+                shape = Shape(visible, batch=batch, heads=HEADS, width=WIDTH, visible=visible, hidden=HIDDEN)
                 for backward in (False, True):
-                    bench.result.add("attention", _attention_row(bench, visible, dtype, length, backward, impls))
+                    bench.result.add("attention", _attention_row(bench, shape, length, dtype, backward, impls))
 
 
 def _attention_row(
-    bench: Bench, visible: Any, dtype: str, length: int, backward: bool, impls: Sequence[str]
-) -> dict[str, Any]:
-    shape = Shape(visible, batch=max(1, TOKENS // length), heads=HEADS, width=WIDTH, visible=visible, hidden=HIDDEN)
+    bench: Bench, shape: Shape, length: int, dtype: str, backward: bool, impls: Sequence[str]
+) -> AttentionRow:
     names = [impls[0] + LEAP, *impls, SDPA]
-    if visible == "causal" and importlib.util.find_spec("fla"):
+    if shape.visible == "causal" and importlib.util.find_spec("fla"):
         names.append(FLA)
     keywords = {"backward": backward, "device": bench.device, "dtype": DTYPES[dtype]}
-    runs = {name: partial(build, name, shape, length, **keywords) for name in names}
-    outcome = bench.race(runs)
-    about = {"visible": visible, "dtype": dtype, "length": length, "batch": shape.batch, "pass": PASSES[backward]}
-    return {**about, **bench.row(outcome, SDPA, FLA)}
+    outcome = bench.race({name: partial(contender(name).call, shape, length, **keywords) for name in names})
+    return AttentionRow(
+        visible=shape.visible,
+        dtype=dtype,
+        length=length,
+        batch=shape.batch,
+        passes=PASSES[backward],
+        **_compared(outcome, SDPA, FLA),
+    )
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodingRow(Compared):
+    """One race of a token after so many tokens of context."""
+
+    dtype: str
+    batch: int
+    context: int
+
+
 def measure_decoding(
-    bench: Bench, contexts: Sequence[int] = CONTEXTS, impls: Sequence[str] = ("triton", "torch"), in_place: bool = True
+    bench: Bench, contexts: Sequence[int] = CONTEXTS, impls: Sequence[str] = ("triton", "torch")
 ) -> None:
-    """One token of one layer's attention with its LeaP modules, by the length of what came before it."""
+    """One token of one layer's attention with its LeaP modules, by the length of what came before it.
+
+    The first implementation runs twice, the second time with its state updated in place.
+    """
     for dtype in DTYPES:
         for batch in (1, 16):
             for context in contexts:
-                names = [*impls, *((IN_PLACE,) if in_place else ())]
                 runs: dict[str, Callable[[], Callable[[], object]]] = {
-                    name: partial(_our_step, bench, batch, dtype, name) for name in names
+                    name: partial(_our_step, bench, batch, dtype, name) for name in (*impls, impls[0] + IN_PLACE)
                 }
                 runs[CACHED] = partial(_cached_step, bench, batch, dtype, context)
-                row = {"dtype": dtype, "batch": batch, "context": context}
-                bench.result.add("decoding", row | bench.row(bench.race(runs), CACHED, impls[-1]))
+                compared = _compared(bench.race(runs), CACHED, impls[-1])
+                bench.result.add("decoding", DecodingRow(dtype=dtype, batch=batch, context=context, **compared))
 
 
 def _one_token(bench: Bench, batch: int, dtype: str) -> list[Tensor]:
@@ -298,24 +362,20 @@ def _one_token(bench: Bench, batch: int, dtype: str) -> list[Tensor]:
     return list(torch.randn(shape, device=bench.device).to(DTYPES[dtype]).unbind())
 
 
-def _our_step(bench: Bench, batch: int, dtype: str, impl: Any) -> Callable[[], object]:
+def _our_step(bench: Bench, batch: int, dtype: str, name: str) -> Callable[[], object]:
     """The state is as large after any context, so its numbers do not matter."""
     q, k, v = _one_token(bench, batch, dtype)
     state = LinearState.zeros(batch, HEADS, 2, WIDTH, WIDTH, device=torch.device(bench.device))
     sizes = ((1, HIDDEN, WIDTH), (1, HIDDEN), (1, HIDDEN), (1,))
     weights = [LeapWeights(*(torch.randn(size, device=bench.device) / 8 for size in sizes)) for _ in "qk"]
-
-    def in_place() -> object:
-        with torch.no_grad():
-            return step_(q, k, v, None, None, state, q_leap=weights[0], k_leap=weights[1])
+    keywords: dict[str, Any] = {"visible": "causal", "initial_state": state, "return_state": True}
+    keywords |= {"impl": name.removesuffix(IN_PLACE), "update_state": name.endswith(IN_PLACE)}
 
     def step() -> object:
         with torch.no_grad():
-            return leap_attention(
-                q, k, v, *weights, visible="causal", initial_state=state, return_state=True, impl=impl
-            )  # fmt: skip
+            return leap_attention(q, k, v, *weights, **keywords)
 
-    return in_place if impl == IN_PLACE else step
+    return step
 
 
 def _cached_step(bench: Bench, batch: int, dtype: str, context: int) -> Callable[[], object]:
@@ -335,7 +395,7 @@ def _cached_step(bench: Bench, batch: int, dtype: str, context: int) -> Callable
 
 
 class LanguageModel(nn.Module):
-    """The recipe's model out of the package's layers, without the library around them that a GPU machine may not have."""
+    """The recipe's model out of the package's layers, without the library around them, which a GPU machine may lack."""
 
     def __init__(self, config: Mapping[str, Any], kind: Any, impl: Any) -> None:
         super().__init__()
@@ -350,14 +410,22 @@ class LanguageModel(nn.Module):
 
     def _block(self, config: Mapping[str, Any], kind: Any, impl: Any) -> DecoderBlock:
         attention = build_attention(
-            kind, hidden_size=config["hidden_size"], num_heads=config["num_attention_heads"], impl=impl,
-            leap_hidden=config["leap_hidden"], dropout=config["attention_dropout"],
+            kind,
+            hidden_size=config["hidden_size"],
+            num_heads=config["num_attention_heads"],
+            impl=impl,
+            leap_hidden=config["leap_hidden"],
+            dropout=config["attention_dropout"],
             max_positions=config["max_position_embeddings"],
-        )  # fmt: skip
+        )
         return DecoderBlock(
-            attention, hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],
-            activation="relu", dropout=config["hidden_dropout"], activation_dropout=config["activation_dropout"],
-        )  # fmt: skip
+            attention,
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            activation="relu",
+            dropout=config["hidden_dropout"],
+            activation_dropout=config["activation_dropout"],
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """The mean loss of the next tokens of ids [B, N]."""
@@ -371,12 +439,21 @@ class LanguageModel(nn.Module):
 
 
 def _adaptive() -> Any:
-    """The module leapformer.models.adaptive, also where the package around it cannot be imported for want of transformers."""
+    """The module leapformer.models.adaptive, even where there is no transformers, which the package around it needs."""
     if importlib.util.find_spec("transformers") is None and "leapformer.models" not in sys.modules:
         package = types.ModuleType("leapformer.models")
-        package.__path__ = [str(Path(__file__).parents[1] / "models")]
+        package.__path__ = [str(Path(leapformer.__file__).parent / "models")]
         sys.modules["leapformer.models"] = package
     return importlib.import_module("leapformer.models.adaptive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow(Compared):
+    """One race of train steps of a recipe's model."""
+
+    recipe: str
+    tokens: int
+    batch: int
 
 
 def measure_training(bench: Bench, config: Mapping[str, Any] = WIKITEXT103, models: Mapping[str, Any] = MODELS) -> None:
@@ -402,9 +479,9 @@ def measure_training(bench: Bench, config: Mapping[str, Any] = WIKITEXT103, mode
         return step
 
     runs = {name: partial(make, *which) for name, which in models.items()}
-    outcome = bench.race(runs)
-    row = {"recipe": "lm/wikitext103", "tokens": ids.shape[0] * (ids.shape[1] - 1), "batch": BATCH}
-    bench.result.add("training", row | bench.row(outcome, next(iter(models))))
+    compared = _compared(bench.race(runs), next(iter(models)))
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    bench.result.add("training", TrainingRow(recipe="lm/wikitext103", tokens=tokens, batch=BATCH, **compared))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -414,42 +491,43 @@ def tables(content: Mapping[str, Any]) -> list[Table]:
     """What a run says, ratios first."""
     gpu = content["machine"]["gpu"] or content["machine"]["processor"]
     found = [_check_table(content, gpu)]
-    kinds = dict.fromkeys((r["dtype"], r["visible"], r["pass"]) for r in content.get("attention", []))
-    for dtype, visible, name in kinds:
-        rows = [r for r in content["attention"] if (r["dtype"], r["visible"], r["pass"]) == (dtype, visible, name)]
-        title = f"{gpu}: {'causal' if visible == 'causal' else 'bidirectional'}, {name}, {dtype}"
-        found.append(_race_table(title, "tokens", [(f"{r['length']:,} x {r['batch']}", r) for r in rows], SDPA, "ms"))
-    for dtype, batch in dict.fromkeys((r["dtype"], r["batch"]) for r in content.get("decoding", [])):
-        rows = [r for r in content["decoding"] if (r["dtype"], r["batch"]) == (dtype, batch)]
-        title = f"{gpu}: one token, batch {batch}, {dtype}"
-        found.append(_race_table(title, "context", [(f"{r['context']:,}", r) for r in rows], CACHED, "ms"))
-    for row in content.get("training", []):
-        title = f"{gpu}: one training step of {row['recipe']}, {row['tokens']:,} tokens"
-        found.append(_race_table(title, "batch", [(str(row["batch"]), row)], next(iter(row["speed_over"])), "ms"))
+    attention = rows_of(content, "attention", AttentionRow)
+    for kind in dict.fromkeys((r.dtype, r.visible, r.passes) for r in attention):
+        rows = {f"{r.length:,} x {r.batch}": r for r in attention if (r.dtype, r.visible, r.passes) == kind}
+        dtype, visible, passes = kind
+        title = f"{gpu}: {'causal' if visible == 'causal' else 'bidirectional'}, {passes}, {dtype}"
+        found.append(_race_table(title, "tokens", rows, SDPA))
+    decoding = rows_of(content, "decoding", DecodingRow)
+    for dtype, batch in dict.fromkeys((r.dtype, r.batch) for r in decoding):
+        rows = {f"{r.context:,}": r for r in decoding if (r.dtype, r.batch) == (dtype, batch)}
+        found.append(_race_table(f"{gpu}: one token, batch {batch}, {dtype}", "context", rows, CACHED))
+    for row in rows_of(content, "training", TrainingRow):
+        title = f"{gpu}: one training step of {row.recipe}, {row.tokens:,} tokens"
+        found.append(_race_table(title, "batch", {str(row.batch): row}, next(iter(row.speed_over))))
     return [table for table in found if table.rows]
 
 
 def _check_table(content: Mapping[str, Any], gpu: str) -> Table:
-    rows = [
-        [r["case"], r["dtype"], r["worst"], f"{r['error']:.1e}", f"{r['allowed']:.1e}"] for r in content.get("checks", [])
-    ]  # fmt: skip
-    return Table(f"{gpu}: errors against float64", ["case", "dtype", "nearest to its limit", "error", "allowed"], rows)
+    rows = rows_of(content, "checks", CheckRow)
+    lines = [[r.case, r.dtype, r.worst, f"{r.error:.1e}", f"{r.allowed:.1e}"] for r in rows]
+    columns = ["case", "dtype", "nearest to its limit", "error", "allowed"]
+    return Table(f"{gpu}: errors against float64", columns, lines)
 
 
-def _race_table(title: str, first: str, rows: list[tuple[str, Mapping[str, Any]]], against: str, unit: str) -> Table:
+def _race_table(title: str, first: str, rows: Mapping[str, Compared], against: str) -> Table:
     """Times as fast as ``against``, and milliseconds."""
-    names = list(dict.fromkeys(name for _, row in rows for name in (*row["contenders"], *row["not_run"])))
+    names = names_of(rows.values())
     lines = []
-    for label, row in rows:
+    for label, row in rows.items():
         cells = []
         for name in names:
-            if name not in row["contenders"]:
+            if name not in row.contenders:
                 cells.append("not run")
                 continue
-            ratio = row["speed_over"].get(against, {}).get(name)
-            cells.append(f"{ratio_text(ratio)}, {short(row['contenders'][name]['wall_ms']['median'])} {unit}")
+            milliseconds = short(row.contenders[name].wall_ms.median)
+            cells.append(f"{ratio_text(row.speed(name, over=against))}, {milliseconds} ms")
         lines.append([label, *cells])
-    reasons = dict.fromkeys(f"Not run: {name} ({why})." for _, row in rows for name, why in row["not_run"].items())
+    reasons = dict.fromkeys(f"Not run: {name} ({why})." for row in rows.values() for name, why in row.not_run.items())
     return Table(f"{title}; times as fast as {against}", [first, *names], lines, tuple(reasons))
 
 
