@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +42,55 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
 
 
 def evaluate_latency(
-    folder: Path, *, split: str, k: str, batched: bool, limit: int | None, threads: int | None
+    folder: Path,
+    *,
+    split: str,
+    policy: str,
+    options: Mapping[str, str],
+    batched: bool,
+    limit: int | None,
+    threads: int | None,
 ) -> None:
-    """Translate a split live with each k and offline; keep the logs, and the curve in results.json."""
-    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, parse_ks
-    from leapformer.tasks.simulst.live import translate_live
+    """Translate a split with each value of a policy's option (wait-k: and offline); keep the logs, and the scores in
+    results.json."""
+    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, keep_points, point_title
+    from leapformer.tasks.simulst.evaluation import writing
+    from leapformer.tasks.simulst.live import translate_batched, translate_live
+    from leapformer.tasks.simulst.policy_registry import parse_line
 
     use_threads(threads)
     run = Run(folder)
     recipe, task = load_recipe(run.recipe_path)
     if task.name != "simulst":
-        raise LeapformerError(f"{folder}: --k: expected a run of simultaneous translation, found task {task.name}")
-    ks = parse_ks(k)
+        asked = f"--policy {policy}" if not options else f"--{next(iter(options))}"
+        raise LeapformerError(f"{folder}: {asked}: expected a run of simultaneous translation, found task {task.name}")
+    line = parse_line(policy, options)
     model = load_model(run.model_path)
     tokenizer = task.load_tokenizer(run.model_path)
     data: Any = task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer, progress=passing_bar)
-    factors: dict[int | None, float | None] = {}
+    factors: dict[Any, float | None] = {}
 
-    def write(value: int | None) -> Any:
-        if batched:
+    def write(value: Any) -> Any:
+        if batched and line.entry.is_trained:
             return data.simulate(model, split=split, k=value, limit=limit)
-        instances, factors[value] = translate_live(data, model, split=split, k=value, limit=limit)
+        told = writing(value) if line.entry.is_trained else f"writing, {point_title(line, value)}"
+        how: dict[str, Any] = {"split": split, "policy": line.policy(value), "limit": limit, "told": told}
+        if batched:
+            return translate_batched(data, model, **how)
+        instances, factors[value] = translate_live(data, model, **how)
         return instances
 
-    points = evaluate_curve(run.path, split, ks, write=write, real_time_factor=factors.get, told=_tell_point)
+    def tell(point: dict[str, Any]) -> None:
+        title = point_title(line, point.get(line.option))
+        shown = {key: value for key, value in point.items() if key not in (line.option, "sentences")}
+        typer.echo(f"{title:8} " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+
+    points = evaluate_curve(
+        run.path, split, line.values, line=line, write=write, real_time_factor=factors.get, told=tell
+    )
     if run.finished:
         results = run.results()
-        results.setdefault("curves", {})[split] = points
+        keep_points(results, split, line, points)
         run.write_results(results)
-    typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k; {run.results_path.name} has the curve")
-
-
-def _tell_point(point: dict[str, Any]) -> None:
-    """One line for a k."""
-    name = "offline" if point["k"] is None else f"k = {point['k']}"
-    shown = {key: value for key, value in point.items() if key not in ("k", "sentences")}
-    typer.echo(f"{name:8} " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+    each = f"the log of each {line.option}" if line.option else "the log"
+    typer.echo(f"Written to {run.path / FOLDER / split}: {each}; {run.results_path.name} has the curve")
