@@ -33,7 +33,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     import numpy
 
-Point = tuple[str, str, int | None]  # policy ("": wait-k), its option and the value of that
+Point = int | tuple[str, str, int | None] | None  # of wait-k its k; else the policy, its option and the value of that
 Value = TypeVar("Value", "float", "numpy.ndarray")
 DRAWS = 1000
 SEED = 12345  # sacrebleu's own, so that its --confidence gives the same interval
@@ -91,7 +91,7 @@ class System:
 
     def key(self, k: int | None) -> Point:
         """What tells a point of a run from its others."""
-        return (self.policy, self.option, k)
+        return (self.policy, self.option, k) if self.policy else k
 
     def points(self, run: RunRecord) -> dict[int | None, dict[str, Any]]:
         """The scores of one run by k."""

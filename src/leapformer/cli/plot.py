@@ -100,8 +100,7 @@ def _counts(lines: Sequence[System]) -> dict[tuple[Path, Point], SentenceCounts]
 
 
 def _log_of(folder: Path, split: str, point: Point) -> Path:
-    policy, option, value = point
-    return log_path(folder, split, point_name(policy, option, value) if policy else value)
+    return log_path(folder, split, point_name(*point) if isinstance(point, tuple) else point)
 
 
 def _read_counts(path: Path, expected: float) -> SentenceCounts:
