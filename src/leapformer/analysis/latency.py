@@ -1,9 +1,9 @@
 """Quality against lagging of translation runs: the picture, the table, quality at equal lagging, and what chance may do.
 
 A *curve* is what `leapformer evaluate RUN --k 1,3,5` writes into results.json under "curves": for each split a list of
-scores, one entry for each k of wait-k and one for k = None, the whole source read first ("offline"). Those of other policies
-(`--policy align-att --frames 2,4`) are under "policy_curves"; their option stands in the place of k below. LAAL and the other
-delays are in milliseconds for speech and in words for text; here they are shown in seconds and words.
+scores, one entry for each k of wait-k and one for k = None, the whole source read first ("offline"). Those of other
+policies (`--policy align-att --frames 2,4`) are under "policy_curves"; their option stands in the place of k below. LAAL
+and the other delays are in milliseconds for speech and in words for text; here they are shown in seconds and words.
 
 Letters: N sentences, D draws of the bootstrap.
 """
@@ -376,8 +376,9 @@ def equal_lagging_table(lines: Sequence[System], draws: Draws | None = None) -> 
     """Columns and rows: BLEU at equal LAAL, each curve interpolated on straight lines between its k, and the difference
     from the first system.
 
-    The laggings are round ones that every curve reaches: nothing is extrapolated. Curves of other policies than wait-k, which
-    may be short, stand at those that they reach. Of several seeds each is interpolated for itself, then averaged. With `draws`, the differences have their 95 % interval (the LAAL taken as it was measured).
+    The laggings are round ones that every curve reaches: nothing is extrapolated. Curves of other policies than wait-k,
+    which may be short, stand at those that they reach. Of several seeds each is interpolated for itself, then averaged.
+    With `draws`, the differences have their 95 % interval (the LAAL taken as it was measured).
 
     Returns:
         No columns and no rows for one system, and where the curves have no lagging in common.

@@ -97,8 +97,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"Translation: quality and lagging with {policy_options.names()}, at each value of its option; --k alone: "
-            "wait-k with each k, and offline.",
+            help=f"Translation: quality and lagging with {policy_options.names()}, at each value of its option; "
+            "--k alone: wait-k with each k, and offline.",
         ),
     ] = None,
     batched: Annotated[

@@ -1,8 +1,8 @@
 """A data set translated by the streaming translator with any policy: as it would be live, or many sentences at a time.
 
 Live, one sentence comes after another, and the log's `elapsed` is the delay plus all computation of the sentence so far
-(SimulEval's definition), from which the computation-aware forms of the metrics come. The words and their delays are the same
-in both.
+(SimulEval's definition), from which the computation-aware forms of the metrics come. The words and their delays are the
+same in both.
 """
 
 from __future__ import annotations

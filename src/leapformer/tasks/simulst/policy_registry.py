@@ -1,7 +1,7 @@
 """The policies that the commands know: their names, their options, and the one way from text to a policy.
 
-Adding one is its class, in a file of its own, and an entry here; the options of `leapformer translate` and `evaluate`, the
-agent for SimulEval and the table in docs/simulst.md come from it. Nothing heavy is imported before a policy is made.
+Adding one is its class, in a file of its own, and an entry here; the options of `leapformer translate` and `evaluate`,
+the agent for SimulEval and the table in docs/simulst.md come from it. Nothing heavy is imported before a policy is made.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class PolicyEntry:
     Attributes:
         name: on the command line.
         home: "module:class".
-        options: the first is the one that a curve goes along. Policies that share an option's name have one option of it.
+        options: the first is the one that a curve goes along. Policies that share an option's name share the command's.
         writes, sees, takes: what the documentation says: when it writes, what the decoder sees, what it computes.
-        is_trained: whether it is that of the training, wait-k: its points are the run's own curve, and whole utterances are
-            computed at once (`evaluation.simulate`).
+        is_trained: whether it is that of the training, wait-k: its points are the run's own curve, and whole utterances
+            are computed at once (`evaluation.simulate`).
     """
 
     name: str

@@ -7,11 +7,11 @@ Each time it is asked, a policy takes a *turn*, a generator of requests:
     Restore  take the stream back to what was saved, with all that was written since
     Read     the turn is over: ask again when there is another chunk
 
-Whoever runs the streams does what is asked (`leapformer.tasks.simulst.turns`); a policy only looks at its `Target` and touches
-nothing. The tokens that many streams ask for at the same time are one batch, whatever their policies are.
+Whoever runs the streams does what is asked (`leapformer.tasks.simulst.turns`); a policy only looks at its `Target` and
+touches nothing. The tokens that many streams ask for at the same time are one batch, whatever their policies are.
 
-A policy keeps nothing itself, so that one object serves any number of streams: what it wants to remember of one goes with
-`Read` and comes back as `Target.memory`.
+A policy keeps nothing itself, so that one object serves any number of streams: what it wants to remember of one goes
+with `Read` and comes back as `Target.memory`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Write:
     """Write the next token; the answer is a `Written`.
 
     Arguments:
-        see: how many states of the source the decoder looks at, at least as many as before; None: all that are there. Before
-            the source has ended it is at most `Target.available`.
+        see: how many states of the source the decoder looks at, at least as many as before; None: all that are there.
+            Before the source has ended it is at most `Target.available`.
         token: that is to be written; None: the likeliest.
     """
 
@@ -78,7 +78,7 @@ class Target(Protocol):
     Attributes:
         last: the token written last; at first the one that every sentence begins with.
         written: how many tokens were. room: how many more may be, for now.
-        ended: whether the end of the sentence was written. is_open: whether another token may be: neither ended nor full.
+        ended: whether the end of the sentence was written. is_open: whether another token may be.
         available: states of the source. chunks: of how many chunks. pre_decision: states of a chunk.
         source_ended: whether no more will come.
         continuous: whether another sentence follows one that ended before its source.

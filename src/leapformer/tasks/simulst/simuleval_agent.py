@@ -1,7 +1,7 @@
 """An agent for SimulEval 1.1.4, which scores a trained run by playing audio to it.
 
-    simuleval --agent simuleval_agent.py --run runs/NAME --policy wait-k --k 5 --source source.txt --target target.txt \\
-        --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
+    simuleval --agent simuleval_agent.py --run runs/NAME --policy wait-k --k 5 --source source.txt \\
+        --target target.txt --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
 
 SimulEval's pins conflict with those of the training, so it lives in an environment of its own: with torch, transformers and
 leapformer, kaldi-native-fbank, sentencepiece, soundfile, and soxr for audio of another rate than 16 kHz. Nothing else of

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leapformer.models.modeling import SequenceTooLong
-from leapformer.models.translation import LeapformerForConditionalGeneration
+from leapformer.models.translation import LeapformerForConditionalGeneration, check_source_length
 from leapformer.models.translation_stream import DecoderStream, EncoderStream
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
 from leapformer.tasks.simulst.policies import WaitK
@@ -314,13 +314,12 @@ class TranslatorBatch:
 
     def _check_length(self, stream: _Stream) -> None:
         """A source that is too long is told before the model sees it, so that other streams go on."""
-        limit, found = self.model.config.source_limit(), stream.source.states
-        if limit is not None and found > limit:
+        try:
+            check_source_length(stream.source.states, self.model.config)
+        except SequenceTooLong:
             stream.source.forget()
             stream.target.end()
-            raise SequenceTooLong(
-                f"source states: expected at most max_source_positions={limit}, found {found}; 'leap' takes any length"
-            )
+            raise
 
     def _stream(self, number: int) -> _Stream:
         if number not in self._streams:

@@ -42,7 +42,8 @@ class PolicyTurn:
         """Do all that the policy asks for up to a token; the step that this takes, or None where the turn is over.
 
         Raises:
-            ValueError: the policy writes behind the end or the limit, restores what was not saved, or asks for something else.
+            ValueError: the policy writes behind the end or the limit, restores what was not saved, or asks for what
+                there is not.
         """
         request = self._ask(answer)
         while isinstance(request, Save | Restore):
