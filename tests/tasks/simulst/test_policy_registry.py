@@ -198,12 +198,12 @@ def test_the_documentation_lists_every_policy():
 @pytest.mark.parametrize("policy", [WaitK(2), LocalAgreement(2, ahead=4), AlignAtt(1), ReadSomeWriteOne(2)], ids=repr)
 def test_many_sentences_at_a_time_are_what_they_are_live(opened, source, policy):
     data, model = opened[source]
-    how = {"split": "validation", "policy": policy, "limit": 3}
+    how = {"split": "validation", "policy": policy, "limit": 2}
     live, _ = translate_live(data, model, **how)
     together = translate_batched(data, model, **how)
     assert [each.prediction for each in together] == [each.prediction for each in live]
     assert [each.delays for each in together] == [each.delays for each in live]
-    assert [each.index for each in together] == list(range(3)) and any(each.delays for each in live)
+    assert [each.index for each in together] == list(range(2)) and any(each.delays for each in live)
     assert all(each.elapsed == [] for each in together)
 
 
@@ -211,7 +211,7 @@ def test_many_sentences_at_a_time_are_what_they_are_live(opened, source, policy)
 def test_evaluate_scores_any_policy(runs, toy, capsys, batched):
     run = Run(runs / "text")
     before = run.results()
-    arguments = ["evaluate", run.path, "--split", "test", "--limit", 3, *batched]
+    arguments = ["evaluate", run.path, "--split", "test", "--limit", 2, *batched]
     assert main([*map(str, arguments), "--policy", "read-write", "--reads", "1,3"]) == 0
     printed = capsys.readouterr().out
     assert "read-write, reads = 1 BLEU " in printed and "read-write, reads = 3 BLEU " in printed
@@ -227,7 +227,7 @@ def test_evaluate_scores_any_policy(runs, toy, capsys, batched):
     assert [align_att["label"], align_att["option"], align_att["points"][0]["frames"]] == ["align-att", "frames", 1]
     for point in toy_line["points"]:
         instances = read_instances(log_path(run.path, "test", f"read-write-reads-{point['reads']}"))
-        assert len(instances) == point["sentences"] == 3
+        assert len(instances) == point["sentences"] == 2
         assert {name: point[name] for name in ("BLEU", "LAAL")} == {
             name: score(instances)[name] for name in ("BLEU", "LAAL")
         }
