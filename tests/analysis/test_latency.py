@@ -96,6 +96,66 @@ def test_no_runs_and_a_split_without_curves():
         systems([run("a", SLOW)], split="test")
 
 
+# ---- other policies
+
+
+def with_policies(
+    name: str, points: list | None, /, attention: str = "leap", **frames: tuple[float, float]
+) -> RunRecord:
+    """`frames`: BLEU and LAAL of AlignAtt by its option, as in f2."""
+    scores = [(int(key[1:]), curve_point(None, *values)) for key, values in frames.items()]
+    measured = [{"frames": value, **{k: v for k, v in point.items() if k != "k"}} for value, point in scores]
+    curves = {"validation": [{"label": "align-att", "option": "frames", "points": measured}]}
+    return run(name, points, attention, policy_curves=curves)
+
+
+def test_other_policies_are_lines_of_their_own():
+    ours = with_policies("ours", FAST, f4=(35.0, 2900), f1=(33.0, 1500))
+    base = with_policies("base", SLOW, "softmax", f1=(31.0, 1400))
+    lines = systems([base, ours], split="validation")
+    assert [line.label for line in lines] == ["softmax", "softmax, align-att", "LeaPformer", "LeaPformer, align-att"]
+    assert [line.place for line in lines] == [0, 0, 1, 1]
+    assert lines[3].ks == [1, 4] and lines[3].mean(4, "LAAL") == 2.9 and lines[3].mean(None, "BLEU") is None
+    columns, rows = latency_table(lines)
+    assert [row[:2] for row in rows if row[0].startswith("LeaP")] == [
+        ["LeaPformer", "1"], ["LeaPformer", "3"], ["LeaPformer", "offline"],
+        ["LeaPformer, align-att", "frames=1"], ["LeaPformer, align-att", "frames=4"],
+    ]  # fmt: skip
+    svg = figure_svg(quality_latency(lines))
+    assert "LeaPformer, align-att" in svg and "frames=4" in svg and "k=3" in svg
+    # Equal laggings are those of the wait-k curves; what does not reach one is not there.
+    plain = equal_lagging_table([line for line in lines if not line.policy])
+    columns, rows = equal_lagging_table(lines)
+    assert [row for row in rows if "align" not in row[0]] == plain[1]
+    assert {row[0] for row in rows if "align" in row[0]} == {"LeaPformer, align-att"}
+
+
+def test_differences_are_taken_from_the_first_models_line_of_the_same_policy():
+    """k = 1 and frames = 1 are different points."""
+    ours, base = (
+        with_policies(name, points, attention, f1=(33.0, 1500))
+        for name, points, attention in (("ours", FAST, "leap"), ("base", SLOW, "softmax"))
+    )
+    lines = systems([base, ours], split="validation")
+    samples = {(line.runs[0].folder, line.key(1)): numpy.full(100, 10.0 * place) for place, line in enumerate(lines)}
+    rows = latency_table(lines, samples)[1]
+    found = {(row[0], row[1]): row[3:5] for row in rows}
+    assert found["LeaPformer", "1"] == ["[20.00, 20.00]", "+2.00 [20.00, 20.00]"]
+    assert found["LeaPformer, align-att", "frames=1"] == ["[30.00, 30.00]", "+0.00 [20.00, 20.00]"]
+    assert found["softmax, align-att", "frames=1"] == ["[10.00, 10.00]", "-"]
+
+
+def test_a_run_without_k_and_a_policy_without_an_option():
+    points = [{"sentences": 4, "BLEU": 31.0, "LAAL": 1500}]
+    curves = {"validation": [{"label": "two-one", "option": "", "points": points}]}
+    (line,) = systems([run("a", None, policy_curves=curves)], split="validation")
+    assert (line.label, line.ks, line.point(0)) == ("LeaPformer, two-one", [0], "")
+    assert "LeaPformer, two-one" in figure_svg(quality_latency([line]))
+    other = {"validation": [{"label": "two-one", "option": "", "points": [{**points[0], "sentences": 3}]}]}
+    with pytest.raises(LeapformerError, match="^b: expected 4 sentences of validation as in a, found 3"):
+        systems([run("a", SLOW), run("b", FAST, "softmax", policy_curves=other)], split="validation")
+
+
 # ---- equal lagging
 
 

@@ -92,6 +92,30 @@ def test_without_draws_or_logs_there_are_no_intervals(runs, tmp_path, capsys):
     assert "No logs of sentences, and so no intervals." in capsys.readouterr().out
 
 
+def test_points_of_other_policies_have_intervals_from_their_own_logs(runs, tmp_path, capsys):
+    for number, run in enumerate(map(Path, runs)):
+        instances = translated(2, right=0.6 + 0.3 * number, seed=3 + number)
+        path = log_path(run, "test", "align-att-frames-2")
+        path.parent.mkdir(parents=True)
+        write_instances(path, instances)
+        content = json.loads((run / "results.json").read_text())
+        points = [{"frames": 2, "sentences": len(instances), **score(instances)}]
+        content["policy_curves"] = {"test": [{"label": "align-att", "option": "frames", "points": points}]}
+        (run / "results.json").write_text(json.dumps(content))
+    output = tmp_path / "pictures"
+    assert main(["plot", "latency", *runs, "--split", "test", "--draws", "50", "--output", str(output)]) == 0
+    text = output.joinpath("quality-latency-test.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    row = next(row for row in rows if row[:2] == ["LeaPformer, align-att", "frames=2"])
+    low, high = (float(end) for end in row[4].split("[")[1].rstrip("]").split(","))
+    assert 0 < low < float(row[4].split()[0]) < high
+    page = tmp_path / "page.html"
+    assert main(["compare", *runs, "--split", "test", "--output", str(page)]) == 0
+    assert "LeaPformer, align-att" in page.read_text() and "frames=2" in page.read_text()
+    path.unlink()
+    assert main(["plot", "latency", *runs, "--split", "test", "--draws", "50", "--output", str(output)]) == 0
+
+
 def test_latency_faults_are_one_line(runs, tmp_path, capsys):
     output = ["--output", str(tmp_path / "out")]
     assert "no scores by k on validation; run: leapformer evaluate" in one_line(

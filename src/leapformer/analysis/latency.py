@@ -1,8 +1,9 @@
 """Quality against lagging of translation runs: the picture, the table, quality at equal lagging, and what chance may do.
 
 A *curve* is what `leapformer evaluate RUN --k 1,3,5` writes into results.json under "curves": for each split a list of
-scores, one entry for each k of wait-k and one for k = None, the whole source read first ("offline"). LAAL and the other
-delays are in milliseconds for speech and in words for text; here they are shown in seconds and words.
+scores, one entry for each k of wait-k and one for k = None, the whole source read first ("offline"). Those of other
+policies (`--policy align-att --frames 2,4`) are under "policy_curves"; their option stands in the place of k below. LAAL
+and the other delays are in milliseconds for speech and in words for text; here they are shown in seconds and words.
 
 Letters: N sentences, D draws of the bootstrap.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from leapformer.analysis.plots import INK, MARKERS, SERIES_COLORS, WIDTH, _legend, _style
 from leapformer.analysis.runs import RunRecord, distinct_labels
@@ -32,6 +33,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     import numpy
 
+Point = int | tuple[str, str, int | None] | None  # of wait-k its k; else the policy, its option and the value of that
 Value = TypeVar("Value", "float", "numpy.ndarray")
 DRAWS = 1000
 SEED = 12345  # sacrebleu's own, so that its --confidence gives the same interval
@@ -50,34 +52,62 @@ UNITS = {"speech": Unit("s", 1e-3), "text": Unit("words", 1.0)}
 
 @dataclass(frozen=True)
 class System:
-    """One line of the picture: runs that differ in nothing but the seed, measured on one split.
+    """One line of the picture: runs that differ in nothing but the seed, measured on one split with one policy.
 
     Attributes:
         label: what pictures and tables call it.
         runs: at least one.
         split: whose curves are read.
         place: of its colour and marker among the series.
+        policy: the name of its line among the runs' `policy_curves`; "": wait-k, whose curve they have of their own.
     """
 
     label: str
     runs: Sequence[RunRecord]
     split: str
     place: int
+    policy: str = ""
 
     @property
     def unit(self) -> Unit:
         return UNITS[self.runs[0].results["source"]]
 
     @property
+    def option(self) -> str:
+        """What its points differ in: k, or the option of another policy ("": none)."""
+        return self.runs[0].policy_curves(self.split)[self.policy].option if self.policy else "k"
+
+    @property
     def ks(self) -> list[int]:
-        """The k that all of its runs were measured with, rising."""
-        measured = [{point["k"] for point in run.latency_curve(self.split)} for run in self.runs]
+        """The k that all of its runs were measured with, rising; of a policy without an option one, 0."""
+        measured = [set(self.points(run)) for run in self.runs]
         return sorted(k for k in set.intersection(*measured) if k is not None)
+
+    def point(self, k: int | None) -> str:
+        """What tables and pictures call a point."""
+        if not self.policy:
+            return "offline" if k is None else str(k)
+        return f"{self.option}={k}" if self.option else ""
+
+    def key(self, k: int | None) -> Point:
+        """What tells a point of a run from its others."""
+        return (self.policy, self.option, k) if self.policy else k
+
+    def points(self, run: RunRecord) -> dict[int | None, dict[str, Any]]:
+        """The scores of one run by k."""
+        if not self.policy:
+            return {point["k"]: point for point in run.latency_curve(self.split)}
+        option, points = run.policy_curves(self.split)[self.policy]
+        return {point.get(option, 0): point for point in points}
+
+    def scores(self, run: RunRecord, k: int | None) -> dict[str, Any]:
+        """Of one run; empty if not measured."""
+        return self.points(run).get(k, {}) if self.policy else run.scores_at(k, self.split)
 
     def values(self, k: int | None, name: str) -> list[float]:
         """One score of each run, delays in the unit; empty where one of them lacks it."""
         factor = self.unit.factor if name in DELAYS else 1.0
-        found = [run.scores_at(k, self.split).get(name) for run in self.runs]
+        found = [self.scores(run, k).get(name) for run in self.runs]
         known = [value * factor for value in found if value is not None and math.isfinite(value)]
         return known if len(known) == len(found) else []
 
@@ -122,7 +152,7 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
             raise LeapformerError(
                 f"{run.folder}: expected a translation run (source {' or '.join(UNITS)}), found {source}"
             )
-        if not run.latency_curve(split):
+        if not _sentences(run, split):
             raise LeapformerError(
                 f"{run.folder}: no scores by k on {split}; run: leapformer evaluate {run.folder} --split {split} "
                 "--k 1,3,5,7,9"
@@ -132,13 +162,30 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
                 f"{run.folder}: expected a source of {runs[0].results['source']} as in {runs[0].folder}, found {source}: "
                 "seconds and words have no common axis"
             )
-        sizes = [each.latency_curve(split)[0].get("sentences") for each in (runs[0], run)]
-        if sizes[0] != sizes[1]:
+        expected = _sentences(runs[0], split)[0]
+        other = next((size for size in _sentences(run, split) if size != expected), expected)
+        if other != expected:
             raise LeapformerError(
-                f"{run.folder}: expected {sizes[0]} sentences of {split} as in {runs[0].folder}, found {sizes[1]}"
+                f"{run.folder}: expected {expected} sentences of {split} as in {runs[0].folder}, found {other}"
             )
     named = zip(distinct_labels(list(runs)), ([run] for run in runs), strict=True) if by_seed else groups(runs).items()
-    return [System(label, members, split, place) for place, (label, members) in enumerate(named)]
+    return [line for place, (label, members) in enumerate(named) for line in _lines(label, members, split, place)]
+
+
+def _lines(label: str, runs: Sequence[RunRecord], split: str, place: int) -> list[System]:
+    """The lines of one model: wait-k, and each of the other policies that a run was measured with."""
+    trained = [run for run in runs if run.latency_curve(split)]
+    lines = [System(label, trained, split, place)] if trained else []
+    for policy in dict.fromkeys(name for run in runs for name in run.policy_curves(split)):
+        members = [run for run in runs if policy in run.policy_curves(split)]
+        lines.append(System(f"{label}, {policy}", members, split, place, policy))
+    return lines
+
+
+def _sentences(run: RunRecord, split: str) -> list[int | None]:
+    """How many sentences each curve of a run is of; empty where there is no curve."""
+    curves = [run.latency_curve(split), *(curve.points for curve in run.policy_curves(split).values())]
+    return [points[0].get("sentences") for points in curves if points]
 
 
 # ---- the picture
@@ -159,7 +206,8 @@ def quality_latency(lines: Sequence[System]) -> Figure:
         _style(axes)
         for line in lines:
             _draw(axes, line, delay)
-        _write_k(axes, lines, delay)
+        for option in dict.fromkeys(line.option for line in lines):
+            _write_k(axes, [line for line in lines if line.option == option], delay, option)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
         axes.set_xlabel(f"{name} ({lines[0].unit.name})")
@@ -187,8 +235,9 @@ def _draw(axes: Axes, line: System, delay: str) -> None:
     if points:
         laggings, qualities = [x for _, x, _ in points], [y for _, _, y in points]
         axes.plot(
-            laggings, qualities, color=color, marker=marker, markersize=5, linewidth=1.4, zorder=3, label=line.label
-        )
+            laggings, qualities, color=color, marker=marker, markersize=5, linewidth=1.4, zorder=3, label=line.label,
+            linestyle=":" if line.policy else "-", markerfacecolor="white" if line.policy else color,
+        )  # fmt: skip
         if len(line.runs) > 1:
             spread = {name: [_deviation(line, k, name) for k, _, _ in points] for name in ("BLEU", delay)}
             axes.errorbar(
@@ -216,16 +265,16 @@ def _deviation(line: System, k: int, name: str) -> float:
     return statistics.stdev(line.values(k, name)) if len(line.runs) > 1 else 0.0
 
 
-def _write_k(axes: Axes, lines: Sequence[System], delay: str) -> None:
-    """k above the points."""
+def _write_k(axes: Axes, lines: Sequence[System], delay: str, option: str) -> None:
+    """k, or another option, above the points."""
     points = [(k, x, y + _deviation(line, k, "BLEU")) for line in lines for k, x, y in _points(line, delay)]
-    for text, x, y in k_labels(points):
+    for text, x, y in k_labels(points, option=option) if option else []:
         axes.annotate(
             text, (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
         )  # fmt: skip
 
 
-def k_labels(points: Sequence[tuple[int, float, float]]) -> list[tuple[str, float, float]]:
+def k_labels(points: Sequence[tuple[int, float, float]], *, option: str = "k") -> list[tuple[str, float, float]]:
     """Labels (text, x, y) of points (k, x, y), each over the highest of the points that it names.
 
     Points of one k within a twelfth of the width share one, as the systems' mostly do. So do those of several k where
@@ -249,15 +298,15 @@ def k_labels(points: Sequence[tuple[int, float, float]]) -> list[tuple[str, floa
             labels[-1] = ([*ks, k], *((x, y) if y > top else (left, top)))
         else:
             labels.append(([k], x, y))
-    return [(", ".join(f"k={k}" for k in ks), x, y) for ks, x, y in labels]
+    return [(", ".join(f"{option}={k}" for k in ks), x, y) for ks, x, y in labels]
 
 
 # ---- tables
 
 
 Cells = tuple[list[str], list[list[str]]]
-# Scores of D resampled test sets by the folder of the run and its k.
-Draws = Mapping[tuple[Path, int | None], "numpy.ndarray"]
+# Scores of D resampled test sets by the folder of the run and the key of the point.
+Draws = Mapping[tuple[Path, Point], "numpy.ndarray"]
 
 
 def latency_table(lines: Sequence[System], draws: Draws | None = None) -> Cells:
@@ -278,9 +327,9 @@ def latency_table(lines: Sequence[System], draws: Draws | None = None) -> Cells:
     for line in lines:
         for k in [*line.ks, *([None] if line.values(None, "BLEU") else [])]:
             cells = [_cell(line, k, name) for name in present]
-            rows.append([line.label, "offline" if k is None else str(k), *cells])
+            rows.append([line.label, line.point(k), *cells])
             if draws:
-                rows[-1][3:3] = _chance(line, lines[0], k, draws)
+                rows[-1][3:3] = _chance(line, _baseline_of(line, lines), k, draws)
     if draws:
         columns[3:3] = ["95 %", f"against {lines[0].label}"]
     return columns, rows
@@ -292,25 +341,24 @@ def _cell(line: System, k: int | None, name: str) -> str:
     return mean_text(values, SCORES[name].digits)
 
 
-def _chance(line: System, baseline: System, k: int | None, draws: Draws) -> list[str]:
+def _baseline_of(line: System, lines: Sequence[System]) -> System | None:
+    """The first model's line of the same policy; None where it has none."""
+    return next((each for each in lines if each.place == lines[0].place and each.policy == line.policy), None)
+
+
+def _chance(line: System, baseline: System | None, k: int | None, draws: Draws) -> list[str]:
     """Interval of BLEU, and difference from the baseline with its interval; "-" where not known."""
-    own, base = _mean_draws(line, k, draws), _mean_draws(baseline, k, draws)
-    scores = line.mean(k, "BLEU"), baseline.mean(k, "BLEU")
-    difference = "-"
-    if (
-        own is not None
-        and base is not None
-        and line is not baseline
-        and scores[0] is not None
-        and scores[1] is not None
-    ):
-        difference = f"{scores[0] - scores[1]:+.2f} {_interval_text(own - base)}"
+    own, difference = _mean_draws(line, k, draws), "-"
+    if own is not None and baseline is not None and line is not baseline:
+        base, scores = _mean_draws(baseline, k, draws), (line.mean(k, "BLEU"), baseline.mean(k, "BLEU"))
+        if base is not None and scores[0] is not None and scores[1] is not None:
+            difference = f"{scores[0] - scores[1]:+.2f} {_interval_text(own - base)}"
     return ["-" if own is None else _interval_text(own), difference]
 
 
 def _mean_draws(line: System, k: int | None, draws: Draws) -> numpy.ndarray | None:
     """D scores, each the mean over the seeds of the system on one resampled set."""
-    return _average([draws.get((run.folder, k)) for run in line.runs])
+    return _average([draws.get((run.folder, line.key(k))) for run in line.runs])
 
 
 def _average(samples: Sequence[numpy.ndarray | None]) -> numpy.ndarray | None:
@@ -328,8 +376,9 @@ def equal_lagging_table(lines: Sequence[System], draws: Draws | None = None) -> 
     """Columns and rows: BLEU at equal LAAL, each curve interpolated on straight lines between its k, and the difference
     from the first system.
 
-    The laggings are round ones that every curve reaches: nothing is extrapolated. Of several seeds each is interpolated
-    for itself, then averaged. With `draws`, the differences have their 95 % interval (the LAAL taken as it was measured).
+    The laggings are round ones that every curve reaches: nothing is extrapolated. Curves of other policies than wait-k,
+    which may be short, stand at those that they reach. Of several seeds each is interpolated for itself, then averaged.
+    With `draws`, the differences have their 95 % interval (the LAAL taken as it was measured).
 
     Returns:
         No columns and no rows for one system, and where the curves have no lagging in common.
@@ -337,10 +386,13 @@ def equal_lagging_table(lines: Sequence[System], draws: Draws | None = None) -> 
     baseline = lines[0]
     unit = baseline.unit.name
     rows = []
-    for lagging in common_laggings(lines) if len(lines) > 1 else []:
+    decisive = [line for line in lines if line.policy == baseline.policy]
+    for lagging in common_laggings(decisive) if len(lines) > 1 else []:
         base = _qualities_at(baseline, lagging)
         for line in lines:
             own = _qualities_at(line, lagging)
+            if len(own) < len(line.runs):
+                continue
             difference = math.fsum(own) / len(own) - math.fsum(base) / len(base)
             cell = "-" if line is baseline else f"{difference:+.2f}"
             samples, base_samples = (_draws_at(each, lagging, draws or {}) for each in (line, baseline))
@@ -381,7 +433,7 @@ def interpolate(points: Sequence[tuple[float, Value]], at: float) -> Value | Non
 
 def _curve(run: RunRecord, line: System) -> list[tuple[float, int]]:
     """(LAAL in the unit, k) of one run, lagging rising."""
-    own = System(line.label, [run], line.split, line.place)
+    own = replace(line, runs=[run])
     return sorted((x, k) for k, x, _ in _points(own, "LAAL"))
 
 
@@ -389,7 +441,7 @@ def _qualities_at(line: System, lagging: float) -> list[float]:
     """BLEU of each run at one lagging, inside its curve."""
     found = []
     for run in line.runs:
-        curve = [(x, float(run.scores_at(k, line.split)["BLEU"])) for x, k in _curve(run, line)]
+        curve = [(x, float(line.scores(run, k)["BLEU"])) for x, k in _curve(run, line)]
         found.append(interpolate(curve, lagging))
     return [quality for quality in found if quality is not None]
 
@@ -398,7 +450,7 @@ def _draws_at(line: System, lagging: float, draws: Draws) -> numpy.ndarray | Non
     """D scores at one lagging, averaged over seeds."""
     found = []
     for run in line.runs:
-        curve = [(x, draws.get((run.folder, k))) for x, k in _curve(run, line)]
+        curve = [(x, draws.get((run.folder, line.key(k)))) for x, k in _curve(run, line)]
         known = [(x, samples) for x, samples in curve if samples is not None]
         found.append(interpolate(known, lagging) if len(known) == len(curve) else None)
     return _average(found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leapformer.analysis.latency import UNITS, equal_lagging_table, latency_table, quality_latency, systems
+from leapformer.analysis.latency import UNITS, System, equal_lagging_table, latency_table, quality_latency, systems
 from leapformer.analysis.plots import (
     figure_svg,
     learning_curves,
@@ -282,17 +282,21 @@ def _summary(runs: Sequence[RunRecord], quality: Quality, split: str) -> str:
 
 def _latency(runs: Sequence[RunRecord], split: str) -> dict[str, Any] | None:
     """Picture and tables of those runs that were translated with at several k; None where none was."""
-    measured = [run for run in runs if run.latency_curve(split)]
+    measured = [run for run in runs if run.latency_curve(split) or run.policy_curves(split)]
     if not measured:
         return None
     # A line for each run, in the colours of the table above.
     lines = systems(measured, split=split, by_seed=True)
     labels = distinct_labels(list(runs))
-    lines = [replace(line, label=labels[runs.index(line.runs[0])], place=runs.index(line.runs[0])) for line in lines]
+    lines = [_as_in_the_table(line, runs.index(line.runs[0]), labels) for line in lines]
     return {
         "picture": _inline(figure_svg(quality_latency(lines), prefix="latency-")),
         "tables": [table for table in (latency_table(lines), equal_lagging_table(lines)) if table[1]],
     }
+
+
+def _as_in_the_table(line: System, place: int, labels: Sequence[str]) -> System:
+    return replace(line, label=", ".join([labels[place], *([line.policy] if line.policy else [])]), place=place)
 
 
 def _layers(shown: TextProportions) -> list[dict[str, Any]]:

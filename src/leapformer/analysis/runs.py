@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_own_files
@@ -23,6 +23,13 @@ ATTENTION_NAMES = {
 }  # fmt: skip
 # Where a translation model has attention, in the order of results.json, as in "softmax/softmax/leap".
 PLACES = ("encoder", "decoder", "cross")
+
+
+class PolicyCurve(NamedTuple):
+    """Scores of a translation model with a policy: `points`, one for each value of its `option` ("": it has none)."""
+
+    option: str
+    points: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ class RunRecord:
         """Scores of a translation model for each k, k rising and the offline ones (k None) last; empty if not measured."""
         points = self.results.get("curves", {}).get(split) or []
         return sorted(points, key=lambda point: math.inf if point["k"] is None else point["k"])
+
+    def policy_curves(self, split: str = "validation") -> dict[str, PolicyCurve]:
+        """Scores with policies other than wait-k, by the policy and what is fixed of it; empty if not measured."""
+        lines = self.results.get("policy_curves", {}).get(split) or []
+        return {line["label"]: PolicyCurve(line["option"], line["points"]) for line in lines}
 
     def scores_at(self, k: int | None, split: str = "validation") -> dict[str, Any]:
         """Scores at one k (None: offline), from the curve or else the evaluation after training; empty if not measured."""

@@ -84,7 +84,7 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
     if not runs:
         raise LeapformerError("compare: expected at least one run, found none")
     for run in runs:
-        if not run.split(split) and not run.latency_curve(split):
+        if not (run.split(split) or run.latency_curve(split) or run.policy_curves(split)):
             raise LeapformerError(
                 f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
             )

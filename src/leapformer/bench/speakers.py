@@ -21,10 +21,10 @@ from torch import Tensor
 from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.translation_stream import wait_k_needs
 from leapformer.tasks.simulst.features import SHIFT, FeatureStatistics
-from leapformer.tasks.simulst.policies import Step, Steps, Target
+from leapformer.tasks.simulst.policy_requests import Read, Target, Turn, Write
 from leapformer.tasks.simulst.processor import TranslationProcessor
 from leapformer.tasks.simulst.sources import FRAMES_OF_A_STATE
-from leapformer.tasks.simulst.translator import TranslatorBatch
+from leapformer.tasks.simulst.translator_batch import TranslatorBatch
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 
 SHORTEST_UTTERANCE, LONGEST_UTTERANCE = 10, 33  # chunks: 3.6 to 11.9 s
@@ -111,13 +111,12 @@ class FixedRate:
     def __init__(self, k: int, token: int) -> None:
         self.k, self.token = k, token
 
-    def write(self, target: Target) -> Steps:
+    def turn(self, target: Target) -> Turn:
         while target.written < target.chunks:
             see = int(wait_k_needs(self.k, target.written, target.pre_decision))
             if target.available < see and not target.source_ended:
-                return
-            yield Step(target.last, see)
-            target.write(self.token)
+                yield Read()
+            yield Write(see, token=self.token)
 
 
 class Server:

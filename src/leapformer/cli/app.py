@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from leapformer import __version__
+from leapformer.cli import policy_options
 from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.showing import cut, shown
+from leapformer.tasks.simulst.policy_registry import DEFAULT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 plot = typer.Typer(no_args_is_help=True, help="Pictures of a trained run.")
@@ -68,6 +70,8 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", parser=a_path, help="F
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run; wrong usage gives one line and code 2."""
+    policy_options.add_policy_options(evaluate, several=True)
+    policy_options.add_policy_options(translate, several=False)
     command = typer.main.get_command(app)
     arguments = sys.argv[1:] if argv is None else list(argv)
     for argument in arguments:
@@ -141,22 +145,34 @@ def evaluate(
             help="Tokens each block repeats of the one before it; default: what the recipe says.",
         ),
     ] = None,
-    k: Annotated[
+    policy: Annotated[
         str | None,
-        typer.Option("--k", metavar="K,K,...", help="Translation: quality and lagging with each k, and offline."),
+        typer.Option(
+            metavar="NAME",
+            help=f"Translation: quality and lagging with {policy_options.names()}, at each value of its option; "
+            "--k alone: wait-k with each k, and offline.",
+        ),
     ] = None,
     batched: Annotated[
-        bool, typer.Option("--batched", help="With --k: many sentences at a time, without computation-aware lagging.")
+        bool, typer.Option("--batched", help="With these: many sentences at a time, without computation-aware lagging.")
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="With --k: only the first so many sentences.")
+        int | None, typer.Option(min=1, max=MOST, help="With these: only the first so many sentences.")
     ] = None,
     threads: Threads = None,
+    **options: Any,
 ) -> None:
     """Evaluate a trained run on a whole split; results.json keeps the figures."""
-    if k is not None:
+    given = policy_options.given(options)
+    if policy is not None or given:
         _work("leapformer.cli.evaluate", "evaluate_latency", "speech")(
-            folder, split=split, k=k, batched=batched, limit=limit, threads=threads
+            folder,
+            split=split,
+            policy=policy or DEFAULT,
+            options=given,
+            batched=batched,
+            limit=limit,
+            threads=threads,
         )
         return
     _work("leapformer.cli.evaluate", "evaluate_run")(
@@ -205,31 +221,26 @@ def translate(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="Audio (wav, flac, ogg, mp3), or text where the run's source is text.")
     ],
-    k: Annotated[
-        int, typer.Option(min=0, max=MOST_TOKENS, help="wait-k: chunks to read before the first word; 0: everything.")
-    ] = 5,
-    policy: Annotated[str, typer.Option(help="wait-k, local-agreement or align-att.")] = "wait-k",
-    agreement: Annotated[
-        int, typer.Option(min=2, max=100, help="local-agreement: translations that have to agree.")
-    ] = 2,
-    frames: Annotated[
-        int,
-        typer.Option(
-            min=1, max=MOST_TOKENS, help="align-att: chunks that the attention has to lie before the last one."
-        ),
-    ] = 1,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{policy_options.names()}.")] = DEFAULT,
     continuous: Annotated[
         bool, typer.Option("--continuous", help="Begin another sentence where one ends before the audio does.")
     ] = False,
     realtime: Annotated[bool, typer.Option("--realtime", help="Read the audio no faster than it is heard.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for every word, and a last one.")] = False,
     threads: Threads = None,
+    **options: Any,
 ) -> None:
     """Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input."""
     _work("leapformer.cli.translate", "translate_file", "speech")(
-        folder, file, k=k, policy=policy, agreement=agreement, frames=frames, continuous=continuous, realtime=realtime,
-        as_json=as_json, threads=threads,
-    )  # fmt: skip
+        folder,
+        file,
+        policy=policy,
+        options=policy_options.given(options),
+        continuous=continuous,
+        realtime=realtime,
+        as_json=as_json,
+        threads=threads,
+    )
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import typer
 from leapformer.cli.keeping import cache_of, keep
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.callbacks import passing_bar
 from leapformer.training.run import Run
@@ -43,27 +44,42 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
 
 
 def evaluate_latency(
-    folder: Path, *, split: str, k: str, batched: bool, limit: int | None, threads: int | None
+    folder: Path,
+    *,
+    split: str,
+    policy: str,
+    options: Mapping[str, str],
+    batched: bool,
+    limit: int | None,
+    threads: int | None,
 ) -> None:
-    """Translate a split live with each k and offline; keep the logs, and the curve in results.json."""
-    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, parse_ks
-    from leapformer.tasks.simulst.live import translate_live
+    """Translate a split with each value of a policy's option (wait-k: and offline); keep the logs, and the scores in
+    results.json."""
+    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, keep_points, point_title
+    from leapformer.tasks.simulst.evaluation import writing
+    from leapformer.tasks.simulst.live import translate_batched, translate_live
+    from leapformer.tasks.simulst.policy_registry import parse_line
 
     use_threads(threads)
     run = Run(folder)
     run.recipe()
     recipe, task = load_recipe(run.recipe_path)
     if task.name != "simulst":
-        raise LeapformerError(f"{folder}: --k: expected a run of simultaneous translation, found task {task.name}")
-    ks = parse_ks(k)
+        asked = f"--policy {shown(policy)}" if not options else f"--{next(iter(options))}"
+        raise LeapformerError(f"{folder}: {asked}: expected a run of simultaneous translation, found task {task.name}")
+    line = parse_line(policy, options)
     results = run.results() if run.finished else None
     model, tokenizer = task.open(run.model_path)
-    factors: dict[int | None, float | None] = {}
+    factors: dict[Any, float | None] = {}
 
-    def write(value: int | None) -> Any:
-        if batched:
+    def write(value: Any) -> Any:
+        if batched and line.entry.is_trained:
             return data.simulate(model, split=split, k=value, limit=limit)
-        instances, factors[value] = translate_live(data, model, split=split, k=value, limit=limit)
+        told = writing(value) if line.entry.is_trained else f"writing, {point_title(line, value)}"
+        how: dict[str, Any] = {"split": split, "policy": line.policy(value), "limit": limit, "told": told}
+        if batched:
+            return translate_batched(data, model, **how)
+        instances, factors[value] = translate_live(data, model, **how)
         return instances
 
     kept: list[bool] = []
@@ -72,22 +88,21 @@ def evaluate_latency(
         if all(kept):  # said once
             kept.append(keep(write, what="the logs"))
 
+    def tell(point: dict[str, Any]) -> None:
+        title = point_title(line, point.get(line.option))
+        scores = {key: value for key, value in point.items() if key not in (line.option, "sentences")}
+        typer.echo(f"{title:8} " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+
     with cache_of(run) as cache:
         data: Any = task.prepare(recipe, cache=cache, tokenizer=tokenizer, progress=passing_bar)
         data.check_model(model)
         points = evaluate_curve(
-            run.path, split, ks, write=write, real_time_factor=factors.get, told=_tell_point, keep=keep_log
+            run.path, split, line.values, line=line, write=write, real_time_factor=factors.get, told=tell, keep=keep_log
         )
     if all(kept):
-        typer.echo(f"Written to {run.path / FOLDER / split}: the log of each k")
+        each = f"the log of each {line.option}" if line.option else "the log"
+        typer.echo(f"Written to {run.path / FOLDER / split}: {each}")
     if results is not None:
-        results.setdefault("curves", {})[split] = points
+        keep_points(results, split, line, points)
         if keep(lambda: run.write_results(results), what="the curve"):
             typer.echo(f"Written to {run.results_path}: the curve")
-
-
-def _tell_point(point: dict[str, Any]) -> None:
-    """One line for a k."""
-    name = "offline" if point["k"] is None else f"k = {point['k']}"
-    shown = {key: value for key, value in point.items() if key not in ("k", "sentences")}
-    typer.echo(f"{name:8} " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from leapformer.analysis.latency import (
+    Point,
     SentenceCounts,
     System,
     bootstrap_bleu,
@@ -21,7 +22,7 @@ from leapformer.analysis.latency import (
 )
 from leapformer.analysis.plots import figure_png, figure_svg, proportions
 from leapformer.analysis.proportions import learned_proportions
-from leapformer.analysis.runs import RunRecord, load_run
+from leapformer.analysis.runs import load_run
 from leapformer.analysis.tables import markdown_table
 from leapformer.cli.compare import print_table
 from leapformer.cli.keeping import cache_of, keep
@@ -30,7 +31,7 @@ from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import cut
 from leapformer.files.writing import write_bytes, write_text
 from leapformer.tasks.registry import load_recipe
-from leapformer.tasks.simulst.curves import log_path
+from leapformer.tasks.simulst.curves import log_path, point_name
 from leapformer.tasks.simulst.instances import read_instances
 from leapformer.training.loading import load_with_tokenizer
 from leapformer.training.run import Run
@@ -87,10 +88,10 @@ def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Pat
     """Print BLEU and lagging by k and BLEU at equal lagging, and write the picture (PNG) and the tables (Markdown)."""
     check_output_folder(output)
     lines = systems([load_run(folder) for folder in folders], split=split)
-    samples: dict[tuple[Path, int | None], Any] = {}
+    samples: dict[tuple[Path, Point], Any] = {}
     if draws:
-        counts = _counts(lines, split)
-        check_paired({log_path(folder, split, k): own for (folder, k), own in counts.items()})
+        counts = _counts(lines)
+        check_paired({_log_of(folder, split, point): own for (folder, point), own in counts.items()})
         samples = {key: bootstrap_bleu(own, draws=draws) for key, own in counts.items()}
     tables = [latency_table(lines, samples), equal_lagging_table(lines, samples)]
     for columns, rows in tables:
@@ -106,19 +107,23 @@ def plot_latency(folders: Sequence[Path], *, split: str, draws: int, output: Pat
     typer.echo(f"Written to {picture} and {text}")
 
 
-def _counts(lines: Sequence[System], split: str) -> dict[tuple[Path, int | None], SentenceCounts]:
-    """What BLEU counts in every log that is there, by the run's folder and k."""
-    runs = [run for line in lines for run in line.runs]
-    points = [(run, point["k"], point) for run in runs for point in run.latency_curve(split)]
+def _counts(lines: Sequence[System]) -> dict[tuple[Path, Point], SentenceCounts]:
+    """What BLEU counts in every log that is there, by the run's folder and the point."""
+    points = [(run, line, k) for line in lines for run in line.runs for k in line.points(run)]
     return {
-        (run.folder, k): _read_counts(run, split, k, float(point["BLEU"]))
-        for run, k, point in points
-        if log_path(run.folder, split, k).is_file()
+        (run.folder, line.key(k)): _read_counts(
+            _log_of(run.folder, line.split, line.key(k)), line.scores(run, k)["BLEU"]
+        )
+        for run, line, k in points
+        if _log_of(run.folder, line.split, line.key(k)).is_file()
     }
 
 
-def _read_counts(run: RunRecord, split: str, k: int | None, expected: float) -> SentenceCounts:
-    path = log_path(run.folder, split, k)
+def _log_of(folder: Path, split: str, point: Point) -> Path:
+    return log_path(folder, split, point_name(*point) if isinstance(point, tuple) else point)
+
+
+def _read_counts(path: Path, expected: float) -> SentenceCounts:
     instances = sorted(read_instances(path), key=lambda instance: instance.index)
     counts = sentence_counts([each.prediction for each in instances], [each.reference for each in instances])
     if abs(counts.score() - expected) > ROUNDING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,34 @@ import typer
 
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
-from leapformer.files.showing import cut, shown
+from leapformer.files.showing import cut
 from leapformer.tasks.simulst.audio import SAMPLE_RATE, read_blocks
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, Policy, WaitK
+from leapformer.tasks.simulst.policy_registry import parse_policy
 from leapformer.tasks.simulst.processor import open_translation
 from leapformer.tasks.simulst.sources import STATE_MS
-from leapformer.tasks.simulst.translator import StreamingTranslator, Word
+from leapformer.tasks.simulst.translator import StreamingTranslator
+from leapformer.tasks.simulst.words import Word
 from leapformer.training.run import Run
 
 STDIN = "-"
-POLICIES = ("wait-k", "local-agreement", "align-att")
 
 Pieces = Iterator[Any]
 
 
 def translate_file(
-    folder: Path, file: str, *, k: int, policy: str, agreement: int, frames: int, continuous: bool, realtime: bool,
-    as_json: bool, threads: int | None,
-) -> None:  # fmt: skip
+    folder: Path,
+    file: str,
+    *,
+    policy: str,
+    options: Mapping[str, str],
+    continuous: bool,
+    realtime: bool,
+    as_json: bool,
+    threads: int | None,
+) -> None:
     """Print the words of a file, or of the lines of a text, while it is read; a summary goes to the error output."""
     use_threads(threads)
-    chosen = policy_of(policy, k=k, agreement=agreement, frames=frames)
+    chosen = parse_policy(policy, options)
     run = Run(folder)
     run.recipe()
     model, processor = open_translation(run.model_path)
@@ -60,20 +67,6 @@ def translate_file(
         if report.words or report.done:
             end_of_line(as_json)
     tell(report.summary(), report.line(), as_json=as_json)
-
-
-def policy_of(name: str, *, k: int, agreement: int, frames: int) -> Policy:
-    """The policy of that name; k = 0 waits for the whole source. Raises LeapformerError for another name or number."""
-    try:
-        if name == "wait-k":
-            return WaitK(k or None)
-        if name == "local-agreement":
-            return LocalAgreement(agreement)
-        if name == "align-att":
-            return AlignAtt(frames)
-    except ValueError as error:
-        raise LeapformerError(f"--policy {name}: {error}") from None
-    raise LeapformerError(f"--policy: expected one of {', '.join(POLICIES)}, found {shown(name)}")
 
 
 # ---- speech

@@ -61,6 +61,20 @@ class CurvePoint(Record):
     BLEU: Number | None = None
 
 
+class PolicyPoint(Record):
+    """Scores at one value of a policy's option."""
+
+    __pydantic_extra__: dict[str, Number | None]  # type: ignore[reportIncompatibleVariableOverride]
+
+
+class PolicyCurve(Record):
+    """Scores of a policy other than wait-k at each value of its option, which is "" where it has none."""
+
+    label: Text
+    option: Text
+    points: list[PolicyPoint]
+
+
 class PositionRecord(Record):
     """Perplexity of the tokens with a past of `start` to `end` tokens."""
 
@@ -75,6 +89,7 @@ class ResultsRecord(Record):
 
     splits: dict[Text, SplitRecord]
     curves: dict[Text, list[CurvePoint]] = Field(default_factory=dict)
+    policy_curves: dict[Text, list[PolicyCurve]] = Field(default_factory=dict)
     name: Text | None = None
     recipe: Text | None = None
     recipe_fingerprint: Text | None = None

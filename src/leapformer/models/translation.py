@@ -157,7 +157,7 @@ class SourceEncoder(nn.Module):
         slots = torch.arange(x.shape[1], device=x.device)[None]
         position_ids = slots if first is None else slots + first.to(x.device)[:, None]
         longest = x.shape[1] if first is None else x.shape[1] + int(first.max())
-        _check_length("source states", longest, self.config.source_limit(), "max_source_positions")
+        check_source_length(longest, self.config)
         x = self.dropout(x + self.positions(position_ids).to(x.dtype) * self.config.position_scale)
         kept: list[LayerState] = []
         for number, block in enumerate(self.blocks):
@@ -554,6 +554,11 @@ def _check_right(name: str, real: Tensor) -> None:
     """Refuse padding before something real in a row of bool [B, T]; looked at on the CPU, elsewhere it costs a synchronisation."""
     if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool((real[:, 1:] > real[:, :-1]).any()):
         raise ValueError(f"{name}: expected padding on the right only, found it elsewhere")
+
+
+def check_source_length(states: int, config: LeapformerTranslationConfig) -> None:
+    """Raises SequenceTooLong where cosFormer's maximum is below ``states``."""
+    _check_length("source states", states, config.source_limit(), "max_source_positions")
 
 
 def check_target_length(tokens: int, config: LeapformerTranslationConfig) -> None:

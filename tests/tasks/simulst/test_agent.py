@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from leapformer.errors import LeapformerError
 from leapformer.tasks.simulst import simuleval_agent_path
-from leapformer.tasks.simulst.policies import WaitK
+from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
 from leapformer.tasks.simulst.translator import StreamingTranslator
 from tests.tasks.simulst.translators import CHUNK_MS, noise, save_run, speech_model, speech_processor
 
@@ -108,8 +109,9 @@ def play(agent, samples, *, rate=16_000, segment_ms=CHUNK_MS):
     return words, delays
 
 
-def alone(model, samples, k, **options):
-    with StreamingTranslator(model, speech_processor(), WaitK(k), **options) as translator:
+def alone(model, samples, policy, **options):
+    policy = policy if isinstance(policy, AlignAtt | LocalAgreement) else WaitK(policy)
+    with StreamingTranslator(model, speech_processor(), policy, **options) as translator:
         return translator.push(samples) + translator.finish()
 
 
@@ -131,6 +133,34 @@ def test_the_agent_writes_what_the_translator_writes_and_carries_nothing_over(ag
         assert words == [word.text for word in expected] and len(words) > 0
         assert delays == [word.read_ms for word in expected]
         assert agent.translator is None
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        (["--policy", "local-agreement", "--agreement", "3", "--ahead", "5"], LocalAgreement(3, ahead=5)),
+        (["--policy", "align-att", "--frames", "2"], AlignAtt(2)),
+    ],
+)
+def test_the_agent_takes_any_policy(agent_class, tmp_path, options, policy):
+    model = speech_model(seed=2, dtype=torch.float32)
+    agent = agent_class(arguments(agent_class, save_run(tmp_path, model, speech_processor()), *options))
+    samples = noise(1.3, seed=1)
+    expected = alone(model, samples, policy)
+    words, delays = play(agent, samples)
+    assert words == [word.text for word in expected] and len(words) > 0
+    assert delays == [word.read_ms for word in expected]
+
+
+def test_wrong_options_of_the_agent_are_told(agent_class, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments(agent_class, tmp_path, "--frames", "0")
+    assert "--frames: expected an integer from 1 on, up to 9,999,999, found '0'" in capsys.readouterr().err
+    run = save_run(tmp_path, speech_model(dtype=torch.float32), speech_processor())
+    with pytest.raises(
+        LeapformerError, match="--policy: expected one of wait-k, local-agreement, align-att, found 'x'"
+    ):
+        agent_class(arguments(agent_class, run, "--policy", "x"))
 
 
 def test_an_early_end_is_kept_back_and_odd_audio_goes_through(agent_class, tmp_path):

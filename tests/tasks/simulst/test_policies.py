@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from leapformer.models.translation_stream import WHOLE_SOURCE
-from leapformer.tasks.simulst.policies import AlignAtt, Candidate, LocalAgreement, Step, WaitK, common_prefix
+from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK, common_prefix
+from leapformer.tasks.simulst.policy_requests import Read, Restore, Save, Write, Written
+from leapformer.tasks.simulst.turns import Step
 
 END = 2
 
@@ -28,6 +30,10 @@ class Target:
         return self.most - self.written
 
     @property
+    def is_open(self):
+        return self.room > 0 and not self.ended
+
+    @property
     def chunks(self):
         return -(-self.available // self.pre_decision)
 
@@ -36,30 +42,40 @@ class Target:
         self.last, self.ended = token, token == END
 
     def save(self):
-        self.saved = list(self.ran)
+        self.saved = list(self.ran), list(self.tokens), self.last, self.ended
 
     def restore(self):
-        self.ran = self.saved
+        self.ran, self.tokens, self.last, self.ended = self.saved
+        self.saved = None
 
 
 def answer(target, policy, translation, *, looks_at=None):
     """Let the policy write; after n tokens `translation`[n] is proposed, with the attention on chunk looks_at[n]."""
-    asked, steps, candidate = [], policy.write(target), None
+    asked, turn, written = [], policy.turn(target), None
     while True:
         try:
-            step = steps.send(candidate)
+            request = turn.send(written)
         except StopIteration:
+            request = Read()
+        written = None
+        if isinstance(request, Read):
+            target.memory = request.memory
             assert target.ran == [1, *target.tokens][: len(target.ran)]  # what was run is what is written
             return asked
-        asked.append(step)
-        target.ran.append(step.token)
+        if isinstance(request, Save | Restore):
+            target.save() if isinstance(request, Save) else target.restore()
+            continue
+        assert isinstance(request, Write) and target.is_open
+        asked.append(Step(target.last, target.available if request.see is None else request.see))
+        target.ran.append(target.last)
         place = len(target.ran) - 1
         mass = None
         if looks_at is not None:
             mass = torch.zeros(2, 4, target.chunks)
             if looks_at[place] is not None:
                 mass[:, :, looks_at[place]] = 1
-        candidate = Candidate(translation[place], torch.zeros(9), mass)
+        written = Written(translation[place] if request.token is None else request.token, torch.zeros(9), mass)
+        target.write(written.token)
 
 
 # ---- wait-k

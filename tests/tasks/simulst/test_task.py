@@ -21,6 +21,7 @@ from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.grammar import Grammar
 from leapformer.tasks.simulst.instances import read_instances, score
 from leapformer.tasks.simulst.live import translate_live
+from leapformer.tasks.simulst.policies import WaitK
 from leapformer.tasks.simulst.processor import TranslationProcessor
 from leapformer.tasks.simulst.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
@@ -294,12 +295,26 @@ def test_one_sentence_at_a_time_is_the_same(runs, source):
             if k is None:
                 assert set(instance.delays) <= {instance.source_length}
         assert any(instance.delays for instance in together)
-        live, factor = translate_live(data, model, split="validation", k=k)
+        live, factor = translate_live(data, model, split="validation", policy=WaitK(k))
         assert [each.prediction for each in live] == [each.prediction for each in together]
         for one, other in zip(live, together, strict=True):
             assert one.delays == pytest.approx(other.delays, abs=1e-6)
             assert all(time >= delay for time, delay in zip(one.elapsed, one.delays, strict=source == "speech"))
         assert (factor is None) == (source == "text")
+
+
+@pytest.mark.parametrize("source", ["text", "speech"])
+def test_whole_utterances_stop_at_cosformers_maximum_as_streams_do(runs, source):
+    recipe, task = tiny_recipe(runs, "decoder_attention=cosformer", "max_target_positions=5", source=source)
+    data = task.prepare(recipe, cache=runs / ".cache", tokenizer=task.load_tokenizer(runs / source / "model"))
+    torch.manual_seed(3)
+    model = data.build_model().eval()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.eos_token_id = None  # a sentence that never ends by itself
+    together = simulate(model, data.dataset("validation"), k=2, size=400, limit=3)
+    live, _ = translate_live(data, model, split="validation", policy=WaitK(2), limit=3)
+    assert [each.prediction for each in together] == [each.prediction for each in live]
+    assert any(each.prediction for each in together)
 
 
 def test_a_curve_has_a_log_and_scores_for_each_k(runs, tmp_path):

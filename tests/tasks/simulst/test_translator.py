@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 from leapformer.models import SequenceTooLong
 from leapformer.models.translation_stream import greedy_translation
 from leapformer.tasks.simulst.audio import resample
-from leapformer.tasks.simulst.policies import AlignAtt, Candidate, LocalAgreement, WaitK
-from leapformer.tasks.simulst.translator import SPARE_TOKENS, StreamingTranslator, TranslatorBatch, Word
+from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.policy_requests import Write
+from leapformer.tasks.simulst.translator import StreamingTranslator
+from leapformer.tasks.simulst.translator_batch import TranslatorBatch
+from leapformer.tasks.simulst.words import SPARE_TOKENS, Word
 from tests.tasks.simulst.translators import (
     CHUNK,
     CHUNK_MS,
@@ -43,20 +47,21 @@ class Recorder:
         self.policy, self.keep_mass, self.script = policy, policy.keep_mass, list(script)
         self.logits, self.available, self.tokens = [], [], []
 
-    def write(self, target):
-        steps, answer = self.policy.write(target), None
+    def turn(self, target):
+        turn, answer = self.policy.turn(target), None
         while True:
             try:
-                step = steps.send(answer)
+                request = turn.send(answer)
             except StopIteration:
                 return
             available = target.available
-            answer = yield step
-            if self.script:
-                answer = Candidate(self.script.pop(0), answer.logits, answer.mass)
-            self.logits.append(answer.logits)
-            self.available.append(available)
-            self.tokens.append(answer.token)
+            if isinstance(request, Write) and self.script:
+                request = replace(request, token=self.script.pop(0))
+            answer = yield request
+            if isinstance(request, Write):
+                self.logits.append(answer.logits)
+                self.available.append(available)
+                self.tokens.append(answer.token)
 
 
 def translate(model, samples, parts, policy=None, *, processor=None, **options):

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
     from leapformer.tasks.simulst.processor import TranslationProcessor
-    from leapformer.tasks.simulst.translator import StreamingTranslator, TranslatorBatch, Word
+    from leapformer.tasks.simulst.translator import StreamingTranslator
+    from leapformer.tasks.simulst.translator_batch import TranslatorBatch
+    from leapformer.tasks.simulst.words import Word
 
 __all__ = [
     "AlignAtt",
@@ -31,8 +33,8 @@ _HOME = {
     "WaitK": "policies",
     "TranslationProcessor": "processor",
     "StreamingTranslator": "translator",
-    "TranslatorBatch": "translator",
-    "Word": "translator",
+    "TranslatorBatch": "translator_batch",
+    "Word": "words",
 }
 
 

@@ -15,8 +15,8 @@ from leapformer.models.translation_stream import greedy_translation
 from leapformer.tasks.simulst.examples import TranslationCollator, TranslationDataset
 from leapformer.tasks.simulst.instances import Instance
 from leapformer.tasks.simulst.sources import STATE_MS
-from leapformer.tasks.simulst.translator import SPARE_TOKENS, TOKENS_PER_CHUNK
 from leapformer.tasks.simulst.vocabulary import Vocabulary
+from leapformer.tasks.simulst.words import complete_words, token_limit
 from leapformer.training.task import ProgressOf, untold
 
 
@@ -64,47 +64,38 @@ def simulate(
         mask = batch.get("attention_mask")
         source = model.encode(attention_mask=None if mask is None else mask.to(model.device), **inputs)
         states = [source.hidden.shape[1]] * len(source.hidden) if source.mask is None else source.mask.sum(1).tolist()
-        limits = [SPARE_TOKENS + TOKENS_PER_CHUNK * -(-each // model.config.pre_decision) for each in states]
+        limits = [token_limit(model.config, each) for each in states]
         written = greedy_translation(model, source, k=k, max_tokens=max(limits))
         for index, tokens, most in zip(batches[number], written, limits, strict=True):
             instances[index] = _instance(model.config, dataset, index, tokens[:most], k)
     return [instances[index] for index in wanted]
 
 
-def complete_words(tokens: Sequence[int], vocabulary: Vocabulary) -> list[tuple[str, int]]:
-    """The words of some tokens, each with the place of the token that showed it to be complete: the next one's first piece.
-
-    The last word is complete with the end of the sentence, at the place len(tokens).
-    """
-    words: list[tuple[str, int]] = []
-    first = 0
-    for place in range(1, len(tokens) + 1):
-        if place == len(tokens) or vocabulary.starts_word(tokens[place]):
-            words += [(word, place) for word in vocabulary.decode(tokens[first:place]).split()]
-            first = place
-    return words
-
-
 def _instance(config: Any, dataset: TranslationDataset, index: int, tokens: list[int], k: int | None) -> Instance:
-    sentence, vocabulary = dataset.sentences[index], dataset.processor.target_vocabulary
-    words = complete_words(tokens, vocabulary)
+    sentence, words = dataset.sentences[index], complete_words(tokens, dataset.processor.target_vocabulary)
     if dataset.features is not None:
-        length, source = sentence.milliseconds, [sentence.audio or f"utterance {index}"]
-        chunk = config.pre_decision * STATE_MS
+        length, chunk = sentence.milliseconds, config.pre_decision * STATE_MS
         delays = [length if k is None else min((k + place) * chunk, length) for _, place in words]
     else:
-        length, source = float(len(sentence.text.split())), sentence.text
         reads = word_ends(sentence.text, dataset.processor.source_vocabulary)
         seen = len(reads) if k is None else k * config.pre_decision
         delays = [float(reads[min(seen + place * config.pre_decision, len(reads)) - 1]) for _, place in words]
+    return instance_of(dataset, index, [(text, delay) for (text, _), delay in zip(words, delays, strict=True)], [])
+
+
+def instance_of(
+    dataset: TranslationDataset, index: int, words: Sequence[tuple[str, float]], elapsed: Sequence[float]
+) -> Instance:
+    """A row of the log: the words of one sentence, each with its delay, and their times where they were taken."""
+    sentence, is_speech = dataset.sentences[index], dataset.features is not None
     return Instance(
         index=index,
-        prediction=" ".join(word for word, _ in words),
-        delays=delays,
-        elapsed=[],
+        prediction=" ".join(text for text, _ in words),
+        delays=[delay for _, delay in words],
+        elapsed=elapsed,
         reference=dataset.reference(index),
-        source=source,
-        source_length=length,
+        source=[sentence.audio or f"utterance {index}"] if is_speech else sentence.text,
+        source_length=sentence.milliseconds if is_speech else float(len(sentence.text.split())),
     )
 
 

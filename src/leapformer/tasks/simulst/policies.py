@@ -1,102 +1,18 @@
 """When a simultaneous translator reads on, and when it writes: wait-k, local agreement, AlignAtt.
 
-A policy is asked after every chunk of the source, and once more when the source has ended. It is a generator: what it yields
-are steps of the decoder, what it gets back is what each step proposes, and it writes tokens as it likes; when it returns, the
-next chunk is read. So wait-k decides by arithmetic before anything is touched; one that has to look ahead saves the decoder
-first and goes back to it. The steps of many streams run as one batch, whatever their policies ask for.
-
-A policy keeps nothing itself: one object serves any number of streams, and what it remembers of one lies in its `Target`.
+What a policy is stands in `policy_requests`; which ones the commands know, and by which options, in `policy_registry`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
 
 from torch import Tensor
 
 from leapformer.models.translation_stream import WHOLE_SOURCE, wait_k_needs
-
-
-@dataclass(frozen=True)
-class Step:
-    """Run the decoder on `token`, the one before the wanted one, with the first `see` states of the source in view."""
-
-    token: int
-    see: int
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a step proposes.
-
-    Attributes:
-        token: the most likely next one.
-        logits: [V].
-        mass: [layers, heads, chunks], the share of the cross-attention that each chunk has; None unless `keep_mass`.
-    """
-
-    token: int
-    logits: Tensor
-    mass: Tensor | None = None
-
-
-class Target(Protocol):
-    """One stream as its policy sees it. A sentence that has begun anew counts everything from its own start.
-
-    Attributes:
-        last: the token written last; at first the one that every sentence begins with.
-        written: how many tokens were. room: how many more may be, for now.
-        available: states of the source. chunks: of how many chunks.
-        pre_decision: states of a chunk.
-        source_ended: whether no more will come. ended: whether the end of the sentence was written.
-        continuous: whether another sentence follows one that ended before its source.
-        ends: the tokens that end a sentence.
-        memory: what the policy wants to keep until it is asked again; None at the start of a sentence; never changed in place.
-    """
-
-    last: int
-    written: int
-    available: int
-    source_ended: bool
-    ended: bool
-    memory: Any
-
-    @property
-    def room(self) -> int: ...
-    @property
-    def chunks(self) -> int: ...
-    @property
-    def pre_decision(self) -> int: ...
-    @property
-    def continuous(self) -> bool: ...
-    @property
-    def ends(self) -> Sequence[int]: ...
-
-    def write(self, token: int) -> None:
-        """Write a token, for good."""
-
-    def save(self) -> None:
-        """Keep the decoder as it is, with all that is available in view."""
-
-    def restore(self) -> None:
-        """Take the decoder back to what `save` kept."""
-
-
-Steps = Generator[Step, Candidate, None]
-
-
-class Policy(Protocol):
-    """What a policy is; `keep_mass`: whether it looks at the attention."""
-
-    @property
-    def keep_mass(self) -> bool: ...
-
-    def write(self, target: Target) -> Steps:
-        """Write what can be written now, then return."""
-        ...
+from leapformer.tasks.simulst.policy_requests import Read, Restore, Save, Target, Turn, Write, Written
 
 
 @dataclass(frozen=True)
@@ -120,15 +36,14 @@ class WaitK:
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            _expect_at_least_1(self.k, "k", "chunk, or None for the whole source")
+            _expect_at_least(1, self.k, "k", "chunk, or None for the whole source")
 
-    def write(self, target: Target) -> Steps:
-        while target.room > 0 and not target.ended:
+    def turn(self, target: Target) -> Turn:
+        while target.is_open:
             see = WHOLE_SOURCE if self.k is None else int(wait_k_needs(self.k, target.written, target.pre_decision))
             if target.available < see and not target.source_ended:
-                return
-            candidate = yield Step(target.last, see)
-            target.write(candidate.token)
+                yield Read()
+            yield Write(see)
 
 
 @dataclass(frozen=True)
@@ -153,31 +68,28 @@ class LocalAgreement:
     keep_mass = False
 
     def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"n: expected at least 2 translations that agree, found {self.n}")
-        _expect_at_least_1(self.ahead, "ahead", "token")
+        _expect_at_least(2, self.n, "n", "translations that agree")
+        _expect_at_least(1, self.ahead, "ahead", "token")
 
-    def write(self, target: Target) -> Steps:
+    def turn(self, target: Target) -> Turn:
         if target.source_ended:
             yield from _write_the_rest(target)
             return
         if not target.available:
             return
-        target.save()
+        yield Save()
         hypothesis: list[int] = []
-        while len(hypothesis) < min(self.ahead, target.room) and not (hypothesis and hypothesis[-1] in target.ends):
-            candidate = yield Step(hypothesis[-1] if hypothesis else target.last, target.available)
-            hypothesis.append(candidate.token)
-        target.restore()
+        while len(hypothesis) < self.ahead and target.is_open:
+            written: Written = yield Write()
+            hypothesis.append(written.token)
+        yield Restore()
         hypotheses = [*(target.memory or ()), hypothesis][-self.n :]
         agreed = common_prefix(hypotheses) if len(hypotheses) == self.n else []
         if not target.continuous:
             agreed = list(takewhile(lambda token: token not in target.ends, agreed))
         for token in agreed:
-            yield Step(target.last, target.available)
-            target.write(token)
-        if not target.ended:
-            target.memory = tuple(hypothesis[len(agreed) :] for hypothesis in hypotheses)
+            yield Write(token=token)
+        yield Read(memory=tuple(hypothesis[len(agreed) :] for hypothesis in hypotheses))
 
 
 @dataclass(frozen=True)
@@ -202,20 +114,19 @@ class AlignAtt:
     keep_mass = True
 
     def __post_init__(self) -> None:
-        _expect_at_least_1(self.frames, "frames", "chunk")
+        _expect_at_least(1, self.frames, "frames", "chunk")
 
-    def write(self, target: Target) -> Steps:
+    def turn(self, target: Target) -> Turn:
         if target.source_ended:
             yield from _write_the_rest(target)
             return
-        while target.available and target.room > 0 and not target.ended:
-            target.save()
-            candidate = yield Step(target.last, target.available)
-            early_end = candidate.token in target.ends and not target.continuous
-            if early_end or not self.looks_back(candidate.mass, target.chunks):
-                target.restore()
-                return
-            target.write(candidate.token)
+        while target.available and target.is_open:
+            yield Save()
+            written: Written = yield Write()
+            early_end = target.ended and not target.continuous
+            if early_end or not self.looks_back(written.mass, target.chunks):
+                yield Restore()
+                yield Read()
 
     def looks_back(self, mass: Tensor | None, chunks: int) -> bool:
         """Whether the largest share of `mass` [L, H, M] is far enough from the last of `chunks`; not where there is none."""
@@ -235,13 +146,12 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     return [tokens[0] for tokens in together]
 
 
-def _write_the_rest(target: Target) -> Steps:
+def _write_the_rest(target: Target) -> Turn:
     """The source has ended, so there is nothing to wait for."""
-    while target.room > 0 and not target.ended:
-        candidate = yield Step(target.last, target.available)
-        target.write(candidate.token)
+    while target.is_open:
+        yield Write()
 
 
-def _expect_at_least_1(value: int, name: str, what: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1 {what}, found {value}")
+def _expect_at_least(least: int, value: int, name: str, what: str) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least} {what}, found {value}")

@@ -1,7 +1,7 @@
 """An agent for SimulEval 1.1.4, which scores a trained run by playing audio to it.
 
-    simuleval --agent simuleval_agent.py --run runs/NAME --k 5 --source source.txt --target target.txt \\
-        --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
+    simuleval --agent simuleval_agent.py --run runs/NAME --policy wait-k --k 5 --source source.txt \\
+        --target target.txt --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
 
 SimulEval's pins conflict with those of the training, so it lives in an environment of its own: with torch, transformers and
 leapformer, kaldi-native-fbank, sentencepiece, soundfile, and soxr for audio of another rate than 16 kHz. Nothing else of
@@ -13,7 +13,8 @@ said to be finished before its source is, SimulEval begins a new one with the re
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,48 @@ from simuleval.agents import SpeechToTextAgent  # type: ignore[import-not-found]
 from simuleval.agents.actions import ReadAction, WriteAction  # type: ignore[import-not-found]
 from simuleval.utils import entrypoint  # type: ignore[import-not-found]
 
-from leapformer.tasks.simulst.policies import WaitK
+from leapformer.errors import LeapformerError
+from leapformer.tasks.simulst.policy_registry import DEFAULT, POLICIES, Option, all_options, entry_of
 from leapformer.tasks.simulst.processor import open_translation
 from leapformer.tasks.simulst.translator import StreamingTranslator
 
 
+def _type_of(option: Option) -> Callable[[str], Any]:
+    """What the parser calls with an option's text."""
+
+    def value(text: str) -> Any:
+        try:
+            return option.value(text)
+        except LeapformerError as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return value
+
+
 @entrypoint
 class LeapformerAgent(SpeechToTextAgent):
-    """Wait-k with the model of a run; a stream of its own for every sentence."""
+    """Any policy with the model of a run; a stream of its own for every sentence."""
 
     def __init__(self, args: Namespace) -> None:
         folder = Path(args.run) / "model"
         self.model, self.processor = open_translation(folder)
-        self.wait_k = WaitK(args.k or None)
+        entry = entry_of(getattr(args, "policy", DEFAULT))
+        self.how = entry.make(**{name: getattr(args, name) for name in all_options() if hasattr(args, name)})
         self.translator: StreamingTranslator | None = None
         self.taken = 0
         super().__init__(args)
 
     @staticmethod
     def add_args(parser: ArgumentParser) -> None:
-        """--run and --k of the command line."""
+        """--run, --policy and the policies' options of the command line."""
         parser.add_argument("--run", required=True, help="folder of a trained run")
-        parser.add_argument("--k", type=int, default=5, help="chunks to read before the first word; 0: everything")
+        parser.add_argument("--policy", default=DEFAULT, help=", ".join(POLICIES))
+        for owners in all_options().values():
+            option = owners[0][1]
+            text = "; ".join(f"{entry.name}: {each.described()}" for entry, each in owners)
+            # Of several policies each has a default of its own.
+            default = option.default if len(owners) == 1 else SUPPRESS
+            parser.add_argument(option.flag, dest=option.name, type=_type_of(option), default=default, help=text)
 
     def reset(self) -> None:
         """Another sentence comes: nothing of the last one stays."""
@@ -60,7 +81,7 @@ class LeapformerAgent(SpeechToTextAgent):
                 return ReadAction()
             # An empty source comes without a sample rate.
             rate = states.source_sample_rate or 16_000
-            self.translator = StreamingTranslator(self.model, self.processor, self.wait_k, sample_rate=rate)
+            self.translator = StreamingTranslator(self.model, self.processor, self.how, sample_rate=rate)
         new = np.asarray(states.source[self.taken :], dtype=np.float32)
         self.taken += len(new)
         words = self.translator.push(new)
