@@ -97,8 +97,11 @@ def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST) ->
     return value
 
 
-def parse_json(text: str, *, where: str) -> Any:
+def parse_json(text: str, *, where: str, expected: str = "JSON") -> Any:
     """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, at most `DEEPEST` deep.
+
+    Arguments:
+        expected: what messages call it.
 
     Raises:
         LeapformerError: it is something else; begins with `where`.
@@ -107,14 +110,14 @@ def parse_json(text: str, *, where: str) -> Any:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise LeapformerError(
-            f"{where}: expected JSON, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
+            f"{where}: expected {expected}, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
             f"column {error.colno}"
         ) from None
     except RecursionError:
-        raise LeapformerError(f"{where}: expected JSON at most {DEEPEST} deep, found more") from None
+        raise LeapformerError(f"{where}: expected {expected} at most {DEEPEST} deep, found more") from None
     except ValueError as error:  # ours below, and Python's on integers of over 4,300 digits
-        raise LeapformerError(f"{where}: expected JSON, found {cut(error)}") from None
-    _check_depth(value, where)
+        raise LeapformerError(f"{where}: expected {expected}, found {cut(error)}") from None
+    _check_depth(value, where, expected)
     return value
 
 
@@ -141,7 +144,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _check_depth(value: Any, where: str, expected: str) -> None:
     """Without recursion, level by level."""
     level = [value]
     for _ in range(DEEPEST + 1):
@@ -154,7 +157,7 @@ def _check_depth(value: Any, where: str) -> None:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
-    raise LeapformerError(f"{where}: expected JSON at most {DEEPEST} deep, found more")
+    raise LeapformerError(f"{where}: expected {expected} at most {DEEPEST} deep, found more")
 
 
 def _check_texts(value: Any, where: str) -> None:
@@ -189,11 +192,14 @@ def read_yaml(path: str | os.PathLike[str], *, largest: int = 1 << 20, most_node
     return parse_yaml(read_text(path, largest=largest), where=cut(os.fspath(path), 240), most_nodes=most_nodes)
 
 
-def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
+def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES, with_rows: bool = False) -> Any:
     """The value of a YAML text, with the plain values of YAML 1.2: null, true, false, decimal numbers, else text.
 
     So 010, 1:30, 2020-01-01, yes and off are text; a field of a recipe that expects a number or a truth value may still
     take them. A key twice in one mapping is a fault.
+
+    Arguments:
+        with_rows: a fault's place is told as "WHERE:ROW", not behind it.
 
     Raises:
         LeapformerError: it is no YAML, deeper than `DEEPEST`, or of more than `most_nodes` values; begins with `where`.
@@ -206,9 +212,10 @@ def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
         _check_events(yaml, text, where, most_nodes)
         return yaml.load(text, Loader=_yaml_loader(yaml))
     except yaml.MarkedYAMLError as error:
-        place = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
+        row = 1 if error.problem_mark is None else error.problem_mark.line + 1
+        before, behind = (f"{where}:{row}", "") if with_rows else (where, f" at line {row}")
         raise LeapformerError(
-            f"{where}: expected YAML, found {cut(error.problem or error.context, 120)}{place}"
+            f"{before}: expected YAML, found {cut(error.problem or error.context, 120)}{behind}"
         ) from None
     except (
         yaml.YAMLError,

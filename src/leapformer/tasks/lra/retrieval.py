@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.files import COMPRESSIONS, parse_json_row, read_lines, row_text
+from leapformer.files.expanding import COMPRESSIONS
+from leapformer.tasks.files import parse_json_row, read_lines, row_text
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
 from leapformer.tasks.lra.preparation import Description, Job
 from leapformer.tasks.lra.text import byte_description, check_limit
