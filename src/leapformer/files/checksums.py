@@ -52,9 +52,17 @@ def check_sums(folder: Path) -> bool:
     return True
 
 
-def write_sum(path: Path) -> None:
-    """Write the checksum of one file beside it."""
-    write_text(_beside(path), f"{sha256(path)}  {path.name}\n")
+def write_sum(path: Path, *, shared: bool = False) -> None:
+    """Write the checksum of one file beside it; `shared` as in `staged_file`."""
+    write_text(_beside(path), f"{sha256(path)}  {path.name}\n", shared=shared)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file that can be made again is there, with its checksum, and is what was written."""
+    try:
+        return check_sum(path)
+    except (LeapformerError, OSError):
+        return False
 
 
 def check_sum(path: Path) -> bool:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import check_sums, write_sums
 from leapformer.files.writing import staged_folder
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
@@ -24,9 +26,11 @@ from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, model_fields
+from leapformer.training.loading import load_tokenizer
 from leapformer.training.recipes import Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
 
+_LOG = logging.getLogger(__name__)
 POSITION_BINS = 16
 
 
@@ -249,11 +253,23 @@ def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: 
     for document in documents:
         digest.update(document.encode("utf-8"))
     folder = cache / f"tokenizer-{digest.hexdigest()[:16]}"
-    if not folder.is_dir():
+    if not _is_sound(folder):
         tokenizer = build_tokenizer(section.kind, vocab_size=section.vocab_size, documents=documents)
         with staged_folder(folder) as staging:
             tokenizer.save_pretrained(staging)
-    return AutoTokenizer.from_pretrained(folder)
+            write_sums(staging)
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a tokenizer lies there as it was written; another is trained in place of one that is damaged."""
+    try:
+        return folder.is_dir() and check_sums(folder)
+    except LeapformerError as error:
+        _LOG.warning("%s; the tokenizer is trained again", error)
+        return False
 
 
 TASK = LanguageModelTask()

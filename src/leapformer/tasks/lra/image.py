@@ -141,6 +141,7 @@ def _read_folder(job: Job, folder: Path) -> Examples:
 
 def read_picture_file(path: Path) -> bytes:
     """The bytes of a picture, before it is decoded."""
+    path.stat()  # the system's own words where there is none
     return read_bytes(path, largest=LARGEST)
 
 

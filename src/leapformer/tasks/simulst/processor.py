@@ -8,14 +8,17 @@ target.spm            the vocabulary of the target
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.reading import read_json_object
+from leapformer.files.showing import cut, shown
 from leapformer.files.writing import write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
@@ -86,20 +89,29 @@ class TranslationProcessor:
     def from_pretrained(cls, folder: str | Path) -> TranslationProcessor:
         """Read what `save_pretrained` wrote. Raises LeapformerError where a file is missing or damaged."""
         folder = Path(folder)
-        try:
-            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            kind, (source, target) = about["source"], about["languages"]
-        except OSError:
-            raise LeapformerError(f"{folder}: expected a translation model, found no {ABOUT} in it") from None
-        except (ValueError, KeyError, TypeError):
+        if not os.path.isfile(folder / ABOUT):
+            raise LeapformerError(f"{cut(folder, 240)}: expected a translation model, found no {ABOUT} in it")
+        about = read_json_object(folder / ABOUT)
+        kind, languages = about.get("source"), about.get("languages") or []
+        if kind not in ("speech", "text") or not _are_codes(languages):
             raise LeapformerError(
-                f"{folder / ABOUT}: expected the kind of source and two languages, found others"
-            ) from None
+                f"{folder / ABOUT}: expected the kind of source and two languages, found {shown(kind)} and {shown(languages)}"
+            )
+        source, target = languages
         has_source = kind == "text" or (folder / SOURCE).is_file()
+        statistics = FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None
+        if statistics is not None and not statistics.count:
+            raise LeapformerError(f"{folder / STATISTICS}: expected statistics of at least one frame, found none")
         return cls(
             target_vocabulary=Vocabulary.load(folder / TARGET),
-            statistics=FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None,
+            statistics=statistics,
             source_vocabulary=Vocabulary.load(folder / SOURCE) if has_source else None,
             source_language=source,
             target_language=target,
         )
+
+
+def _are_codes(languages: Any) -> bool:
+    """Whether these are two short texts."""
+    is_pair = isinstance(languages, list) and len(languages) == 2
+    return is_pair and all(isinstance(code, str) and len(code) <= 40 for code in languages)
