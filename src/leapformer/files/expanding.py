@@ -28,7 +28,7 @@ ALWAYS = 64 << 20  # bytes that any compressed file may become
 RATIO = 100
 
 _XZ_MEMORY = 512 << 20  # what a dictionary may take: eight times that of `xz -9`
-_FED = {".gz": 1 << 16, ".xz": 1 << 16, ".zst": 1 << 12}  # bytes at a time; one of zst may become 32,768
+_FED = {".gz": 1 << 16, ".xz": 1 << 16, ".zst": 1 << 10}  # bytes at a time; one of zst may become 32,768
 _MADE = 1 << 20  # bytes at a time, of gzip and xz, which can be told so
 _ZEROS = {".gz": 1, ".xz": 4, ".zst": 0}  # what the zero bytes behind a stream are a multiple of; 0: there are none
 

@@ -191,6 +191,7 @@ def read_picture(read: Callable[[], bytes], where: Any, side: int) -> np.ndarray
     Raises:
         LeapformerError: it cannot be read, or has another size.
     """
+    where = cut(where, 240)
     try:
         content = _read_content(read, where)
         _check_end(content)
@@ -209,7 +210,7 @@ def read_picture(read: Callable[[], bytes], where: Any, side: int) -> np.ndarray
         raise LeapformerError(f"{where}: expected a picture, found {reason}") from None
 
 
-def _read_content(read: Callable[[], bytes], where: Any) -> bytes:
+def _read_content(read: Callable[[], bytes], where: str) -> bytes:
     try:
         return read()
     except LeapformerError as error:

@@ -16,6 +16,7 @@ READABLE = (
 )  # fmt: skip
 
 _UNKNOWN_SIZE = 0x7FFF_0000  # programs that write to a pipe put about 2 or 4 GiB where a wav file states its size
+_GSM = 0x31  # the number of GSM 6.10 in a wav file
 _MOST_CHUNKS = 10_000
 _OGG_TAIL = 1 << 17  # two pages of the largest size
 _W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
@@ -79,10 +80,15 @@ def _chunks(
 
 
 def _check_riff(raw: BinaryIO, size: int, *, order: Literal["little", "big"] = "little") -> None:
+    codec = 0
     for name, position, length in _chunks(raw, size, 12, order=order):
-        if name == b"data":
+        if name == b"fmt ":
+            raw.seek(position)
+            codec = int.from_bytes(raw.read(2), order)
+        elif name == b"data":
             if length < _UNKNOWN_SIZE:
-                _expect(length, size, position)
+                # libsndfile decodes the padding of an odd chunk too, as a block of its own.
+                _expect(length + length % 2 if codec == _GSM else length, size, position)
             return
     raise CutOff(_NO_SAMPLES)
 
