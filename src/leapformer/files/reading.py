@@ -97,17 +97,18 @@ def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST) ->
     return value
 
 
-def parse_json(text: str, *, where: str, expected: str = "JSON") -> Any:
+def parse_json(text: str, *, where: str, expected: str = "JSON", finite: bool = True) -> Any:
     """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, at most `DEEPEST` deep.
 
     Arguments:
         expected: what messages call it.
+        finite: False: NaN and infinity are taken, as many programs write them.
 
     Raises:
         LeapformerError: it is something else; begins with `where`.
     """
     try:
-        value = _DECODER.decode(text)
+        value = (_DECODER if finite else _LENIENT).decode(text)
     except json.JSONDecodeError as error:
         raise LeapformerError(
             f"{where}: expected {expected}, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
@@ -142,6 +143,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _check_depth(value: Any, where: str, expected: str) -> None:

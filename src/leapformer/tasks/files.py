@@ -122,7 +122,7 @@ def parse_json_row(line: str, where: str) -> dict[str, Any]:
     Raises:
         LeapformerError: it is something else.
     """
-    value = parse_json(line, where=f"data: {where}", expected="a JSON object")
+    value = parse_json(line, where=f"data: {where}", expected="a JSON object", finite=False)
     if not isinstance(value, dict):
         raise LeapformerError(f"data: {where}: expected a JSON object, found {type(value).__name__} {shown(value)}")
     return value

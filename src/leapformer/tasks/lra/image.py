@@ -32,6 +32,7 @@ SIDE = 32
 PIXELS = SIDE * SIDE
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # no other decoder of Pillow is asked, whatever a file is: one of them starts a program
+_PNG_END = b"IEND\xaeB`\x82"  # the last chunk, without content, and its checksum
 LARGEST = 1 << 20  # bytes of a picture's file
 CLASSES = 10
 DESCRIPTION = Description(256, CLASSES, PIXELS, CONVERTER, pad_id=None)
@@ -227,5 +228,7 @@ def _check_end(content: bytes) -> None:
         if content.rfind(b"\xff\xd9") < 0:
             raise OSError("a jpeg without its end: it is cut off")
     elif content.startswith(b"\x89PNG"):
+        if _PNG_END not in content:
+            raise OSError("a png without its end: it is cut off")
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             picture.verify()
