@@ -5,6 +5,7 @@ This module, like all that a generator's processes load, does without torch, whi
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def read_card(folder: Path) -> dict[str, Any]:
             preparation does.
     """
     path = folder / CARD
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise LeapformerError(
             f"{cut(folder, 240)}: expected prepared data, found no {CARD} in it (see leapformer data prepare --help)"
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.expanding import COMPRESSIONS, read_whole
-from leapformer.files.reading import parse_json
+from leapformer.files.reading import kind_of_file, parse_json
 from leapformer.files.showing import cut, shown
+
+LONGEST_LINE = 64 << 20  # bytes of a line of a table
 
 
 def inner_suffix(path: Path) -> str:
@@ -80,6 +83,30 @@ def read_raw_lines(path: str | Path) -> list[bytes]:
     """
     lines = read_bytes(path).split(b"\n")
     return lines if lines[-1] else lines[:-1]
+
+
+def iterate_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that is too large to hold, each with its end.
+
+    Raises:
+        LeapformerError: it can't be read, is no regular file, or has a line of more than `LONGEST_LINE` bytes.
+    """
+    where = cut(path, 240)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait for ever
+            raise LeapformerError(f"{where}: expected a file, found {kind_of_file(mode)}")
+        with open(path, "rb") as file:
+            row = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                row += 1
+                if len(line) > LONGEST_LINE:
+                    raise LeapformerError(
+                        f"{where}:{row}: expected at most {LONGEST_LINE:,} bytes in a line, found more"
+                    )
+                yield line
+    except OSError as error:
+        raise LeapformerError(f"{where}: cannot be read: {error.strerror or error}") from None
 
 
 def decode_line(raw: bytes, where: str) -> str:

@@ -293,3 +293,11 @@ def test_a_column_that_is_no_text_or_too_large(monkeypatch):
     fails("expected text under 'text', found 1 in row 0", "hf", path="x")
     monkeypatch.setattr(corpora, "largest_file", lambda: 5)
     fails("expected at most 5 bytes, as the memory allows, found", "hf", path="x", text_field="words")
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "a\0b"])
+@pytest.mark.parametrize("source", ["text", "wikitext"])
+def test_names_that_no_file_can_have(source, name, tmp_path):
+    with pytest.raises(LeapformerError, match="found nothing at") as caught:
+        load_corpus(source, path=tmp_path / name)
+    assert len(str(caught.value)) < 600

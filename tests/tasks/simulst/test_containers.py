@@ -139,5 +139,5 @@ def test_samples_whose_energies_would_overflow():
 
     with pytest.raises(ValueError, match="expected magnitudes of at most"):
         offline(loud)
-    assert offline(np.full(800, LOUDEST, np.float32)).isfinite().all()
-    assert offline(LOUDEST * np.where(np.arange(800) % 2, 1, -1).astype(np.float32)).isfinite().all()
+    assert offline(np.full(800, 4 * LOUDEST, np.float32)).isfinite().all()
+    assert offline(4 * LOUDEST * np.where(np.arange(800) % 2, 1, -1).astype(np.float32)).isfinite().all()

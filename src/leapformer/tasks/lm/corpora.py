@@ -11,6 +11,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -152,8 +153,8 @@ def _load_text(path: Any, subset: str | None, text_field: str, validation_share:
     root = Path(path)
     readable = TEXT_SUFFIXES + ROW_SUFFIXES
     wanted = f"{', '.join(readable)} (or with {', '.join(COMPRESSIONS)})"
-    if not root.exists():
-        raise LeapformerError(f"data.path: expected a file or folder, found nothing at {root}")
+    if not os.path.exists(root):
+        raise LeapformerError(f"data.path: expected a file or folder, found nothing at {cut(root, 240)}")
     if root.is_dir():
         files = [file for file in list_files(root, "**/*") if file.is_file() and inner_suffix(file) in readable]
         if not files:
@@ -219,8 +220,10 @@ def _hold_out_tails(documents: list[str], share: float) -> tuple[list[str], list
 
 def _load_wikitext(path: Any, subset: str | None, text_field: str, validation_share: float) -> Corpus:
     root = Path(path)
-    if not root.is_dir():
-        raise LeapformerError(f"data.path: expected a folder with the WikiText layout, found nothing at {root}")
+    if not os.path.isdir(root):
+        raise LeapformerError(
+            f"data.path: expected a folder with the WikiText layout, found nothing at {cut(root, 240)}"
+        )
     texts = {split: _find_wikitext_file(root, split) for split in SPLITS}
     for split in ("train", "validation"):
         if texts[split] is None:

@@ -167,21 +167,21 @@ class StreamingResampler:
             raise ValueError("resampler: expected no call after finish")
 
 
-def check_samples(samples: ArrayLike) -> np.ndarray:
+def check_samples(samples: ArrayLike, *, loudest: float = LOUDEST) -> np.ndarray:
     """Samples as float32 [N].
 
     Raises:
         ValueError: they have more dimensions, are not floating (integers have another scale), not finite or beyond
-            `LOUDEST`.
+            `loudest`.
     """
     array = np.asarray(samples)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"samples: expected floating [N] within [-1, 1], got {array.dtype} {list(array.shape)}")
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(array, dtype=np.float32)
-    bad = _first_bad(array)
+    bad = _first_bad(array, loudest)
     if bad is not None:
-        expected = f"magnitudes of at most {LOUDEST:g}" if np.isfinite(array[bad]) else "finite ones"
+        expected = f"magnitudes of at most {loudest:g}" if np.isfinite(array[bad]) else "finite ones"
         raise ValueError(f"samples: expected {expected}, got {array[bad]} at index {bad}")
     return array
 
@@ -293,9 +293,9 @@ def _mono_blocks(file: Any, start: int, count: int, where: str) -> Iterator[np.n
         raise LeapformerError(f"{where}: expected {end:,} whole samples, found {_reason(error)}") from None
 
 
-def _first_bad(samples: np.ndarray) -> int | None:
-    """Index of the first sample that is NaN or beyond `LOUDEST`."""
-    good = np.abs(samples) <= LOUDEST
+def _first_bad(samples: np.ndarray, loudest: float = LOUDEST) -> int | None:
+    """Index of the first sample that is NaN or beyond `loudest`."""
+    good = np.abs(samples) <= loudest
     return None if good.all() else int(np.argmin(good))
 
 

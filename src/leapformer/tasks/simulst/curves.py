@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
+from leapformer.files.writing import make_folder
 from leapformer.tasks.simulst.instances import LOG_NAME, Instance, score, write_instances
 
 FOLDER = "evaluation"
@@ -54,7 +55,7 @@ def evaluate_curve(
     for k in ks:
         instances = write(k)
         path = log_path(run, split, k)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_instances(path, instances)
         point: dict[str, Any] = {"k": k, "sentences": len(instances), **score(instances)}
         factor = real_time_factor(k)

@@ -26,7 +26,7 @@ from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.reading import read_bytes
 from leapformer.files.showing import cut
 from leapformer.files.writing import write_bytes
-from leapformer.tasks.simulst.audio import SAMPLE_RATE, check_samples
+from leapformer.tasks.simulst.audio import LOUDEST, SAMPLE_RATE, check_samples
 
 MEL_BINS = 80
 WINDOW = 400  # samples: 25 ms
@@ -36,6 +36,7 @@ INT16_SCALE = 32768.0
 # The least standard deviation that features are divided by: a bin that hardly varied in the statistics is not blown up.
 SMALLEST_STD = 0.1
 BINS = (3, 128)  # that Kaldi's filterbank can have
+_RESAMPLED = 4  # times louder than what went into it may be what comes out of the resampler, and more
 _LARGEST = 1 << 20  # bytes of a file of statistics
 
 
@@ -82,7 +83,7 @@ class FilterbankStream:
         Raises:
             ValueError: samples are not floating [n] or not finite (the stream is as before), or it is finished.
         """
-        samples = check_samples(samples)
+        samples = check_samples(samples, loudest=_RESAMPLED * LOUDEST)
         self._check_open()
         return self._accept(samples * np.float32(INT16_SCALE))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from leapformer.errors import LeapformerError
 from leapformer.files.reading import read_json_object
 from leapformer.files.showing import cut, shown
-from leapformer.files.writing import write_json
+from leapformer.files.writing import make_folder, write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
 
@@ -76,7 +76,7 @@ class TranslationProcessor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files named above."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if self.statistics is not None:
             self.statistics.save(folder / STATISTICS)
         if self.source_vocabulary is not None:
