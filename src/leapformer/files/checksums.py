@@ -65,9 +65,17 @@ def check_sums(
     return True
 
 
-def write_sum(path: Path) -> None:
-    """Write the checksum of one file beside it."""
-    write_text(_beside(path), f"{sha256(path)}  {path.name}\n")
+def write_sum(path: Path, *, shared: bool = False) -> None:
+    """Write the checksum of one file beside it; `shared` as in `staged_file`."""
+    write_text(_beside(path), f"{sha256(path)}  {path.name}\n", shared=shared)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file or folder that can be made again is there, with its checksums, and is what was written."""
+    try:
+        return check_sums(path) if path.is_dir() else check_sum(path)
+    except (LeapformerError, OSError):
+        return False
 
 
 def check_sum(path: Path) -> bool:

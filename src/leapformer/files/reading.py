@@ -101,12 +101,14 @@ def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST, na
     return value
 
 
-def parse_json(text: str, *, where: str, nan: bool = False) -> Any:
+def parse_json(text: str, *, where: str, expected: str = "JSON", nan: bool = False, surrogates: bool = False) -> Any:
     """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't hold,
     at most `DEEPEST` deep.
 
     Arguments:
-        nan: take NaN and infinity as None.
+        expected: what messages call it.
+        nan: take NaN, infinity and numbers beyond a float as None, as many programs write them.
+        surrogates: take halves of surrogate pairs; the caller looks at the texts it takes.
 
     Raises:
         LeapformerError: it is something else; begins with `where`.
@@ -115,15 +117,16 @@ def parse_json(text: str, *, where: str, nan: bool = False) -> Any:
         value = (_LENIENT if nan else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         raise LeapformerError(
-            f"{where}: expected JSON, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
+            f"{where}: expected {expected}, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
             f"column {error.colno}"
         ) from None
     except RecursionError:
-        raise LeapformerError(f"{where}: expected JSON at most {DEEPEST} deep, found more") from None
+        raise LeapformerError(f"{where}: expected {expected} at most {DEEPEST} deep, found more") from None
     except ValueError as error:  # ours below, and Python's on integers of over 4,300 digits
-        raise LeapformerError(f"{where}: expected JSON, found {cut(error)}") from None
-    _check_depth(value, where)
-    _check_texts(value, where)
+        raise LeapformerError(f"{where}: expected {expected}, found {cut(error)}") from None
+    _check_depth(value, where, expected)
+    if not surrogates:
+        _check_texts(value, where)
     return value
 
 
@@ -148,10 +151,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
-_LENIENT = json.JSONDecoder(parse_float=_float, parse_constant=lambda text: None, object_pairs_hook=_object)
+_LENIENT = json.JSONDecoder(
+    parse_float=lambda text: _finite(float(text)), parse_constant=lambda text: None, object_pairs_hook=_object
+)
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _check_depth(value: Any, where: str, expected: str) -> None:
     """Without recursion, level by level."""
     level = [value]
     for _ in range(DEEPEST + 1):
@@ -164,7 +173,7 @@ def _check_depth(value: Any, where: str) -> None:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
-    raise LeapformerError(f"{where}: expected JSON at most {DEEPEST} deep, found more")
+    raise LeapformerError(f"{where}: expected {expected} at most {DEEPEST} deep, found more")
 
 
 def _check_texts(value: Any, where: str) -> None:
@@ -199,11 +208,14 @@ def read_yaml(path: str | os.PathLike[str], *, largest: int = 1 << 20, most_node
     return parse_yaml(read_text(path, largest=largest), where=cut(os.fspath(path), 240), most_nodes=most_nodes)
 
 
-def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
+def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES, with_rows: bool = False) -> Any:
     """The value of a YAML text, with the plain values of YAML 1.2: null, true, false, decimal numbers, else text.
 
     So 010, 1:30, 2020-01-01, yes and off are text; a field of a recipe that expects a number or a truth value may still
     take them. A key twice in one mapping is a fault.
+
+    Arguments:
+        with_rows: a fault's place is told as "WHERE:ROW", not behind it.
 
     Raises:
         LeapformerError: it is no YAML, deeper than `DEEPEST`, or of more than `most_nodes` values; begins with `where`.
@@ -216,9 +228,10 @@ def parse_yaml(text: str, *, where: str, most_nodes: int = MOST_NODES) -> Any:
         _check_events(yaml, text, where, most_nodes)
         value = yaml.load(text, Loader=_yaml_loader(yaml))
     except yaml.MarkedYAMLError as error:
-        place = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
+        row = 1 if error.problem_mark is None else error.problem_mark.line + 1
+        before, behind = (f"{where}:{row}", "") if with_rows else (where, f" at line {row}")
         raise LeapformerError(
-            f"{where}: expected YAML, found {cut(error.problem or error.context, 120).removeprefix('found ')}{place}"
+            f"{before}: expected YAML, found {cut(error.problem or error.context, 120).removeprefix('found ')}{behind}"
         ) from None
     except (
         yaml.YAMLError,

@@ -29,16 +29,21 @@ TORCH_WRITE_FAULTS = ("file write failed", "iostream error", "unexpected pos")
 
 
 @contextmanager
-def staged_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def staged_file(target: str | os.PathLike[str], *, shared: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write into, which takes the place of `target` when the block ends without an error.
 
     A link is followed, and stays. Whatever else lies at `target` than a regular file is left alone.
+
+    Arguments:
+        shared: other processes may write the same file at the same time; each then has a staging file of its own, and the
+            last one wins. What a kill leaves behind is then not taken away by the next.
 
     Raises:
         LeapformerError: `target` is a folder, a pipe or a device, or can't be written; what was there before still is.
     """
     path = regular_or_new(target)
-    staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
+    own = f"{os.getpid()}-" if shared else ""
+    staging = path.with_name(f"{STAGING_PREFIX}{own}{path.name}")
     try:
         staging.unlink(missing_ok=True)
         with staging.open("xb") as file:  # "x": through no link that somebody put there
@@ -51,15 +56,15 @@ def staged_file(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
+def write_bytes(target: str | os.PathLike[str], content: bytes, *, shared: bool = False) -> None:
     """Write a file through `staged_file`."""
-    with staged_file(target) as file:
+    with staged_file(target, shared=shared) as file:
         file.write(content)
 
 
-def write_text(target: str | os.PathLike[str], text: str) -> None:
+def write_text(target: str | os.PathLike[str], text: str, *, shared: bool = False) -> None:
     """Write a file of UTF-8 through `staged_file`."""
-    write_bytes(target, text.encode("utf-8"))
+    write_bytes(target, text.encode("utf-8"), shared=shared)
 
 
 def write_json(target: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -73,6 +78,28 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
         return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def make_folder(path: Path) -> None:
+    """A folder with those around it, or nothing where it is there.
+
+    Raises:
+        LeapformerError: something else lies in the way, or the disk can't be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LeapformerError(f"{cut(path, 240)}: no folder could be made ({error.strerror or error})") from None
+    except ValueError:  # a zero byte in the name
+        raise LeapformerError(f"{shown(os.fspath(path))}: expected a folder's name, found a zero byte in it") from None
+
+
+def is_staging_of(name: str, target: str) -> bool:
+    """Whether this is the name of what a kill may have left while `target` was written or replaced."""
+    return (
+        re.fullmatch(rf"({re.escape(STAGING_PREFIX)}([0-9]+-)?|{re.escape(REPLACED_PREFIX)}){re.escape(target)}", name)
+        is not None
+    )
 
 
 def _without_nan(value: Any) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
-import zlib
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.expanding import COMPRESSIONS, read_whole
+from leapformer.files.reading import kind_of_file, parse_json
+from leapformer.files.showing import cut, shown
 
-COMPRESSIONS = (".gz", ".xz", ".zst")
+LONGEST_LINE = 64 << 20  # bytes of a line of a table
 
 
 def inner_suffix(path: Path) -> str:
@@ -25,52 +26,35 @@ def bare_name(path: Path) -> str:
     return Path(path.stem).stem if path.suffix in COMPRESSIONS else path.stem
 
 
-def _decompress(path: Path, raw: bytes) -> bytes:
-    if path.suffix == ".gz":
-        return gzip.decompress(raw)
-    if path.suffix == ".xz":
-        return lzma.decompress(raw)
-    if path.suffix == ".zst":
-        return _decompress_zst(raw, path)
-    return raw
+def is_hidden(name: str) -> bool:
+    """Whether a name, perhaps with folders before it, is one that people don't see.
+
+    Such files lie in most folders that passed a Mac (`.DS_Store`, `._NAME` beside NAME, `__MACOSX` in a zip) or a version
+    control, and are no data, whatever their suffix.
+    """
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _decompress_zst(raw: bytes, path: Path) -> bytes:
-    """Frame by frame, as the library's own reader takes a file that is cut off for a whole one."""
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingExtra("lm", package="zstandard", purpose=f"reading {path}") from None
-    pieces = []
-    while raw:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            pieces.append(frame.decompress(raw))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
-        if not frame.eof:
-            raise EOFError("the last frame is cut off")
-        raw = frame.unused_data
-    return b"".join(pieces)
+def list_files(folder: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder, in order of the names, without what is hidden there."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file, decompressed by its last suffix.
+    """The content of a file, decompressed by its last suffix; see `leapformer.files.expanding`.
 
     Raises:
-        LeapformerError: it cannot be read, or is not whole.
+        LeapformerError: it cannot be read, is not whole, or is larger than the memory allows.
     """
-    path = Path(path)
     try:
-        raw = path.read_bytes()
+        os.stat(path)
+        return read_whole(path)
+    except MissingExtra:
+        raise
     except OSError as error:
-        raise LeapformerError(f"data: cannot read {path}: {error.strerror or error}") from None
-    if not raw:
-        return raw
-    try:
-        return _decompress(path, raw)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise LeapformerError(f"data: {path} is not a whole {path.suffix} file: {error}") from None
+        raise LeapformerError(f"data: cannot read {cut(path, 240)}: {error.strerror or error}") from None
+    except LeapformerError as error:
+        raise LeapformerError(f"data: {error}") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -99,6 +83,30 @@ def read_raw_lines(path: str | Path) -> list[bytes]:
     """
     lines = read_bytes(path).split(b"\n")
     return lines if lines[-1] else lines[:-1]
+
+
+def iterate_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that is too large to hold, each with its end.
+
+    Raises:
+        LeapformerError: it can't be read, is no regular file, or has a line of more than `LONGEST_LINE` bytes.
+    """
+    where = cut(path, 240)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait for ever
+            raise LeapformerError(f"{where}: expected a file, found {kind_of_file(mode)}")
+        with open(path, "rb") as file:
+            row = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                row += 1
+                if len(line) > LONGEST_LINE:
+                    raise LeapformerError(
+                        f"{where}:{row}: expected at most {LONGEST_LINE:,} bytes in a line, found more"
+                    )
+                yield line
+    except OSError as error:
+        raise LeapformerError(f"{where}: cannot be read: {error.strerror or error}") from None
 
 
 def decode_line(raw: bytes, where: str) -> str:
@@ -141,12 +149,9 @@ def parse_json_row(line: str, where: str) -> dict[str, Any]:
     Raises:
         LeapformerError: it is something else.
     """
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LeapformerError(f"data: {where}: expected a JSON object, found {error.msg.lower()}") from None
+    value = parse_json(line, where=f"data: {where}", expected="a JSON object", nan=True, surrogates=True)
     if not isinstance(value, dict):
-        raise LeapformerError(f"data: {where}: expected a JSON object, found {type(value).__name__}")
+        raise LeapformerError(f"data: {where}: expected a JSON object, found {type(value).__name__} {shown(value)}")
     return value
 
 
@@ -158,7 +163,7 @@ def row_text(content: dict[str, Any], text_field: str, where: str) -> str:
     """
     text = content.get(text_field)
     if not isinstance(text, str):
-        keys = ", ".join(sorted(content)) or "none"
+        keys = cut(", ".join(sorted(content))) or "none"
         found = f"keys {keys}" if text is None else type(text).__name__
         raise LeapformerError(f"data: {where}: expected text under {text_field!r}, found {found}")
     return _encodable(text, where)

@@ -12,18 +12,25 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.showing import cut, shown
+from leapformer.files.writing import is_staging_of, remove
 from leapformer.tasks.card import CARD, read_card
 
 PARTS = ".parts"
+MOST_EXAMPLES = (
+    10_000_000  # for training: fifty times the largest set of Long-Range Arena, and what a laptop's disk holds
+)
+MOST_WORKERS = 4_096
 
 
 class Progress(Protocol):
@@ -83,22 +90,67 @@ def is_there(output: Path, made: Mapping[str, Any], ours: Collection[str]) -> bo
     Raises:
         LeapformerError: it holds data that were made otherwise, or files that are not ours.
     """
-    if output.exists() and not output.is_dir():
+    try:
+        there = os.stat(output)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LeapformerError(f"--output {cut(output, 240)}: expected a folder, found {reason}") from None
+    if not stat.S_ISDIR(there.st_mode):
         raise LeapformerError(f"--output {output}: expected a folder, found a file")
     if (output / CARD).is_file():
         found = read_card(output).get("made", {})
         for key, value in made.items():
             if found.get(key) != as_json(value):
                 raise LeapformerError(
-                    f"--output {output}: holds data with {key} {found.get(key)}, expected {value}; choose another --output"
+                    f"--output {output}: holds data with {key} {cut(found.get(key))}, expected {cut(value)}; "
+                    "choose another --output"
                 )
+        _tidy(output, ours)
         return True
-    others = [file.name for file in output.iterdir() if file.name not in {PARTS, *ours}] if output.is_dir() else []
+    others = [file.name for file in output.iterdir() if file.name != PARTS and not _is_ours(file.name, ours)]
     if others:
         raise LeapformerError(
             f"--output {output}: expected an empty folder, found {min(others)}; choose another --output"
         )
     return False
+
+
+def _is_ours(name: str, ours: Collection[str]) -> bool:
+    """Whether a preparation makes a file of this name, or a kill in the middle of one leaves it."""
+    return name in ours or any(is_staging_of(name, each) for each in (*ours, CARD))
+
+
+def _tidy(output: Path, ours: Collection[str]) -> None:
+    """Take away what a kill behind the card, or while it was written again, left in a folder that is complete."""
+    for file in list(output.iterdir()):
+        if file.name == PARTS or (file.name not in ours and _is_ours(file.name, ours)):
+            with suppress(OSError):  # of a folder that can only be read
+                remove(file)
+
+
+def check_range(option: str, value: int | None, lowest: int, highest: int) -> None:
+    """A number that an option gives; none passes.
+
+    Raises:
+        LeapformerError: it is out of range.
+    """
+    if value is not None and not lowest <= value <= highest:
+        raise LeapformerError(f"--{option}: expected {lowest:,} to {highest:,}, found {shown(value)}")
+
+
+def check_general(*, seed: int, count: int | None, workers: int | None) -> None:
+    """The options that every preparation has.
+
+    Raises:
+        LeapformerError: one is out of range.
+    """
+    check_range("seed", seed, 0, 2**63 - 1)
+    if count is not None and count < 1:
+        raise LeapformerError(f"--count: expected 1 or more, found {shown(count)}")
+    check_range("count", count, 1, MOST_EXAMPLES)
+    check_range("workers", workers, 1, MOST_WORKERS)
 
 
 def as_json(value: Any) -> Any:

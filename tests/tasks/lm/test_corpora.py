@@ -260,3 +260,44 @@ def test_hugging_face_data_set_that_cannot_be_loaded(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     fails("cannot load the Hugging Face data set 'some/name': no network$", "hf", path="some/name")
+
+
+def test_hidden_files_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words of a file\n" * 5)
+    for name in ("._a.txt", ".hidden.txt", ".git/notes.txt", "__MACOSX/a.txt", "sub/._b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xff no text")
+    assert "".join(load_corpus("text", path=tmp_path).train) == "words of a file\n" * 4
+
+
+def test_rows_that_are_deep_or_large(tmp_path):
+    file = tmp_path / "a.jsonl"
+    for row in (
+        '{"text": ' + "[" * 100_000,
+        '{"text": ' + "9" * 5_000 + "}",
+        '{"text": "a", "text": "b"}',
+        '{"' + "k" * 9_000 + '": 1}',
+    ):
+        file.write_text('{"text": "fine", "score": NaN}\n' + row + "\n")
+        with pytest.raises(LeapformerError, match="a.jsonl:2: ") as caught:
+            load_corpus("text", path=file)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_column_that_is_no_text_or_too_large(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from leapformer.tasks.lm import corpora
+
+    whole = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [1, 2], "words": ["a b", "c d"]})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: whole)
+    fails("expected text under 'text', found 1 in row 0", "hf", path="x")
+    monkeypatch.setattr(corpora, "largest_file", lambda: 5)
+    fails("expected at most 5 bytes, as the memory allows, found", "hf", path="x", text_field="words")
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "a\0b"])
+@pytest.mark.parametrize("source", ["text", "wikitext"])
+def test_names_that_no_file_can_have(source, name, tmp_path):
+    with pytest.raises(LeapformerError, match="found nothing at") as caught:
+        load_corpus(source, path=tmp_path / name)
+    assert len(str(caught.value)) < 600

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import write_sum
 from leapformer.tasks.lm import packing
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, encode_split, iterate_batches
 from leapformer.tasks.lm.tokenizers import build_tokenizer
@@ -74,18 +75,40 @@ def equal(a: EncodedSplit, b: EncodedSplit) -> bool:
 def test_cache_is_used_and_keyed_by_content(tokenizer, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     first = encode_split(DOCUMENTS, tokenizer, cache_dir=folder)
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.npz")
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_encode", None)
         assert equal(encode_split(DOCUMENTS, tokenizer, cache_dir=folder), first)
     encode_split(["abc", *DOCUMENTS[2:]], tokenizer, cache_dir=folder)
     encode_split(DOCUMENTS, tokenizer, separate_documents=False, cache_dir=folder)
     encode_split(DOCUMENTS, build_tokenizer("word", documents=DOCUMENTS), cache_dir=folder)
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.glob("*.npz"))) == 4
     file.write_bytes(file.read_bytes()[:50])
     assert equal(encode_split(DOCUMENTS, tokenizer, cache_dir=folder), first)
     with np.load(file) as stored:
         assert np.array_equal(stored["tokens"], first.tokens)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no sum", "compressed", "types", "ids", "starts"])
+def test_a_damaged_cache_is_made_again(tokenizer, tmp_path, damage, caplog):
+    first = encode_split(DOCUMENTS, tokenizer, cache_dir=tmp_path)
+    (file,) = tmp_path.glob("*.npz")
+    whole, beside = file.read_bytes(), file.with_name(f"{file.name}.sha256")
+    arrays = {"tokens": first.tokens, "document_starts": first.document_starts, "counts": np.array([1, 2])}
+    changed = {
+        "types": {"tokens": first.tokens.astype(np.float64)}, "ids": {"tokens": first.tokens + 300},
+        "starts": {"document_starts": first.document_starts[::-1].copy()}, "compressed": {},
+    }  # fmt: skip
+    if damage in changed:  # with a checksum that is right
+        with file.open("wb") as stream:
+            (np.savez_compressed if damage == "compressed" else np.savez)(stream, **{**arrays, **changed[damage]})
+        write_sum(file)
+    elif damage == "no sum":
+        beside.unlink()
+    else:
+        file.write_bytes(whole[:-3] if damage == "cut" else whole[:150] + bytes([whole[150] ^ 1]) + whole[151:])
+    assert equal(encode_split(DOCUMENTS, tokenizer, cache_dir=tmp_path), first)
+    assert file.read_bytes() == whole and "the text is encoded again" in caplog.text
 
 
 def test_cache_that_cannot_be_written(tokenizer, tmp_path, monkeypatch):

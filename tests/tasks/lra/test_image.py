@@ -158,3 +158,59 @@ def test_other_sources(tmp_path):
     source = write_zips(tmp_path / "zips")
     (source / "test.zip").unlink()
     fails("test.zip: expected a whole zip of pictures", "image", tmp_path / "x", source=source)
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    """What a Mac leaves behind in folders and zips."""
+    source = write_folders(tmp_path / "folders")
+    expected = prepare("image", tmp_path / "x", source=source)["splits"]
+    for kind in ("airplane", "truck"):
+        (source / "train" / kind / "._0.png").write_bytes(b"\0\5\x16\7 no picture")
+    (source / "train" / ".hidden").mkdir()
+    (source / "train" / ".hidden" / "0.png").write_bytes(png(pixels(0)))
+    assert prepare("image", tmp_path / "y", source=source)["splits"] == expected
+    zips = write_zips(tmp_path / "zips")
+    expected = prepare("image", tmp_path / "z", source=zips)["splits"]
+    with zipfile.ZipFile(zips / "train.zip", "a") as archive:
+        archive.writestr("__MACOSX/airplane/._0000.png", b"no picture")
+        archive.writestr("airplane/._0000.png", b"no picture")
+    assert prepare("image", tmp_path / "w", source=zips)["splits"] == expected
+
+
+def test_pictures_that_are_cut_off_or_damaged(tmp_path):
+    source = write_folders(tmp_path / "folders")
+    place = source / "train" / "cat" / "1.png"
+    content = {"PNG": png(pixels(1)), "JPEG": png(pixels(1), "JPEG")}
+    for whole in content.values():
+        for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:40]):
+            place.write_bytes(damaged)
+            fails("cat/1.png: expected a picture, found", "image", tmp_path / "x", source=source)
+    flipped = bytearray(content["PNG"])
+    flipped[len(flipped) // 2] ^= 1
+    place.write_bytes(bytes(flipped))
+    fails("cat/1.png: expected a picture, found", "image", tmp_path / "x", source=source)
+
+
+def test_pictures_that_would_take_the_memory(tmp_path):
+    source = write_folders(tmp_path / "folders")
+    place = source / "train" / "cat" / "1.png"
+    with place.open("wb") as file:  # a sparse file: no disk is taken
+        file.truncate(3 << 30)
+    fails(
+        "cat/1.png: expected a picture, found expected at most 1,048,576 bytes", "image", tmp_path / "x", source=source
+    )
+    place.write_bytes(png(np.zeros((3000, 3000), np.uint8)))
+    fails("cat/1.png: expected 32 x 32 pixels, found 3000 x 3000", "image", tmp_path / "x", source=source)
+    zips = write_zips(tmp_path / "zips")
+    with zipfile.ZipFile(zips / "train.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/9999.png", bytes(8 << 20))
+    fails("cat/9999.png: expected a picture.*found 8,388,608", "image", tmp_path / "x", source=zips)
+
+
+def test_no_other_decoder_is_asked(tmp_path):
+    """Pillow starts Ghostscript for PostScript, whatever the file is called."""
+    source = write_folders(tmp_path / "folders")
+    (source / "train" / "cat" / "1.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    )
+    fails("cat/1.png: expected a picture, found cannot identify", "image", tmp_path / "x", source=source)

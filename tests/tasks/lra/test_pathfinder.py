@@ -187,3 +187,28 @@ def test_wrong_options_and_folders(tmp_path):
     fails("expected pathfinder32/curv_baseline", "pathfinder", tmp_path / "x", source=tmp_path / "release", level=6)
     with pytest.raises(LeapformerError, match=r"0\.npy: expected rows of text"):
         pathfinder.read_metadata(tmp_path / "0.npy")
+
+
+def test_arrays_that_promise_too_much(tmp_path):
+    import io
+
+    from leapformer.tasks.lra.pathfinder import read_metadata
+
+    file = io.BytesIO()
+    np.save(file, np.array([["a", "b"]]))
+    content = file.getvalue()
+    path = tmp_path / "0.npy"
+    for old, new in (
+        (b"(1, 2)", b"(9, 2)"),
+        (b"(1, 2), }", b"(10**9, 2), }"),
+        (b"<U1", b"<U9"),
+        (b"(1, 2)", b"(-1, 2)"),
+    ):
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(LeapformerError, match="0.npy: expected rows of text or an array of text, found"):
+            read_metadata(path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(LeapformerError, match="0.npy: expected rows of text or an array of text, found"):
+        read_metadata(path)
+    path.write_bytes(content)
+    assert read_metadata(path) == [["a", "b"]]

@@ -123,3 +123,11 @@ def test_folders_of_another_layout(tmp_path):
     (source / "aclImdb" / "test" / "neg").rmdir()
     fails("expected the folders pos and neg, found no neg", "text", tmp_path / "x", source=source)
     fails("expected --from", "text", tmp_path / "x")
+
+
+def test_hidden_files_are_no_reviews(tmp_path):
+    source = write_folders(tmp_path / "imdb", 20)
+    expected = prepare("text", tmp_path / "x", source=source)["splits"]
+    (source / "aclImdb" / "train" / "pos" / "._0_9.txt").write_bytes(b"\0\5\x16\7")
+    (source / "aclImdb" / "test" / "neg" / ".DS_Store.txt").write_bytes(b"x")
+    assert prepare("text", tmp_path / "y", source=source)["splits"] == expected

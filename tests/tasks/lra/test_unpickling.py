@@ -11,7 +11,7 @@ import pytest
 from leapformer.errors import LeapformerError
 from leapformer.tasks.lra.dataset import load
 from leapformer.tasks.lra.preparation import prepare
-from leapformer.tasks.lra.unpickling import read_pickle
+from leapformer.tasks.lra.unpickling import _check_operations, read_pickle
 from tests.tasks.lra.builders import fails
 
 
@@ -158,3 +158,67 @@ def test_files_of_another_kind(tmp_path):
     fails("dev.pickle: expected a list of examples, found dict", "text", tmp_path / "x", source=source)
     (source / "lra-text.dev.pickle").unlink()
     fails("expected lra-text.dev.pickle, found none", "text", tmp_path / "x", source=source)
+
+
+# ---- bombs
+
+
+def test_shared_lists_are_not_copied(tmp_path):
+    """2^60 places in 500 bytes."""
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    (tmp_path / "a").write_bytes(pickle.dumps(value))
+    found = read_pickle(tmp_path / "a")
+    assert found[0] is found[1]
+    row = {"input_ids_0": value, "label": value, **{str(n): value for n in range(2000)}}
+    for rows in ([row], [{"a": value}], [{**row, "label": 1}], [{"input_ids_0": [1], "label": value}]):
+        for split in ("train", "dev", "test"):
+            (tmp_path / f"lra-listops.{split}.pickle").write_bytes(pickle.dumps(rows))
+        with pytest.raises(LeapformerError) as caught:
+            prepare("listops", tmp_path / "x", source=tmp_path)
+        assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "an operation that asks for 2,147,483,647 bytes or values of 9"),
+        (b"Np99999999999\n.", "an operation that asks for 99,999,999,999"),
+        (b"\x80\x04\x8e" + (10**12).to_bytes(8, "little") + b".", "an operation that asks for 1,000,000,000,000"),
+        (b"\x80\x02}" + b")" + 60_000 * b"\x85" + b"K\x01s.", "a tuple as a key"),
+        (b"\x80\x02}()" + 60_000 * b"\x85" + b"K\x01u.", "a tuple as a key"),
+        (b"\x80\x04\x8f()" + 60_000 * b"\x85" + b"\x90.", "a set"),
+        (60_000 * b"]" + 59_999 * b"a" + b".", "maximum recursion"),
+        (b"cnumpy.core.numeric\n_frombuffer\n(J\xff\xff\xff\x7fNNNtR.", "an array of something else than bytes"),
+        (b"c_codecs\nencode\n(N}X\x01\x00\x00\x00aK\x01stb.", "a change of a function"),
+        (b"\x80\x02K\x01", "data was truncated"),
+    ],
+)
+def test_operations_that_take_the_memory_or_the_process(content, found, tmp_path):
+    refused(tmp_path, content, found)
+
+
+def test_many_tuples_are_read_with_care_and_the_same(tmp_path):
+    rows = [{"input_ids_0": np.arange(5), "pair": (1, (2, "x")), 3: b"y"} for _ in range(8_000)]
+    (tmp_path / "a").write_bytes(pickle.dumps(rows))
+    found = read_pickle(tmp_path / "a")
+    assert (
+        len(found) == 8_000
+        and found[-1]["pair"] == [1, [2, "x"]]
+        and found[0]["input_ids_0"].tolist() == [0, 1, 2, 3, 4]
+    )
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_operation_is_known(protocol, tmp_path):
+    value = [0, 1, 255, 256, 70_000, -1, 2**40, 2**300, 2**3000, 1.5, None, True, False, "t" * 300, b"r" * 300, bytearray(b"p"),
+             (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[]], {}, {"a": {"b": [1]}}]  # fmt: skip
+    value += [value[13], list(range(600)), {str(n): n for n in range(600)}, np.ones((2, 3)), np.int16(4)]
+    content = pickle.dumps(value, protocol)
+    if protocol < 5:
+        content = pickle.dumps([each for each in value if not isinstance(each, bytearray)], protocol)
+    assert _check_operations(content) < 100
+    (tmp_path / "a").write_bytes(content)
+    if protocol < 5:
+        assert read_pickle(tmp_path / "a")[-1] == 4

@@ -41,7 +41,9 @@ def write_texts(folder: Path) -> Path:
 def write_speech(folder: Path) -> Path:
     """The pairs as prepared audio: each character is a tone of 20 ms."""
     folder.mkdir(parents=True, exist_ok=True)
-    card: dict[str, Any] = {"format": FORMAT, "task": "spoken", "sample_rate": 16_000, "splits": {}}
+    card: dict[str, Any] = {
+        "format": FORMAT, "task": "spoken", "made": {}, "sample_rate": 16_000, "licence": "none", "splits": {}, "bad_rows": [],
+    }  # fmt: skip
     for split in SIZES:
         rows, start, pieces = [], 0, []
         for number, (text, translation) in enumerate(pairs(split)):
@@ -58,7 +60,10 @@ def write_speech(folder: Path) -> Path:
             start += len(audio)
         (folder / f"{split}.int16").write_bytes(np.concatenate(pieces).tobytes())
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        card["splits"][split] = {"utterances": len(rows), "sha256": {"made": f"{split} of a test"}}
+        card["splits"][split] = {
+            "utterances": len(rows), "seconds": start / 16_000, "bytes": 2 * start, "speakers": 1,
+            "sha256": {"made": f"{split} of a test"},
+        }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
     return folder
 

@@ -689,3 +689,118 @@ def test_real_recordings(tmp_path, name, source, target, left_out, utterances):
     everything = json.loads((tmp_path / "x" / "card.json").read_text())
     assert everything["made"]["source"]["languages"] == f"{source}-{target}"
     assert utterances > sum(facts["utterances"] for facts in card["splits"].values())
+
+
+# ---- bombs, and files that are none
+
+
+def test_yaml_of_mustc_that_would_take_the_memory_or_the_process(tmp_path):
+    folder = write_mustc(tmp_path / "MUSTC")
+    index = next(folder.rglob("train.yaml"))
+    bomb = "- &a0 {wav: x}\n" + "".join(f"- &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 30))
+    for content, found in (
+        (bomb, "expected YAML of at most 20,000,000 values, found more"),
+        ("[" * 200_000, "expected YAML at most 64 deep, found more"),
+        ("- &a [*a]\n", r"found a value that holds itself \(\*a\)"),
+        ("- {wav: a, wav: b}\n", r"train.yaml:1: expected YAML, found the key 'wav' twice"),
+        (
+            "- !!python/object/apply:os.system [true]\n",
+            "train.yaml:1: expected YAML, found could not determine a constructor",
+        ),
+    ):
+        index.write_text(content)
+        fails(found, "mustc", folder, tmp_path / "x")
+
+
+def test_values_of_mustc_of_other_kinds(tmp_path):
+    folder = write_mustc(tmp_path / "MUSTC")
+    index = next(folder.rglob("train.yaml"))
+    whole = index.read_text().splitlines()
+    for row in (
+        "- {duration: 1, offset: " + "9" * 400 + ", wav: a.wav}", "- {duration: [1], offset: 0, wav: a.wav}",
+        "- {duration: 1, offset: 0, wav: [a.wav]}", "- {duration: 1, offset: 0, wav: " + "a" * 5000 + "}",
+    ):  # fmt: skip
+        index.write_text("\n".join([row, *whole[1:]]) + "\n")
+        with pytest.raises(LeapformerError) as caught:
+            prepare("mustc", folder, tmp_path / "x")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, caught.value
+
+
+def test_hidden_files_are_no_corpus(tmp_path):
+    folder = write_mustc(tmp_path / "MUSTC")
+    (folder / "en-de" / "data" / "._train" / "txt").mkdir(parents=True)
+    prepare("mustc", folder, tmp_path / "x")
+    folder = write_manifests(tmp_path / "manifests")
+    (folder / "._train.tsv").write_bytes(b"\0\5\x16\7")
+    prepare("manifest", folder, tmp_path / "y")
+
+
+def _tar(path: Path, content: bytes) -> None:
+    import lzma
+
+    path.write_bytes(lzma.compress(content))
+
+
+def test_archives_that_would_take_the_memory(tmp_path):
+    folder = write_stamps(tmp_path / "a")
+    path = folder / "fr.tar.xz"
+    sparse = tarfile.TarInfo("fr/0.ogg")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[386:398], header[398:410], header[483:495] = b"00000000000\0", b"00000001000\0", b"77777777777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    _tar(path, bytes(header) + bytes(512 + 1024))
+    fails(
+        "fr.tar.xz: expected a whole tar archive, found 'fr/0.ogg', a sparse file",
+        "tuxpaint",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "en",
+    )
+    member = tarfile.TarInfo("fr/0.ogg")
+    member.size = 6 << 30
+    _tar(path, member.tobuf() + bytes(1024))
+    fails("fr.tar.xz: expected a whole tar archive, found", "tuxpaint", folder, tmp_path / "x", "fr", "en")
+
+
+def test_an_archive_that_ends_between_two_files(tmp_path):
+    """tarfile takes it for a whole one, and a header it does not know for the end."""
+    import lzma
+
+    folder = write_stamps(tmp_path / "a")
+    path = folder / "fr.tar.xz"
+    whole = lzma.decompress(path.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        second = archive.getmembers()[1].offset
+    for content in (whole[:second], whole[:second] + b"x" * 512 + whole[second + 512 :]):
+        _tar(path, content)
+        fails(
+            "fr.tar.xz: expected a whole tar archive, found no end of the archive",
+            "tuxpaint",
+            folder,
+            tmp_path / "x",
+            "fr",
+            "en",
+        )
+
+
+def test_parts_of_files_beyond_all_numbers(tmp_path):
+    folder = write_manifests(tmp_path / "m")
+    table_file = next(folder.glob("*train*.tsv"))
+    head = table_file.read_text().splitlines()[0]
+    cells = {name: "x" for name in head.split("\t")}
+    for audio in (
+        "a.zip:0:999999999999999",
+        "a.zip:999999999999999999:1",
+        "a.zip:" + "9" * 5000 + ":1",
+        "b" * 5000,
+        "\0",
+    ):
+        (folder / "a.zip").write_bytes(b"PK")
+        row = {**cells, "audio": audio, "src_lang": "en", "tgt_lang": "de"}
+        table_file.write_text(head + "\n" + "\t".join(row[name] for name in head.split("\t")) + "\n")
+        with pytest.raises(LeapformerError) as caught:
+            prepare("manifest", folder, tmp_path / "x")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, caught.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("kaldi_native_fbank")
@@ -24,6 +25,10 @@ def cached(spoken, cache, **rest) -> CachedFeatures:
     return CachedFeatures(spoken, key="x", cache=cache, **rest)
 
 
+def names(folder) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(feature_cache, "_SHARD", 25)
@@ -44,7 +49,7 @@ def test_features_in_processes_are_the_same_and_told(spoken, tmp_path, monkeypat
     monkeypatch.setattr(feature_cache, "processors", lambda: 2)
     shared = cached(spoken, tmp_path / "b")
     assert alone.path.read_bytes() == shared.path.read_bytes()
-    assert [file.name for file in (tmp_path / "b").iterdir()] == [shared.path.name]
+    assert names(tmp_path / "b") == [shared.path.name, f"{shared.path.name}.sha256"]
 
 
 def test_an_interrupt_of_features_loses_no_shard(spoken, tmp_path, monkeypatch, small_shards):
@@ -79,4 +84,28 @@ def test_another_run_may_be_done_with_the_features_first(spoken, tmp_path, monke
 
     monkeypatch.setattr(feature_cache, "compute_shard", overtaken)
     found = cached(spoken, tmp_path)
-    assert len(found) == 60 and [file.name for file in tmp_path.iterdir()] == [found.path.name]
+    assert len(found) == 60 and names(tmp_path) == [found.path.name, f"{found.path.name}.sha256"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other", "no sum", "sum"])
+def test_damaged_features_are_computed_again(spoken, tmp_path, damage, caplog):
+    first = cached(spoken, tmp_path)
+    whole, beside = first.path.read_bytes(), first.path.with_name(f"{first.path.name}.sha256")
+    np.testing.assert_array_equal(np.load(first.path), np.concatenate([each.numpy() for each in first]).astype("f2"))
+    if damage == "flip":
+        first.path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    elif damage == "no sum":
+        beside.unlink()
+    elif damage == "sum":
+        beside.write_bytes(b"\xff" * 9)
+    else:
+        first.path.write_bytes({"cut": whole[:-7], "empty": b"", "other": b"\x93NUMPY words"}[damage])
+    again = cached(spoken, tmp_path)
+    assert again.path.read_bytes() == whole and beside.is_file()
+    assert "its features are computed again" in caplog.text
+
+
+def test_features_are_taken_from_the_cache(spoken, tmp_path, monkeypatch):
+    first = cached(spoken, tmp_path)
+    monkeypatch.setattr(feature_cache, "compute_shard", None)
+    assert cached(spoken, tmp_path)[3].equal(first[3])

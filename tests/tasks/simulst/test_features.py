@@ -253,3 +253,34 @@ def test_statistics_check_what_they_are_given():
         FeatureStatistics.empty(5).normalize(torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"features: expected \[..., 5\], got \[3, 4\]"):
         statistics(utterances()).normalize(torch.zeros(3, 4))
+
+
+def test_statistics_out_of_range(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    good = {"count": torch.tensor([4]), "utterances": torch.tensor([2]), "mean": torch.zeros(80, dtype=torch.float64),
+            "variance": torch.ones(80, dtype=torch.float64)}  # fmt: skip
+    for changed, message in (
+        ({"count": torch.tensor([-4])}, "expected counts from 0 on, found -4 and 2"),
+        (
+            {"mean": good["mean"][:1].clone(), "variance": good["variance"][:1].clone()},
+            "expected 3 to 128 bins, found 1",
+        ),
+        ({"mean": torch.full((80,), torch.nan, dtype=torch.float64)}, "expected finite means"),
+    ):
+        save_file({**good, **changed}, path)
+        with pytest.raises(LeapformerError, match=message):
+            FeatureStatistics.load(path)
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(LeapformerError, match="expected at most 1,048,576 bytes, found more"):
+        FeatureStatistics.load(path)
+
+
+def test_statistics_replace_no_device(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LeapformerError, match="expected a file or a name that is free, found a pipe"):
+        FeatureStatistics.empty().save(tmp_path / "pipe")

@@ -191,3 +191,14 @@ def test_omnisteval_gives_the_same(tmp_path):
                 assert ours[f"{name}_CA"] == pytest.approx(theirs[f"ca_{name.lower()}"], abs=1e-6)
             else:
                 assert math.isnan(ours[name]) and math.isnan(ours[f"{name}_CA"])
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e999", "NaN", "-1", "1e16", "[[1]]", "true"])
+def test_numbers_beyond_all_floats(tmp_path, value):
+    path = tmp_path / "instances.log"
+    write_instances(path, [Instance(0, "a", [1.0], [], "b", "c", 2.0)])
+    path.write_text(path.read_text().replace('"source_length": 2.0', f'"source_length": {value}'))
+    with pytest.raises(
+        LeapformerError, match="instances.log:1: source_length: expected a finite number from 0 on, found"
+    ):
+        read_instances(path)

@@ -11,6 +11,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.tasks.files import COMPRESSIONS, bare_name, inner_suffix, read_json_rows, read_text, row_text
+from leapformer.files.expanding import COMPRESSIONS, largest_file
+from leapformer.files.showing import cut, shown
+from leapformer.tasks.files import bare_name, inner_suffix, list_files, read_json_rows, read_text, row_text
 
 SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".txt", ".tokens")
@@ -150,10 +153,10 @@ def _load_text(path: Any, subset: str | None, text_field: str, validation_share:
     root = Path(path)
     readable = TEXT_SUFFIXES + ROW_SUFFIXES
     wanted = f"{', '.join(readable)} (or with {', '.join(COMPRESSIONS)})"
-    if not root.exists():
-        raise LeapformerError(f"data.path: expected a file or folder, found nothing at {root}")
+    if not os.path.exists(root):
+        raise LeapformerError(f"data.path: expected a file or folder, found nothing at {cut(root, 240)}")
     if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.is_file() and inner_suffix(file) in readable)
+        files = [file for file in list_files(root, "**/*") if file.is_file() and inner_suffix(file) in readable]
         if not files:
             raise LeapformerError(f"data.path: expected files {wanted} in {root}, found none")
     else:
@@ -217,13 +220,15 @@ def _hold_out_tails(documents: list[str], share: float) -> tuple[list[str], list
 
 def _load_wikitext(path: Any, subset: str | None, text_field: str, validation_share: float) -> Corpus:
     root = Path(path)
-    if not root.is_dir():
-        raise LeapformerError(f"data.path: expected a folder with the WikiText layout, found nothing at {root}")
+    if not os.path.isdir(root):
+        raise LeapformerError(
+            f"data.path: expected a folder with the WikiText layout, found nothing at {cut(root, 240)}"
+        )
     texts = {split: _find_wikitext_file(root, split) for split in SPLITS}
     for split in ("train", "validation"):
         if texts[split] is None:
             short = "valid" if split == "validation" else split
-            found = ", ".join(sorted(file.name for file in root.iterdir())[:8]) or "nothing"
+            found = cut(", ".join(sorted(file.name for file in root.iterdir())[:8])) or "nothing"
             raise LeapformerError(
                 f"data.path: expected wiki.{short}.tokens or {short}.txt (or with .gz, .xz, .zst) in {root}, found {found}"
             )
@@ -323,23 +328,40 @@ def _load_hf(path: Any, subset: str | None, text_field: str, validation_share: f
         raise MissingExtra("lm", package="datasets", purpose="a data set of the Hugging Face hub") from None
     name = f"{path}/{subset}" if subset else str(path)
     try:
+        # Since version 4 datasets runs no code of a data set, and has no argument to forbid it.
         loaded: Any = datasets.load_dataset(str(path), subset)
     except Exception as error:  # the hub's errors share no base class; the first line says what was wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LeapformerError(f"data.path: cannot load the Hugging Face data set {name!r}: {reason}") from None
+        reason = cut((str(error).strip() or type(error).__name__).splitlines()[0], 200)
+        raise LeapformerError(f"data.path: cannot load the Hugging Face data set {shown(name)}: {reason}") from None
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         if split not in loaded:
             continue
         if text_field not in loaded[split].column_names:
-            columns = ", ".join(loaded[split].column_names)
+            columns = cut(", ".join(loaded[split].column_names))
             raise LeapformerError(f"data.text_field: {name!r} has the columns {columns}, found no {text_field!r}")
-        splits[split] = [text for text in loaded[split][text_field] if text and text.strip()]
+        splits[split] = _hf_texts(loaded[split], text_field, f"{name} ({split})")
     if not splits["train"]:
         raise LeapformerError(f"data.path: {name!r} has no train split with text")
     if not splits["validation"]:
         splits["train"], splits["validation"] = hold_out(splits["train"], share=validation_share)
     return _corpus(f"hf ({name})", splits)
+
+
+def _hf_texts(rows: Any, text_field: str, where: str) -> list[str]:
+    """The texts of a column; a small file on disk can become any number of rows, so they are measured first."""
+    size, most = rows.select_columns(text_field).data.nbytes, largest_file()
+    if size > most:
+        raise LeapformerError(
+            f"data.path: {where}: expected at most {most:,} bytes, as the memory allows, found {size:,}"
+        )
+    texts = rows[text_field]
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise LeapformerError(
+                f"data.text_field: {where}: expected text under {text_field!r}, found {shown(text)} in row {row}"
+            )
+    return [text for text in texts if text and text.strip()]
 
 
 _SOURCES: dict[str, Callable[[Any, str | None, str, float], Corpus]] = {

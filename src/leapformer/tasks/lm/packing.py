@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import is_sound, write_sum
+from leapformer.files.writing import make_folder, staged_file
 from leapformer.tasks.lm.corpora import count_bytes, count_words
 from leapformer.tasks.lm.tokenizers import lines_of
 
+_LOG = logging.getLogger(__name__)
 IGNORED_LABEL = -100
 _LINES_AT_ONCE = 4096
 
@@ -72,16 +74,40 @@ def encode_split(
     if cache_dir is None:
         return _encode(documents, tokenizer, separate_documents)
     file = Path(cache_dir) / f"tokens-{_content_key(documents, tokenizer, separate_documents)}.npz"
-    if file.is_file():
-        try:
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                words, size = (int(number) for number in stored["counts"])
-                return EncodedSplit(stored["tokens"], stored["document_starts"], words, size)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # a file that was cut off is made again
-    split = _encode(documents, tokenizer, separate_documents)
-    _store(split, file)
+    split = _stored(file, len(tokenizer))
+    if split is None:
+        split = _encode(documents, tokenizer, separate_documents)
+        _store(split, file)
     return split
+
+
+def _stored(file: Path, vocab_size: int) -> EncodedSplit | None:
+    """What `_store` wrote; None: there is nothing, or it is damaged, and made again."""
+    if not file.is_file():
+        return None
+    if is_sound(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("a member is compressed")
+            with np.load(file, allow_pickle=False) as stored:
+                words, size = (int(number) for number in stored["counts"])
+                split = EncodedSplit(stored["tokens"], stored["document_starts"], words, size)
+            if _fits(split, vocab_size):
+                return split
+        except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile):
+            pass
+    _LOG.warning("%s is damaged, or was cut off: the text is encoded again", file)
+    return None
+
+
+def _fits(split: EncodedSplit, vocab_size: int) -> bool:
+    tokens, starts = split.tokens, split.document_starts
+    if tokens.dtype != np.int32 or starts.dtype != np.int64 or tokens.ndim != 1 or starts.ndim != 1:
+        return False
+    if not tokens.size or not starts.size or tokens.min() < 0 or tokens.max() >= vocab_size:
+        return False
+    return starts[0] == 0 and starts[-1] < len(tokens) and bool((np.diff(starts) > 0).all())
 
 
 def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, separate_documents: bool) -> EncodedSplit:
@@ -128,20 +154,15 @@ def _content_key(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, s
 
 
 def _store(split: EncodedSplit, file: Path) -> None:
-    """Into a temporary file, then renamed: nobody reads half a file."""
+    """The arrays, and their checksum beside them."""
+    counts = np.array([split.words, split.bytes], dtype=np.int64)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tokens-", suffix=".npz")
-    except OSError as error:
-        raise LeapformerError(f"data: cannot write the token cache {file}: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            counts = np.array([split.words, split.bytes], dtype=np.int64)
+        make_folder(file.parent)
+        with staged_file(file, shared=True) as stream:
             np.savez(stream, tokens=split.tokens, document_starts=split.document_starts, counts=counts)
-        os.replace(temporary, file)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise LeapformerError(f"data: cannot write the token cache {file}: {error.strerror or error}") from None
+        write_sum(file, shared=True)
+    except LeapformerError as error:
+        raise LeapformerError(f"data: cannot write the token cache: {error}") from None
 
 
 class PackedDataset(Dataset):

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import is_sound, write_sums
 from leapformer.files.writing import staged_folder
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
@@ -260,11 +261,14 @@ def cached_tokenizer(section: TokenizerSection, documents: list[str], *, cache: 
     for document in documents:
         digest.update(document.encode("utf-8"))
     folder = cache / f"tokenizer-{digest.hexdigest()[:16]}"
-    if not folder.is_dir():
+    if not is_sound(folder):
         tokenizer = build_tokenizer(section.kind, vocab_size=section.vocab_size, documents=documents)
         with staged_folder(folder) as staging:
             tokenizer.save_pretrained(staging)
-    return load_tokenizer(folder)
+            write_sums(staging)
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
 
 
 TASK = LanguageModelTask()

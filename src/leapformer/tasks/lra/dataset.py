@@ -62,8 +62,22 @@ class LraDataset(Dataset):
                 f"{self.folder / self.split}.safetensors: expected {expected} examples as in {CARD}, "
                 f"found {len(arrays['labels'])}"
             )
+        self._check_values(arrays)
         self.labels = np.asarray(arrays["labels"])
         self._tokens, self._offsets, self._pairs = arrays["tokens"], arrays["offsets"], arrays.get("pairs")
+
+    def _check_values(self, arrays: dict[str, np.ndarray]) -> None:
+        """Against what the card says, as a model is built by it."""
+        path = self.folder / f"{self.split}.safetensors"
+        if ("pairs" in arrays) != self.two_documents:
+            found = "pairs" if "pairs" in arrays else "none"
+            raise LeapformerError(f"{path}: expected two_documents {self.two_documents} as in {CARD}, found {found}")
+        highest = {"tokens": self.card["vocab_size"] - self._shift, "labels": self.num_classes}
+        for name, most in highest.items():
+            if most <= 255 and len(arrays[name]) and int(arrays[name].max()) >= most:
+                raise LeapformerError(
+                    f"{path}: {name}: expected values below {most} by {CARD}, found {int(arrays[name].max())}"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)

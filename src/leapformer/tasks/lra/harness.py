@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut, shown
+from leapformer.tasks.files import list_files
 from leapformer.tasks.lra.preparation import Description, Job
 from leapformer.tasks.lra.unpickling import read_pickle
 
@@ -29,7 +31,7 @@ def _find(folder: Path, task: str, split: str) -> Path | None:
     """lra-pathfinder32-curv_contour_length_14.train.pickle is one of pathfinder's."""
     for name in SPLIT_NAMES[split]:
         for start in (f"lra-{task}", task):
-            found = sorted(folder.glob(f"{start}*.{name}.pickle"))
+            found = list_files(folder, f"{start}*.{name}.pickle")
             if found:
                 return found[0]
     return None
@@ -82,13 +84,19 @@ def _read(path: Path, job: Job, two_documents: bool, description: Description) -
 
 
 def _keys(row: Any) -> str:
-    return ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    return (
+        cut(", ".join(key if isinstance(key, str) else shown(key) for key in list(row)[:8]))
+        if isinstance(row, dict)
+        else type(row).__name__
+    )
 
 
 def _ids(value: Any, where: str, description: Description) -> np.ndarray:
+    # Of other lists numpy would make an array of all that they hold, again for every place where it stands.
+    flat = isinstance(value, np.ndarray) or (isinstance(value, list) and {type(each) for each in value} == {int})
     try:
-        ids = np.asarray(value)
-    except ValueError:
+        ids = np.asarray(value if flat else [])
+    except OverflowError:
         ids = np.zeros(0)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
         raise LeapformerError(f"{where}: expected a list of whole numbers, found something else")
@@ -113,5 +121,5 @@ def check_label(value: Any, num_classes: int, where: str) -> int:
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_classes:
-        raise LeapformerError(f"{where}: expected a label 0 to {num_classes - 1}, found {str(value)[:40]!r}")
+        raise LeapformerError(f"{where}: expected a label 0 to {num_classes - 1}, found {shown(value)!r}")
     return value

@@ -7,6 +7,7 @@ like the others. 45,000 pictures for training and 5,000, drawn with the seed, fo
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ import numpy as np
 from PIL import Image
 
 from leapformer.errors import LeapformerError
+from leapformer.files.expanding import largest_file
+from leapformer.files.reading import read_bytes
+from leapformer.files.showing import cut
+from leapformer.tasks.files import is_hidden, list_files
 from leapformer.tasks.lra.harness import check_label, convert_pickles, has_pickles
 from leapformer.tasks.lra.preparation import Description, Job, hold_out
 from leapformer.tasks.lra.unpickling import read_pickle
@@ -26,6 +31,9 @@ OPTIONS: dict[str, Any] = {}
 SIDE = 32
 PIXELS = SIDE * SIDE
 SUFFIXES = (".png", ".jpg", ".jpeg")
+FORMATS = ("PNG", "JPEG")  # no other decoder of Pillow is asked, whatever a file is: one of them starts a program
+_PNG_END = b"IEND\xaeB`\x82"  # the last chunk, without content, and its checksum
+LARGEST = 1 << 20  # bytes of a picture's file
 CLASSES = 10
 DESCRIPTION = Description(256, CLASSES, PIXELS, CONVERTER, pad_id=None)
 
@@ -108,10 +116,7 @@ def _read_binary(job: Job, folder: Path, split: str) -> Examples:
     """Rows of 3,073 bytes: the label, then all red, green and blue pixels."""
     for name in _BATCHES[split]:
         path = folder / f"{name}.bin"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise LeapformerError(f"{path}: cannot be read: {error.strerror}") from None
+        content = read_bytes(path, largest=largest_file())
         row_size = 1 + 3 * PIXELS
         rows, rest = divmod(len(content), row_size)
         if rest:
@@ -130,9 +135,15 @@ def _read_binary(job: Job, folder: Path, split: str) -> Examples:
 def _read_folder(job: Job, folder: Path) -> Examples:
     if not folder.is_dir():
         raise LeapformerError(f"{folder}: expected a folder of pictures, found none")
-    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES)
+    files = [path for path in list_files(folder, "*/*") if path.suffix.lower() in SUFFIXES]
     names = {path: (path.parent.name, path.name) for path in files}
-    yield from _read_pictures(job, folder, names, Path.read_bytes)
+    yield from _read_pictures(job, folder, names, read_picture_file)
+
+
+def read_picture_file(path: Path) -> bytes:
+    """The bytes of a picture, before it is decoded."""
+    path.stat()  # the system's own words where there is none
+    return read_bytes(path, largest=LARGEST)
 
 
 def _read_zip(job: Job, path: Path, inside: str) -> Examples:
@@ -142,11 +153,22 @@ def _read_zip(job: Job, path: Path, inside: str) -> Examples:
             names = {}
             for name in sorted(archive.namelist()):
                 parts = name.split("/")
-                if name.lower().endswith(SUFFIXES) and len(parts) >= 2 and inside in ("", *parts[:-2]):
+                if is_hidden(name) or not name.lower().endswith(SUFFIXES):
+                    continue
+                if len(parts) >= 2 and inside in ("", *parts[:-2]):
                     names[name] = (parts[-2], parts[-1])
-            yield from _read_pictures(job, path, names, archive.read)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise LeapformerError(f"{path}: expected a whole zip of pictures, found {error}") from None
+            yield from _read_pictures(job, path, names, lambda name: _read_member(archive, name))
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise LeapformerError(f"{path}: expected a whole zip of pictures, found {cut(error, 120)}") from None
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > LARGEST:
+        raise LeapformerError(
+            f"{archive.filename}:{name}: expected a picture of at most {LARGEST:,} bytes, found {size:,}"
+        )
+    return archive.read(name)
 
 
 def _read_pictures(job: Job, place: Path, names: dict[Any, tuple[str, str]], read: Callable[[Any], bytes]) -> Examples:
@@ -170,8 +192,11 @@ def read_picture(read: Callable[[], bytes], where: Any, side: int) -> np.ndarray
     Raises:
         LeapformerError: it cannot be read, or has another size.
     """
+    where = cut(where, 240)
     try:
-        with Image.open(io.BytesIO(read())) as picture:
+        content = _read_content(read, where)
+        _check_end(content)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.size != (side, side):
                 raise LeapformerError(
                     f"{where}: expected {side} x {side} pixels, found {picture.width} x {picture.height}"
@@ -182,5 +207,28 @@ def read_picture(read: Callable[[], bytes], where: Any, side: int) -> np.ndarray
     except LeapformerError:
         raise
     except Exception as error:  # Pillow's plug-ins raise many kinds
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = cut(error, 100) or type(error).__name__
         raise LeapformerError(f"{where}: expected a picture, found {reason}") from None
+
+
+def _read_content(read: Callable[[], bytes], where: str) -> bytes:
+    try:
+        return read()
+    except LeapformerError as error:
+        raise OSError(str(error).removeprefix(f"{where}: ")) from None
+
+
+def _check_end(content: bytes) -> None:
+    """Pillow stops reading where it has all pixels, and looks at no checksum of a png's pixels.
+
+    Raises:
+        OSError: the file is damaged, or ends before its format says so.
+    """
+    if content.startswith(b"\xff\xd8"):
+        if content.rfind(b"\xff\xd9") < 0:
+            raise OSError("a jpeg without its end: it is cut off")
+    elif content.startswith(b"\x89PNG"):
+        if _PNG_END not in content:
+            raise OSError("a png without its end: it is cut off")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            picture.verify()

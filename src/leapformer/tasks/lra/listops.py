@@ -10,6 +10,7 @@ R: roots drawn at once. Trees are grown, measured and evaluated level by level f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
+from leapformer.tasks.files import iterate_lines
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
 from leapformer.tasks.lra.preparation import Description, Job, make_shards
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
@@ -254,24 +257,21 @@ def parse(source: bytes) -> bytes:
 
 def read_release(path: Path, job: Job) -> Iterator[tuple[bytes, int]]:
     """Ids and label of each row of a file of the release; bad rows go to `job.bad`."""
-    try:
-        with path.open("rb") as file:
-            size, position = path.stat().st_size, 0
-            header = file.readline().rstrip(b"\r\n").split(b"\t")
-            if header != [b"Source", b"Target"]:
-                raise LeapformerError(f"{path}:1: expected the header Source<tab>Target, found {header!r:.60}")
-            for row, line in enumerate(file, start=2):
-                try:
-                    yield _parse_row(line.rstrip(b"\r\n"))
-                except ValueError as error:
-                    job.bad.report(f"{path}:{row}: {error}")
-                position += len(line)
-                if row % 1000 == 0:
-                    job.progress(position, size, path.name)
-    except FileNotFoundError:
-        raise LeapformerError(f"{path}: expected a file of the release, found none") from None
-    except OSError as error:
-        raise LeapformerError(f"{path}: cannot be read: {error.strerror}") from None
+    if not os.path.lexists(path):
+        raise LeapformerError(f"{path}: expected a file of the release, found none")
+    lines = iterate_lines(path)
+    size, position = path.stat().st_size, 0
+    header = next(lines, b"").rstrip(b"\r\n").split(b"\t")
+    if header != [b"Source", b"Target"]:
+        raise LeapformerError(f"{path}:1: expected the header Source<tab>Target, found {shown(header)}")
+    for row, line in enumerate(lines, start=2):
+        try:
+            yield _parse_row(line.rstrip(b"\r\n"))
+        except ValueError as error:
+            job.bad.report(f"{path}:{row}: {error}")
+        position += len(line)
+        if row % 1000 == 0:
+            job.progress(position, size, path.name)
 
 
 def _parse_row(line: bytes) -> tuple[bytes, int]:

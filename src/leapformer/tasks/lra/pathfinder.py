@@ -7,6 +7,9 @@ for the test, drawn with the seed.
 
 from __future__ import annotations
 
+import io
+import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from leapformer.errors import LeapformerError
+from leapformer.files.reading import read_bytes
+from leapformer.files.showing import cut
+from leapformer.tasks.files import list_files
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
-from leapformer.tasks.lra.image import read_picture
+from leapformer.tasks.lra.image import read_picture, read_picture_file
 from leapformer.tasks.lra.preparation import Description, Job, make_shards
 from leapformer.tasks.lra.snakes import LEVELS, SETTINGS, draw
 from leapformer.tasks.lra.storage import SplitWriter, read_arrays
@@ -30,6 +36,7 @@ SHARD_PIXELS = 2_000 * 32 * 32
 
 _FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 _LABEL_COLUMN = 3
+LARGEST_METADATA = 1 << 28  # bytes of one file; the release's have half a megabyte
 
 
 def prepare(job: Job) -> Description:
@@ -112,11 +119,11 @@ def _convert(job: Job, size: int, level: int) -> int:
                 done += 1
                 if done % 1000 == 0 or done == len(rows):
                     job.progress(done, len(rows), folder.name)
-                if file.is_file() and not file.stat().st_size:
+                if os.path.isfile(file) and not os.path.getsize(file):
                     empty += 1  # the release itself has one
                     continue
                 with job.bad.guard():
-                    writer.add(read_picture(file.read_bytes, file, size).tobytes(), label)
+                    writer.add(read_picture(lambda file=file: read_picture_file(file), file, size).tobytes(), label)
     return empty
 
 
@@ -131,7 +138,8 @@ def _find_folder(source: Path, size: int, level: int) -> Path:
 
 def _metadata(job: Job, folder: Path) -> Iterator[tuple[Path, int]]:
     """File and label of each picture, batch by batch."""
-    files = sorted((folder / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
+    files = list_files(folder / "metadata", "*.npy")
+    files.sort(key=lambda path: (len(path.stem), path.stem))
     if not files:
         raise LeapformerError(f"{folder / 'metadata'}: expected .npy files, found none")
     for path in files:
@@ -147,16 +155,33 @@ def read_metadata(path: Path) -> list[list[str]]:
         LeapformerError: it is neither.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, largest=LARGEST_METADATA)
         if not content.startswith(b"\x93NUMPY"):
             return [line.split() for line in content.decode("utf-8").splitlines() if line.strip()]
-        array = np.load(path, allow_pickle=False)
+        array = _read_array(content)
         if array.ndim != 2:
             raise ValueError(f"an array of shape {list(array.shape)}")
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
+    except Exception as error:  # numpy's reader lets through what Python's parser meets in a header
+        reason = cut(str(error).removeprefix(f"{path}: "), 100) or type(error).__name__
         raise LeapformerError(f"{path}: expected rows of text or an array of text, found {reason}") from None
     return [[value.decode() if isinstance(value, bytes) else str(value) for value in row] for row in array.tolist()]
+
+
+def _read_array(content: bytes) -> np.ndarray:
+    """An array of text from the bytes of a .npy file; numpy makes what a header promises before it looks for it."""
+    file = io.BytesIO(content)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read_header:
+        raise ValueError(f"the version {version} of the format")
+    shape, fortran, dtype = read_header[version](file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays, which could run code")
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "US" or size != len(content) - file.tell():
+        raise ValueError(f"{dtype} {list(shape)} in {len(content) - file.tell():,} bytes")
+    array = np.frombuffer(content, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if fortran else "C")
 
 
 def _parse_row(folder: Path, columns: list[str], where: str) -> tuple[Path, int]:
@@ -166,6 +191,6 @@ def _parse_row(folder: Path, columns: list[str], where: str) -> tuple[Path, int]
     if columns[_LABEL_COLUMN] not in ("0", "1"):
         raise LeapformerError(f"{where}: expected the label 0 or 1, found {columns[_LABEL_COLUMN][:40]!r}")
     file = folder / columns[0] / columns[1]
-    if ".." in file.parts or folder not in file.parents:
+    if ".." in file.parts or folder not in file.parents or "\0" in str(file):
         raise LeapformerError(f"{where}: expected a file inside {folder.name}, found {columns[0][:40]!r}")
     return file, int(columns[_LABEL_COLUMN])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,9 @@ import numpy as np
 
 from leapformer import __version__
 from leapformer.errors import LeapformerError
-from leapformer.files.writing import write_json
+from leapformer.files.checksums import sha256
+from leapformer.files.showing import cut, shown
+from leapformer.files.writing import make_folder, write_json
 from leapformer.tasks import preparation as shared
 from leapformer.tasks.card import CARD, FORMAT, SPLITS, read_card
 from leapformer.tasks.lra import TASKS
@@ -117,10 +118,11 @@ def prepare(
     options = _checked_options(task, module.OPTIONS, options)
     if source is None and task not in GENERATED:
         raise LeapformerError(f"lra-{task}: expected --from with what to convert, found none")
-    if source is not None and not Path(source).exists():
-        raise LeapformerError(f"--from {source}: expected a file or folder, found nothing")
+    if source is not None and not os.path.exists(source):
+        raise LeapformerError(f"--from {cut(source, 240)}: expected a file or folder, found nothing")
     if count is not None and (source is not None or count < 1):
-        raise LeapformerError(f"--count: expected none, or 1 or more for a generator, found {count}")
+        raise LeapformerError(f"--count: expected none, or 1 or more for a generator, found {shown(count)}")
+    shared.check_general(seed=seed, count=count, workers=workers)
     made = {
         "task": task,
         "source": Path(source).name if source is not None else None,
@@ -134,7 +136,7 @@ def prepare(
     workers = workers or processors()
     bad = BadRows(skip_bad)
     job = Job(output, Path(source) if source is not None else None, seed, workers, count, options, bad, progress)
-    (output / PARTS).mkdir(parents=True, exist_ok=True)
+    make_folder(output / PARTS)
     for split in SPLITS:  # an interrupted preparation may have been of other data
         (output / PARTS / f"{split}.safetensors").unlink(missing_ok=True)
     description = module.prepare(job)
@@ -185,8 +187,6 @@ def _card(output: Path, made: Mapping[str, Any], description: Description, bad: 
 def _split_facts(file: Path, num_classes: int) -> dict[str, Any]:
     arrays = read_arrays(file)
     lengths = np.diff(arrays["offsets"])
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "examples": len(arrays["labels"]),
         "examples_by_label": np.bincount(arrays["labels"], minlength=num_classes).tolist(),
@@ -195,7 +195,7 @@ def _split_facts(file: Path, num_classes: int) -> dict[str, Any]:
         "mean_length": round(float(lengths.mean()), 2) if len(lengths) else 0.0,
         "longest": int(lengths.max(initial=0)),
         "bytes": file.stat().st_size,
-        "sha256": digest,
+        "sha256": sha256(file),
     }
 
 

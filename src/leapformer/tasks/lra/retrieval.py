@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.files import COMPRESSIONS, parse_json_row, read_lines, row_text
+from leapformer.files.expanding import COMPRESSIONS
+from leapformer.tasks.files import iterate_lines, parse_json_row, read_lines, row_text
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
 from leapformer.tasks.lra.preparation import Description, Job
 from leapformer.tasks.lra.text import byte_description, check_limit
@@ -68,13 +69,12 @@ def _read_release(job: Job, split: str) -> Pairs:
             f"--from {job.source}: expected tsv_data/{name}, or pairs.{PAIR_NAMES[split]}.tsv and papers.jsonl, found none"
         )
     size, position = path.stat().st_size, 0
-    with path.open("rb") as file:
-        for row, line in enumerate(file, start=1):
-            position += len(line)
-            with job.bad.guard():
-                yield _parse_row(line.rstrip(b"\r\n"), f"{path}:{row}")
-            if row % 1000 == 0 or position == size:
-                job.progress(position, size, path.name)
+    for row, line in enumerate(iterate_lines(path), start=1):
+        position += len(line)
+        with job.bad.guard():
+            yield _parse_row(line.rstrip(b"\r\n"), f"{path}:{row}")
+        if row % 1000 == 0 or position == size:
+            job.progress(position, size, path.name)
 
 
 def _parse_row(line: bytes, where: str) -> tuple[bytes, bytes, int]:

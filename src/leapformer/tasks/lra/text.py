@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.files import COMPRESSIONS, parse_json_row, read_lines, row_text
+from leapformer.files.expanding import COMPRESSIONS
+from leapformer.files.reading import read_bytes
+from leapformer.files.showing import shown
+from leapformer.tasks.files import list_files, parse_json_row, read_lines, row_text
 from leapformer.tasks.lra.harness import convert_pickles, has_pickles
 from leapformer.tasks.lra.preparation import Description, Job, hold_out
 
@@ -74,7 +77,8 @@ def _read_folders(job: Job, folder: Path) -> Iterator[tuple[bytes, int]]:
     for label, name in enumerate(CLASSES):
         if not (folder / name).is_dir():
             raise LeapformerError(f"{folder}: expected the folders pos and neg, found no {name}")
-        files = sorted((folder / name).glob("*.txt"), key=lambda file: (len(file.stem.split("_")[0]), file.name))
+        files = list_files(folder / name, "*.txt")
+        files.sort(key=lambda file: (len(file.stem.split("_")[0]), file.name))
         if not files:
             raise LeapformerError(f"{folder / name}: expected .txt files, found none")
         for number, file in enumerate(files, start=1):
@@ -85,10 +89,7 @@ def _read_folders(job: Job, folder: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _read_document(file: Path) -> bytes:
-    try:
-        document = file.read_bytes()
-    except OSError as error:
-        raise LeapformerError(f"{file}: cannot be read: {error.strerror}") from None
+    document = read_bytes(file)
     if not document:
         raise LeapformerError(f"{file}: expected text, found an empty file")
     return document
@@ -99,8 +100,8 @@ def _read_rows(job: Job, file: Path) -> Iterator[tuple[bytes, int]]:
         with job.bad.guard():
             content = parse_json_row(line, where)
             label = content.get("label")
-            if isinstance(label, bool) or label not in (0, 1):
-                raise LeapformerError(f"{where}: expected the label 0 (negative) or 1 (positive), found {label!r:.40}")
+            if isinstance(label, bool | list | dict) or label not in (0, 1):
+                raise LeapformerError(f"{where}: expected the label 0 (negative) or 1 (positive), found {shown(label)}")
             text = row_text(content, "text", where)
             if not text:
                 raise LeapformerError(f"{where}: expected text, found none")

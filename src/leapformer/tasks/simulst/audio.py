@@ -7,10 +7,11 @@ stereo file needs the memory of its mono samples at 16 kHz.
 
 from __future__ import annotations
 
-import io
 import math
+import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.expanding import largest_file
+from leapformer.files.reading import kind_of_file
+from leapformer.files.showing import cut
+from leapformer.tasks.simulst.containers import READABLE, CutOff, check_whole
 
 SAMPLE_RATE = 16_000
 SAMPLE_RATES = (1_000, 768_000)  # what a file may have
@@ -26,11 +31,14 @@ SAMPLE_RATES = (1_000, 768_000)  # what a file may have
 END_TOLERANCE = 0.01
 
 _BLOCK = 1 << 16  # frames of a file that are decoded at a time
-_OGG_TAIL = 1 << 17  # two pages of the largest size
+_LONGEST = 1e9  # seconds: a later place in a file is no integer any more
+_FEW_CHANNELS = 8  # of more, fewer frames at a time
 # libsndfile's seek may land elsewhere in Vorbis, and brings the decoders of Opus and mp3 into another state: these are
 # decoded from the start, and in the same blocks, whatever the cut.
 _NO_EXACT_SEEK = ("OGG", "MP3", "MPEG")
-_UNKNOWN_SIZE = 0x7FFF_0000  # programs that write to a pipe put about 2 or 4 GiB where a wav file states its size
+_NO_SEEK = "DWVW"  # its decoder says that it can
+# The energies of samples beyond it could overflow float32, in the resampler or in the mel bins.
+LOUDEST = 1e10
 
 AudioSource = str | Path | BinaryIO
 
@@ -82,8 +90,14 @@ def read_audio(
             within it (by more than 0.01 s).
         MissingExtra: soundfile or soxr is not installed.
     """
-    cut = read_blocks(source, offset=offset, duration=duration, sample_rate=sample_rate, name=name)
-    return np.concatenate([np.zeros(0, np.float32), *cut])
+    where, most = _place(source, name), largest_file() // 4
+    blocks, samples = [np.zeros(0, np.float32)], 0
+    for block in read_blocks(source, offset=offset, duration=duration, sample_rate=sample_rate, name=name):
+        samples += len(block)
+        if samples > most:
+            raise LeapformerError(f"{where}: expected at most {most:,} samples, as the memory allows, found more")
+        blocks.append(block)
+    return np.concatenate(blocks)
 
 
 def read_blocks(
@@ -153,19 +167,22 @@ class StreamingResampler:
             raise ValueError("resampler: expected no call after finish")
 
 
-def check_samples(samples: ArrayLike) -> np.ndarray:
+def check_samples(samples: ArrayLike, *, loudest: float = LOUDEST) -> np.ndarray:
     """Samples as float32 [N].
 
     Raises:
-        ValueError: they have more dimensions, are not floating (integers have another scale) or not finite.
+        ValueError: they have more dimensions, are not floating (integers have another scale), not finite or beyond
+            `loudest`.
     """
     array = np.asarray(samples)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"samples: expected floating [N] within [-1, 1], got {array.dtype} {list(array.shape)}")
-    array = np.ascontiguousarray(array, dtype=np.float32)
-    bad = _first_bad(array)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    bad = _first_bad(array, loudest)
     if bad is not None:
-        raise ValueError(f"samples: expected finite ones, got {array[bad]} at index {bad}")
+        expected = f"magnitudes of at most {loudest:g}" if np.isfinite(array[bad]) else "finite ones"
+        raise ValueError(f"samples: expected {expected}, got {array[bad]} at index {bad}")
     return array
 
 
@@ -182,25 +199,39 @@ def _place(source: AudioSource, name: str | None) -> str:
 def _opened(source: AudioSource, where: str) -> Iterator[Any]:
     """The file for soundfile, once it is known to be whole as far as its format tells."""
     soundfile = _soundfile()
-    try:
-        if isinstance(source, str | Path):
-            with open(source, "rb") as raw:
-                _check_whole(raw, where)
-        else:
-            _check_whole(source, where)
-    except OSError as error:
-        raise LeapformerError(f"{where}: expected an audio file, found {error.strerror or error}") from None
-    try:
-        file = soundfile.SoundFile(source)
-    except soundfile.LibsndfileError as error:
-        raise LeapformerError(f"{where}: expected audio (wav, flac, ogg, mp3), found {_reason(error)}") from None
-    with file:
+    with ExitStack() as stack:
+        try:
+            raw = stack.enter_context(_open_regular(source)) if isinstance(source, str | Path) else source
+            check_whole(raw)
+        except OSError as error:
+            raise LeapformerError(f"{where}: expected an audio file, found {error.strerror or error}") from None
+        except ValueError:  # a zero byte in the name
+            raise LeapformerError(f"{where}: expected an audio file, found no name of a file") from None
+        except CutOff as error:
+            raise LeapformerError(f"{where}: {error}") from None
+        try:
+            # By its path, where there is one: libsndfile goes by the suffix of some mp3 files.
+            file = stack.enter_context(soundfile.SoundFile(source))
+        except soundfile.LibsndfileError as error:
+            raise LeapformerError(f"{where}: expected audio (wav, flac, ogg, mp3), found {_reason(error)}") from None
+        if file.format not in READABLE:
+            raise LeapformerError(
+                f"{where}: expected audio whose file tells its length (wav, aiff, au, caf, flac, ogg, mp3), "
+                f"found {file.format_info}"
+            )
         yield file
+
+
+def _open_regular(path: str | Path) -> BinaryIO:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would wait for ever
+        raise OSError(kind_of_file(mode))
+    return open(path, "rb")
 
 
 def _reason(error: Any) -> str:
     """libsndfile's own words, as a part of a line."""
-    return "an error of the decoder: " + " ".join(str(error.error_string).split()).rstrip(".")
+    return "an error of the decoder: " + cut(error.error_string, 200).rstrip(".")
 
 
 def _info(file: Any, where: str) -> AudioInfo:
@@ -214,59 +245,14 @@ def _info(file: Any, where: str) -> AudioInfo:
     return AudioInfo(file.samplerate, file.channels, file.frames)
 
 
-def _check_whole(raw: BinaryIO, where: str) -> None:
-    """libsndfile takes a wav or ogg file that is cut off for a shorter one; leaves the file at its start."""
-    size = raw.seek(0, io.SEEK_END)
-    raw.seek(0)
-    magic = raw.read(12)
-    if size == 0:
-        raise LeapformerError(f"{where}: expected an audio file, found an empty one")
-    if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
-        _check_wav(raw, size, where)
-    elif magic[:4] == b"OggS":
-        _check_ogg(raw, size, where)
-    raw.seek(0)
-
-
-def _check_wav(raw: BinaryIO, size: int, where: str) -> None:
-    """The chunk of samples must lie within the file."""
-    position = 12
-    while position + 8 <= size:
-        raw.seek(position)
-        header = raw.read(8)
-        length = int.from_bytes(header[4:], "little")
-        position += 8
-        if header[:4] == b"data":
-            if length < _UNKNOWN_SIZE and position + length > size:
-                raise LeapformerError(
-                    f"{where}: expected {length:,} bytes of samples, found {size - position:,}: the file is cut off"
-                )
-            return
-        position += length + length % 2
-    raise LeapformerError(f"{where}: expected a chunk of samples, found the end of the file: it is cut off")
-
-
-def _check_ogg(raw: BinaryIO, size: int, where: str) -> None:
-    """The last page must bear the mark of the end of a stream (RFC 3533, section 6)."""
-    raw.seek(max(0, size - _OGG_TAIL))
-    tail = raw.read()
-    page = tail.rfind(b"OggS")
-    # A page is a header of 27 bytes, a table of so many sizes as byte 26 says, and as many bytes as their sum.
-    sizes = tail[page + 27 : page + 27 + tail[page + 26]] if 0 <= page < len(tail) - 26 else b""
-    if not sizes or not tail[page + 5] & 4 or len(tail) < page + 27 + tail[page + 26] + sum(sizes):
-        raise LeapformerError(
-            f"{where}: expected a last ogg page that ends the stream, found none: the file is cut off"
-        )
-
-
 def _cut(info: AudioInfo, offset: float, duration: float | None, where: str) -> tuple[int, int]:
     """First sample and number of samples, in samples of the file."""
     if not (math.isfinite(offset) and offset >= 0):
         raise LeapformerError(f"{where}: offset: expected seconds from 0 on, found {offset}")
     if duration is not None and not (math.isfinite(duration) and duration > 0):
         raise LeapformerError(f"{where}: duration: expected seconds above 0, found {duration}")
-    start = round(offset * info.sample_rate)
-    end = info.samples if duration is None else round((offset + duration) * info.sample_rate)
+    start = round(min(offset, _LONGEST) * info.sample_rate)
+    end = info.samples if duration is None else round(min(offset + duration, _LONGEST) * info.sample_rate)
     if start >= info.samples or end > info.samples + END_TOLERANCE * info.sample_rate:
         length = "" if duration is None else f" + duration {duration:g} s"
         raise LeapformerError(
@@ -282,12 +268,15 @@ def _cut(info: AudioInfo, offset: float, duration: float | None, where: str) -> 
 def _mono_blocks(file: Any, start: int, count: int, where: str) -> Iterator[np.ndarray]:
     """The mean of the channels of samples start to start + count, float32, block by block."""
     end, position = start + count, 0
+    size = _BLOCK if file.channels <= _FEW_CHANNELS else _BLOCK // 16
+    from_start = file.format in _NO_EXACT_SEEK or not file.seekable() or file.subtype.startswith(_NO_SEEK)
+    if from_start:
+        file.seekable = lambda: False  # otherwise soundfile seeks behind every block, which some codecs can't
     try:
-        if file.format not in _NO_EXACT_SEEK:
+        if start and not from_start:
             position = file.seek(start)
         while position < end:
-            wanted = _BLOCK if file.format in _NO_EXACT_SEEK else min(_BLOCK, end - position)
-            block = file.read(wanted, dtype="float32", always_2d=True)
+            block = file.read(size if from_start else min(size, end - position), dtype="float32", always_2d=True)
             if not len(block):
                 raise LeapformerError(f"{where}: expected {end:,} samples, found {position:,}: the file is cut off")
             first, position = max(start - position, 0), position + len(block)
@@ -297,18 +286,23 @@ def _mono_blocks(file: Any, start: int, count: int, where: str) -> Iterator[np.n
             if bad is not None:
                 sample = min(position, end) - len(block) + bad
                 raise LeapformerError(
-                    f"{where}: sample {sample:,} ({sample / file.samplerate:.3f} s): "
-                    f"expected a finite number, found {mono[bad]}"
+                    f"{where}: sample {sample:,} ({sample / file.samplerate:.3f} s): {_found(mono[bad])}"
                 )
             yield mono
     except _soundfile().LibsndfileError as error:
         raise LeapformerError(f"{where}: expected {end:,} whole samples, found {_reason(error)}") from None
 
 
-def _first_bad(samples: np.ndarray) -> int | None:
-    """Index of the first sample that is NaN or infinite."""
-    finite = np.isfinite(samples)
-    return None if finite.all() else int(np.argmin(finite))
+def _first_bad(samples: np.ndarray, loudest: float = LOUDEST) -> int | None:
+    """Index of the first sample that is NaN or beyond `loudest`."""
+    good = np.abs(samples) <= loudest
+    return None if good.all() else int(np.argmin(good))
+
+
+def _found(sample: np.float32) -> str:
+    """What was expected and found of a sample that is bad."""
+    expected = f"a magnitude of at most {LOUDEST:g}" if np.isfinite(sample) else "a finite number"
+    return f"expected {expected}, found {sample}"
 
 
 # ---- optional packages

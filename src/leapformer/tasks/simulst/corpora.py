@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut, shown
 from leapformer.tasks.card import read_card
-from leapformer.tasks.preparation import BadRows, Progress, is_there, silent
+from leapformer.tasks.preparation import BadRows, Progress, check_general, is_there, silent
 from leapformer.tasks.simulst.clips import read_clip
 from leapformer.tasks.simulst.corpus_source import Source, Splits
-from leapformer.tasks.simulst.prepared import check_count, draw, file_names, identify, write_prepared
+from leapformer.tasks.simulst.prepared import draw, file_names, identify, write_prepared
 from leapformer.tasks.simulst.prompts import read_asterisk, read_tuxpaint
 from leapformer.tasks.simulst.published_corpora import read_covost, read_europarl, read_manifests, read_mustc
 
@@ -81,14 +82,14 @@ def prepare_corpus(
     output = Path(output)
     if name not in CORPORA:
         raise LeapformerError(f"speech: expected one of {', '.join(CORPORA)}, found {name!r}")
-    check_count(count)
+    check_general(seed=seed, count=count, workers=workers)
     if not os.path.isdir(folder):
         found = "a file" if os.path.exists(folder) else "nothing"
-        raise LeapformerError(f"--from {folder}: expected a folder, found {found}")
+        raise LeapformerError(f"--from {cut(folder, 240)}: expected a folder, found {found}")
     folder = Path(os.path.abspath(folder))
     for option, language in (("source", source_language), ("target", target_language)):
         if not _LANGUAGE.fullmatch(language):
-            raise LeapformerError(f"--{option}-language: expected a code such as fr, found {language!r}")
+            raise LeapformerError(f"--{option}-language: expected a code such as fr, found {shown(language)}")
     if source_language == target_language:
         raise LeapformerError(f"--target-language: expected another than that of the speech, found {target_language}")
     source = Source(folder, source_language, target_language, seed, BadRows(skip_bad))

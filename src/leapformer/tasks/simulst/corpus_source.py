@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut, shown
 from leapformer.tasks.files import decode_line, read_raw_lines
 from leapformer.tasks.preparation import BadRows
 from leapformer.tasks.simulst.clips import Clip
@@ -99,7 +100,7 @@ def read_table(path: Path, columns: Sequence[str], bad: BadRows) -> Iterator[tup
     missing = [name for name in columns if name not in names]
     if missing:
         raise LeapformerError(
-            f"data: {path}:1: expected the columns {', '.join(columns)}, found {', '.join(names) or 'an empty file'}"
+            f"data: {path}:1: expected the columns {', '.join(columns)}, found {cut(', '.join(names)) or 'an empty file'}"
         )
     for number, line in enumerate(lines[1:], start=2):
         where = f"{path}:{number}"
@@ -117,8 +118,8 @@ def number_of(value: Any, what: str, where: str) -> float:
     """A finite number of seconds, from JSON-like values or text."""
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise LeapformerError(f"data: {where}: {what}: expected seconds, found {value!r}")
+        raise LeapformerError(f"data: {where}: {what}: expected seconds, found {shown(value)}")
     return number

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from leapformer.files.writing import make_folder
 from leapformer.tasks.simulst.instances import LOG_NAME, Instance, score, write_instances
 from leapformer.tasks.simulst.policy_registry import DEFAULT, PolicyLine, parse_line
 
@@ -91,7 +92,7 @@ def evaluate_curve(
 
 
 def _write_log(path: Path, instances: Sequence[Instance]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_instances(path, instances)
 
 

@@ -3,13 +3,15 @@
 They are computed in shards, by several processes where there are many; shards that are there are kept over an interrupt.
 
 A file holds float16 [frames of all utterances, M]: half the size, and an error of at most 2^-11 of a log-mel value (0.01),
-a hundredth of what the least noise changes. Training reads it through a memory map, in random order.
+a hundredth of what the least noise changes. Training reads it through a memory map, in random order. Beside it lies its
+checksum; it is looked at when the file is opened, and features that are damaged are computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +22,17 @@ import torch
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import is_sound, write_sum
+from leapformer.files.writing import make_folder, staged_file
 from leapformer.tasks.preparation import Progress, make_shards, processors
 from leapformer.tasks.simulst.audio import SAMPLE_RATE
 from leapformer.tasks.simulst.features import MEL_BINS, FeatureStatistics, frame_count, offline
 from leapformer.tasks.simulst.prepared import SpokenSplit
 from leapformer.training.task import ProgressOf, untold
 
+_LOG = logging.getLogger(__name__)
+_FLOAT16 = np.dtype("<f2")
+_LONGEST_HEADER = 1 << 12
 _INT16 = np.float32(1 / 32768)
 _BLOCK = 1 << 16  # frames of one step of the statistics
 _SHARD = 500  # utterances: a few seconds of work
@@ -47,9 +54,21 @@ class CachedFeatures(Sequence[Tensor]):
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         digest = hashlib.sha256(f"{key}|{MEL_BINS}|{SAMPLE_RATE}|{int(self.starts[-1])}".encode()).hexdigest()[:16]
         self.path = cache / f"features-{digest}.npy"
-        if not self.path.is_file():
+        if not is_sound(self.path):
+            if self.path.is_file():
+                _LOG.warning("%s is damaged, or was cut off: its features are computed again", self.path)
             self._compute(split, progress)
-        self._frames = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        self._frames = self._open()
+
+    def _open(self) -> np.ndarray:
+        """float16 [frames, M], a read-only memory map."""
+        shape = (int(self.starts[-1]), MEL_BINS)
+        size = self.path.stat().st_size - math.prod(shape) * _FLOAT16.itemsize
+        if not 0 < size <= _LONGEST_HEADER:
+            raise LeapformerError(f"{self.path}: expected features of the shape {list(shape)}, found another size")
+        if not shape[0]:
+            return np.zeros(shape, _FLOAT16)
+        return np.memmap(self.path, dtype=_FLOAT16, mode="r", offset=size, shape=shape)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -73,10 +92,10 @@ class CachedFeatures(Sequence[Tensor]):
         """Make the shards that are missing, and the file of them."""
         parts = self.path.with_suffix(".parts")
         try:
-            parts.mkdir(parents=True, exist_ok=True)
+            make_folder(parts)
             self._put_together(self._make_shards(parts, split, progress))
         except (OSError, LeapformerError):
-            if not self.path.is_file():  # else another run was done with it first, and took the shards away
+            if not is_sound(self.path):  # else another run was done with it first, and took the shards away
                 raise
         shutil.rmtree(parts, ignore_errors=True)
 
@@ -90,37 +109,39 @@ class CachedFeatures(Sequence[Tensor]):
             [(split.folder, split.name, first, end) for first, end in bounds],
             workers=processors() if len(self) >= _MANY else 1,
             progress=_stepping(progress),
-            is_whole=Path.is_file,
+            is_whole=lambda path: _is_whole(path, self.starts),
         )
         return shards
 
     def _put_together(self, shards: dict[Path, tuple[int, int]]) -> None:
-        """Write the file under another name, and rename it when it is whole."""
-        temporary = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
-        try:
-            shape = (int(self.starts[-1]), MEL_BINS)
-            frames = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-            for shard, (first, end) in shards.items():
-                frames[self.starts[first] : self.starts[end]] = np.fromfile(shard, np.float16).reshape(-1, MEL_BINS)
-            frames.flush()
-            del frames
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the file, a header of numpy's and the shards one after another, and its checksum."""
+        header = {"descr": _FLOAT16.str, "fortran_order": False, "shape": (int(self.starts[-1]), MEL_BINS)}
+        with staged_file(self.path, shared=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for shard in shards:
+                if not _is_whole(shard, self.starts):
+                    raise LeapformerError(f"{shard}: expected the features of its utterances, found another size")
+                with shard.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        write_sum(self.path, shared=True)
+
+
+def _is_whole(shard: Path, starts: np.ndarray) -> bool:
+    """Whether a shard is there, with as many bytes as the frames of its utterances have."""
+    first, end = map(int, shard.stem.split("-"))
+    try:
+        return shard.stat().st_size == int(starts[end] - starts[first]) * MEL_BINS * _FLOAT16.itemsize
+    except OSError:
+        return False
 
 
 def compute_shard(path: Path, folder: Path, split: str, first: int, end: int) -> None:
-    """Write the features of some utterances of a split, float16, through a temporary file."""
+    """Write the features of some utterances of a split, float16."""
     spoken = SpokenSplit(folder, split)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            for number in range(first, end):
-                samples = spoken[number]["audio"].astype(np.float32) * _INT16
-                offline(samples).numpy().astype(np.float16).tofile(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path, shared=True) as file:
+        for number in range(first, end):
+            samples = spoken[number]["audio"].astype(np.float32) * _INT16
+            file.write(offline(samples).numpy().astype(_FLOAT16).tobytes())
 
 
 def _stepping(progress: ProgressOf) -> Progress:

@@ -23,7 +23,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.tasks.simulst.audio import SAMPLE_RATE, check_samples
+from leapformer.files.reading import read_bytes
+from leapformer.files.showing import cut
+from leapformer.files.writing import write_bytes
+from leapformer.tasks.simulst.audio import LOUDEST, SAMPLE_RATE, check_samples
 
 MEL_BINS = 80
 WINDOW = 400  # samples: 25 ms
@@ -32,6 +35,9 @@ LEFT_PADDING = WINDOW - SHIFT
 INT16_SCALE = 32768.0
 # The least standard deviation that features are divided by: a bin that hardly varied in the statistics is not blown up.
 SMALLEST_STD = 0.1
+BINS = (3, 128)  # that Kaldi's filterbank can have
+_RESAMPLED = 4  # times louder than what went into it may be what comes out of the resampler, and more
+_LARGEST = 1 << 20  # bytes of a file of statistics
 
 
 def frame_count(samples: int) -> int:
@@ -77,7 +83,7 @@ class FilterbankStream:
         Raises:
             ValueError: samples are not floating [n] or not finite (the stream is as before), or it is finished.
         """
-        samples = check_samples(samples)
+        samples = check_samples(samples, loudest=_RESAMPLED * LOUDEST)
         self._check_open()
         return self._accept(samples * np.float32(INT16_SCALE))
 
@@ -200,15 +206,9 @@ class FeatureStatistics:
         """Write a safetensors file: int64 [1] `count` and `utterances`, float64 [M] `mean` and `variance`."""
         from safetensors.torch import save
 
-        path = Path(path)
         counts = {name: torch.tensor([getattr(self, name)]) for name in ("count", "utterances")}
         content = save({**counts, "mean": self.mean.contiguous(), "variance": self.variance.contiguous()})
-        temporary = path.with_name(f".writing-{path.name}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, content, shared=True)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
@@ -221,16 +221,18 @@ class FeatureStatistics:
         from safetensors.torch import load
 
         try:
-            tensors = load(Path(path).read_bytes())
+            os.stat(path)
+            tensors = load(read_bytes(path, largest=_LARGEST))
         except OSError as error:
             raise LeapformerError(f"{path}: expected feature statistics, found {error.strerror or error}") from None
         except SafetensorError as error:
-            reason = " ".join(str(error).split())
-            raise LeapformerError(f"{path}: expected feature statistics (safetensors), found {reason}") from None
+            raise LeapformerError(
+                f"{path}: expected feature statistics (safetensors), found {cut(error, 160)}"
+            ) from None
         found = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
         whole, real = (torch.int64, 1), (torch.float64, 1)
         if found != {"count": whole, "utterances": whole, "mean": real, "variance": real}:
-            names = ", ".join(sorted(found)) or "nothing"
+            names = cut(", ".join(sorted(found))) or "nothing"
             raise LeapformerError(
                 f"{path}: expected count, utterances, mean and variance, found {names} of other types"
             )
@@ -239,4 +241,9 @@ class FeatureStatistics:
             raise LeapformerError(f"{path}: expected one count and as many means as variances, found other sizes")
         if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
             raise LeapformerError(f"{path}: expected finite means and variances from 0 on, found others")
-        return cls(int(tensors["count"]), int(tensors["utterances"]), mean, variance)
+        count, utterances = int(tensors["count"]), int(tensors["utterances"])
+        if count < 0 or utterances < 0:
+            raise LeapformerError(f"{path}: expected counts from 0 on, found {count:,} and {utterances:,}")
+        if not BINS[0] <= len(mean) <= BINS[1]:
+            raise LeapformerError(f"{path}: expected {BINS[0]} to {BINS[1]} bins, found {len(mean):,}")
+        return cls(count, utterances, mean, variance)

@@ -16,20 +16,20 @@ source_length      number, of the whole source in the unit of the delays
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.showing import cut, shown
+from leapformer.files.writing import json_text, staged_file
 from leapformer.tasks.files import read_json_rows
 from leapformer.tasks.simulst.latency import Emissions, corpus_latency, mean, reference_words
 
 LOG_NAME = "instances.log"
 
+_LARGEST = 1e15  # a number of a log: beyond it sums lose their milliseconds
 _FIELDS = ("index", "prediction", "delays", "elapsed", "reference", "source", "source_length")
 
 
@@ -87,15 +87,9 @@ class Instance:
 
 def write_instances(path: str | Path, instances: Iterable[Instance]) -> None:
     """Write a log; it gets its name only when it is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for instance in instances:
-                file.write(json.dumps(instance.as_row(), allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path) as file:
+        for instance in instances:
+            file.write((json_text(instance.as_row()) + "\n").encode())
 
 
 def read_instances(path: str | Path) -> list[Instance]:
@@ -108,7 +102,9 @@ def read_instances(path: str | Path) -> list[Instance]:
     for row, where in read_json_rows(Path(path)):
         missing = [name for name in _FIELDS if name not in row]
         if missing:
-            raise LeapformerError(f"{where}: expected the key {missing[0]!r}, found {', '.join(sorted(row)) or 'none'}")
+            raise LeapformerError(
+                f"{where}: expected the key {missing[0]!r}, found {cut(', '.join(sorted(row))) or 'none'}"
+            )
         try:
             instance = Instance(**{name: row[name] for name in _FIELDS})
         except ValueError as error:
@@ -180,12 +176,12 @@ def _has_times(instance: Instance) -> bool:
 
 def _expect(condition: bool, name: str, expected: str, found: object) -> None:
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, found {found!r:.80}")
+        raise ValueError(f"{name}: expected {expected}, found {shown(found)}")
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LARGEST

@@ -25,7 +25,10 @@ import numpy as np
 
 from leapformer import __version__
 from leapformer.errors import LeapformerError
-from leapformer.files.writing import write_json, write_text
+from leapformer.files.expanding import largest_file
+from leapformer.files.reading import read_bytes, read_json_object
+from leapformer.files.showing import shown
+from leapformer.files.writing import make_folder, staged_file, write_json, write_text
 from leapformer.tasks.card import CARD, FORMAT, read_card
 from leapformer.tasks.files import parse_json_row, read_lines
 from leapformer.tasks.preparation import PARTS, BadRows, Progress, make_shards, parts_key, processors
@@ -59,15 +62,22 @@ class SpokenSplit(Sequence[dict[str, Any]]):
         if split not in self.card["splits"]:
             raise LeapformerError(f"{folder}: expected the split {split}, found {', '.join(self.card['splits'])}")
         index, audio = _split_files(folder, split)
-        self.rows = [parse_json_row(line, where) for line, where in read_lines(index)]
+        self.rows = [_check_row(parse_json_row(line, where), where) for line, where in read_lines(index)]
         if not audio.is_file():
             raise LeapformerError(f"{audio}: expected prepared audio, found no such file")
-        samples = sum(row["samples"] for row in self.rows)
+        samples = 0
+        for row in self.rows:
+            if row["start"] != samples:
+                raise LeapformerError(
+                    f"data: {index}: expected the utterance {shown(row['id'])} to start at {samples:,}, "
+                    f"found {shown(row['start'])}"
+                )
+            samples += row["samples"]
         if audio.stat().st_size != 2 * samples:
             raise LeapformerError(
                 f"{audio}: expected {2 * samples:,} bytes by {index.name}, found {audio.stat().st_size:,}"
             )
-        self._audio = np.memmap(audio, dtype="<i2", mode="r")
+        self._audio = np.memmap(audio, dtype="<i2", mode="r") if samples else np.zeros(0, "<i2")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +87,19 @@ class SpokenSplit(Sequence[dict[str, Any]]):
             return [self[each] for each in range(*number.indices(len(self)))]
         row = self.rows[number]
         return {**row, "audio": self._audio[row["start"] : row["start"] + row["samples"]]}
+
+
+_ROW = {"id": str, "text": str, "translation": str, "start": int, "samples": int}
+
+
+def _check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of an index, of the types that it is written with."""
+    for key, kind in _ROW.items():
+        value: Any = row.get(key)
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**48):
+            expected = "text" if kind is str else "a number of samples"
+            raise LeapformerError(f"data: {where}: {key}: expected {expected}, found {shown(value)}")
+    return row
 
 
 def _split_files(folder: Path, split: str) -> tuple[Path, Path]:
@@ -126,12 +149,6 @@ def draw(examples: list[Example], count: int | None, seed: int) -> list[Example]
     return [examples[number] for number in np.sort(np.random.default_rng(seed).permutation(len(examples))[:count])]
 
 
-def check_count(count: int | None) -> None:
-    """Raises LeapformerError where a count is none."""
-    if count is not None and count < 1:
-        raise LeapformerError(f"--count: expected 1 or more, found {count}")
-
-
 # ---- writing
 
 
@@ -175,7 +192,7 @@ def write_prepared(
         LeapformerError: a bad row that is not to be skipped, or a split without a good one.
     """
     parts = output / PARTS
-    parts.mkdir(parents=True, exist_ok=True)
+    make_folder(parts)
     shards = {split: _shards(parts, split, splits[split], (made["maker"], bad.skip)) for split in splits}
     calls = [shard for of_split in shards.values() for shard in of_split]
     recipes = [(make_audio, [utterance.recipe for utterance in utterances], bad.skip) for _, utterances in calls]
@@ -230,7 +247,7 @@ def make_shard(path: Path, make_audio: Callable[[Any], np.ndarray], recipes: Seq
     A recipe that is bad has none, and its fault is listed.
     """
     bad, sizes = BadRows(skip_bad), []
-    with path.with_suffix(".int16").open("wb") as file:
+    with staged_file(path.with_suffix(".int16")) as file:
         for recipe in recipes:
             samples = np.zeros(0, np.int16)
             with bad.guard():
@@ -242,10 +259,24 @@ def make_shard(path: Path, make_audio: Callable[[Any], np.ndarray], recipes: Seq
 
 def _is_whole(path: Path) -> bool:
     try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))["samples"]
-        return path.with_suffix(".int16").stat().st_size == 2 * sum(sizes)
-    except (OSError, ValueError, KeyError, TypeError):
+        return path.with_suffix(".int16").stat().st_size == 2 * sum(_read_shard(path)[0])
+    except (OSError, LeapformerError):
         return False
+
+
+def _read_shard(path: Path) -> tuple[list[int], list[str]]:
+    """The samples of each utterance of a shard, and its bad rows.
+
+    Raises:
+        LeapformerError: it is none.
+    """
+    shard = read_json_object(path)
+    sizes, bad = shard.get("samples"), shard.get("bad")
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise LeapformerError(f"{path}: samples: expected a list of sizes, found {shown(sizes)}")
+    if not isinstance(bad, list) or not all(isinstance(row, str) for row in bad):
+        raise LeapformerError(f"{path}: bad: expected a list of texts, found {shown(bad)}")
+    return sizes, bad
 
 
 def _put_together(parts: Path, split: str, shards: Sequence[Shard], bad: BadRows) -> dict[str, Any]:
@@ -253,14 +284,14 @@ def _put_together(parts: Path, split: str, shards: Sequence[Shard], bad: BadRows
     index, audio = _split_files(parts, split)
     rows: list[dict[str, Any]] = []
     start, digest = 0, hashlib.sha256()
-    with audio.open("wb") as file:
+    with staged_file(audio) as file:
         for path, utterances in shards:
-            content = path.with_suffix(".int16").read_bytes()
+            content = read_bytes(path.with_suffix(".int16"), largest=largest_file())
             file.write(content)
             digest.update(content)
-            shard = json.loads(path.read_text(encoding="utf-8"))
-            bad.found.extend(shard["bad"])
-            for size, utterance in zip(shard["samples"], utterances, strict=True):
+            sizes, bad_rows = _read_shard(path)
+            bad.found.extend(bad_rows)
+            for size, utterance in zip(sizes, utterances, strict=True):
                 if size:
                     rows.append(_with_place(utterance.row, start, size))
                 start += size

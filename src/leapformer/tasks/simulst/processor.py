@@ -20,7 +20,7 @@ from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_own_files
 from leapformer.files.reading import read_json_object
 from leapformer.files.showing import cut, shown
-from leapformer.files.writing import write_json
+from leapformer.files.writing import make_folder, write_json
 from leapformer.tasks.simulst.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.vocabulary import END, Vocabulary
 from leapformer.training.loading import load_model
@@ -79,7 +79,7 @@ class TranslationProcessor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files named above."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if self.statistics is not None:
             self.statistics.save(folder / STATISTICS)
         if self.source_vocabulary is not None:
@@ -104,6 +104,8 @@ class TranslationProcessor:
         source, target = languages
         has_source = kind == "text" or (folder / SOURCE).is_file()
         statistics = FeatureStatistics.load(folder / STATISTICS) if kind == "speech" else None
+        if statistics is not None and not statistics.count:
+            raise LeapformerError(f"{folder / STATISTICS}: expected statistics of at least one frame, found none")
         return cls(
             target_vocabulary=Vocabulary.load(folder / TARGET),
             statistics=statistics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from leapformer.errors import LeapformerError
+from leapformer.files.showing import cut
 from leapformer.tasks.simulst.clips import Clip, inside, read_archive
 from leapformer.tasks.simulst.corpus_source import Source, Splits, number_of, read_table, utterance
 from leapformer.tasks.simulst.prepared import Utterance, hold_out
@@ -50,9 +51,9 @@ def _read_recordings(source: Source, id: str, *, fastest: float) -> Splits:
             file = inside(unpacked, row["file"], where) if unpacked else members.get(row["file"])
             if file is None:
                 raise LeapformerError(
-                    f"data: {where}: expected {row['file']} in {source.source}.tar.xz, found no such file in it"
+                    f"data: {where}: expected {cut(row['file'])} in {source.source}.tar.xz, found no such file in it"
                 )
-            clip = Clip(file, f"{where}: {row['file']}")
+            clip = Clip(file, f"{where}: {cut(row['file'])}")
             name = f"{row['lang']}/{row[id]}"
             utterances.append(utterance(name, row["transcript"], row[source.target], clip, where=where))
     return hold_out(utterances, _plain_text, ["validation", "test"], source.seed) if utterances else {}

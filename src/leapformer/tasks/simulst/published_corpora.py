@@ -7,6 +7,7 @@ arXiv 1911.03167), and manifests of fairseq S2T (Wang et al. 2020, arXiv 2010.05
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.files import decode_line, read_raw_lines
+from leapformer.files.reading import parse_yaml
+from leapformer.files.showing import cut, shown
+from leapformer.tasks.files import decode_line, list_files, read_raw_lines
 from leapformer.tasks.simulst.audio import audio_info
 from leapformer.tasks.simulst.clips import Clip, inside
 from leapformer.tasks.simulst.corpus_source import (
@@ -31,6 +34,8 @@ from leapformer.tasks.simulst.corpus_source import (
 )
 from leapformer.tasks.simulst.prepared import Utterance
 
+# Of a file of MuST-C: the largest published one has about 250,000 segments of 4 to 5 keys, 11 values each.
+_MOST_VALUES = 20_000_000
 _AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
@@ -42,7 +47,7 @@ def read_mustc(source: Source) -> Splits:
     folder = first_folder([source.folder / source.pair / "data", source.folder / "data"], source, "MuST-C")
     return {
         split_name(split.name): list(_mustc_split(split, source))
-        for split in sorted(folder.iterdir())
+        for split in list_files(folder, "*")
         if (split / "txt").is_dir()
     }
 
@@ -59,16 +64,25 @@ def _mustc_split(folder: Path, source: Source) -> Iterator[Utterance]:
         where = f"{index}:{place + 1}"
         with source.bad.guard():
             if not isinstance(segment, dict) or not {"wav", "offset", "duration"} <= segment.keys():
-                raise LeapformerError(f"data: {where}: expected wav, offset and duration, found {str(segment)[:80]}")
-            wav = str(segment["wav"])
+                raise LeapformerError(f"data: {where}: expected wav, offset and duration, found {shown(segment)}")
+            wav = _plain(segment["wav"], "wav", where)
             clip = Clip(
                 inside(folder / "wav", wav, where),
-                f"{where}: {wav}",
+                f"{where}: {cut(wav)}",
                 offset=number_of(segment["offset"], "offset", where),
                 duration=number_of(segment["duration"], "duration", where),
             )
-            id, speaker = f"{Path(wav).stem}_{numbers[place]}", str(segment.get("speaker_id", ""))
+            id, speaker = (
+                f"{Path(wav).stem}_{numbers[place]}",
+                _plain(segment.get("speaker_id", ""), "speaker_id", where),
+            )
             yield aligned_utterance(id, texts[place], translations[place], clip, speaker=speaker)
+
+
+def _plain(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str | int | float):
+        raise LeapformerError(f"data: {where}: {what}: expected a name, found {shown(value)}")
+    return str(value)
 
 
 def _numbers_within_talks(segments: Sequence[Any]) -> list[int]:
@@ -76,7 +90,7 @@ def _numbers_within_talks(segments: Sequence[Any]) -> list[int]:
     talks: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for place, segment in enumerate(segments):
         wav, offset = (segment.get(key) for key in ("wav", "offset")) if isinstance(segment, dict) else (None, None)
-        talks[str(wav)].append((float(offset) if isinstance(offset, int | float) else math.inf, place))
+        talks[str(wav)].append((_time(offset), place))
     numbers = [0] * len(segments)
     for talk in talks.values():
         for number, (_, place) in enumerate(sorted(talk)):
@@ -84,18 +98,16 @@ def _numbers_within_talks(segments: Sequence[Any]) -> list[int]:
     return numbers
 
 
-def _read_yaml_list(path: Path) -> list[Any]:
-    import yaml
-
-    text = "\n".join(decode_line(line, f"{path}:{row}") for row, line in enumerate(read_raw_lines(path), start=1))
+def _time(offset: Any) -> float:
     try:
-        # The C parser takes a tenth of the time, where it was built.
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.MarkedYAMLError as error:
-        row = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise LeapformerError(f"data: {path}:{row}: expected YAML, found {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise LeapformerError(f"data: {path}: expected YAML, found {' '.join(str(error).split())}") from None
+        return float(offset) if isinstance(offset, int | float) else math.inf
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
+def _read_yaml_list(path: Path) -> list[Any]:
+    text = "\n".join(decode_line(line, f"{path}:{row}") for row, line in enumerate(read_raw_lines(path), start=1))
+    content = parse_yaml(text, where=f"data: {path}", most_nodes=_MOST_VALUES, with_rows=True)
     if not isinstance(content, list):
         raise LeapformerError(f"data: {path}: expected a list of segments, found {type(content).__name__}")
     return content
@@ -135,7 +147,7 @@ def read_covost(source: Source) -> Splits:
                 continue
             row = {**row, **sentences[row["path"]]}
         with source.bad.guard():
-            clip = Clip(inside(clips, row["path"], where), f"{where}: {row['path']}")
+            clip = Clip(inside(clips, row["path"], where), f"{where}: {cut(row['path'])}")
             id, speaker = Path(row["path"]).stem, row.get("client_id", "")
             one = utterance(id, row["sentence"], row["translation"], clip, speaker=speaker, where=where)
             splits.setdefault(split_name(split.removesuffix("_covost")), []).append(one)
@@ -216,12 +228,14 @@ def _names(lines: Iterable[tuple[bytes, str]]) -> list[str]:
 def _audio_file(stem: Path, where: str) -> Path:
     """The file of a recording, whatever its format. The suffix is put behind the name, which may have points in it."""
     for suffix in _AUDIO:
-        if (file := stem.with_name(stem.name + suffix)).is_file():
+        if os.path.isfile(file := stem.with_name(stem.name + suffix)):  # of a name of any length
             return file
     found = (
-        f"{stem.name}.m4a, which has to be converted to wav" if stem.with_name(f"{stem.name}.m4a").is_file() else "none"
+        f"{stem.name}.m4a, which has to be converted to wav"
+        if os.path.isfile(stem.with_name(f"{stem.name}.m4a"))
+        else "none"
     )
-    raise LeapformerError(f"data: {where}: expected {stem.name}.wav in {stem.parent}, found {found}")
+    raise LeapformerError(f"data: {where}: expected {cut(stem.name)}.wav in {cut(stem.parent, 160)}, found {found}")
 
 
 # ---- fairseq S2T
@@ -235,7 +249,7 @@ def read_manifests(source: Source) -> Splits:
     """
     splits: Splits = {}
     files: dict[str, Path] = {}
-    for file in sorted(source.folder.glob("*.tsv")):
+    for file in list_files(source.folder, "*.tsv"):
         split = _manifest_split(file, source)
         if split is None:
             continue
@@ -273,11 +287,11 @@ def _manifest_rows(file: Path, source: Source) -> Iterator[Utterance]:
 
 
 def _manifest_clip(audio: str, folder: Path, where: str) -> Clip:
-    parts = re.fullmatch(r"(.+):(\d+):(\d+)", audio)
+    parts = re.fullmatch(r"(.+):([0-9]{1,18}):([0-9]{1,18})", audio)
     if parts is None:
-        return Clip(inside(folder, audio, where), f"{where}: {audio}")
+        return Clip(inside(folder, audio, where), f"{where}: {cut(audio)}")
     file, first, length = inside(folder, parts[1], where), int(parts[2]), int(parts[3])
     if file.suffix != ".zip":
-        rate = audio_info(file, name=f"data: {where}: {parts[1]}").sample_rate
-        return Clip(file, f"{where}: {audio}", offset=first / rate, duration=length / rate)
-    return Clip(file, f"{where}: {audio}", span=(first, length))
+        rate = audio_info(file, name=f"data: {where}: {cut(parts[1])}").sample_rate
+        return Clip(file, f"{where}: {cut(audio)}", offset=first / rate, duration=length / rate)
+    return Clip(file, f"{where}: {cut(audio)}", span=(first, length))

@@ -6,7 +6,6 @@ The rows of the index (see `prepared`) have voice, speed, pitch and snr (dB), an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import sha256
+from leapformer.files.showing import cut
 from leapformer.tasks.card import SPLITS, read_card
 from leapformer.tasks.files import decode_line, read_raw_lines
-from leapformer.tasks.preparation import BadRows, Progress, as_json, is_there, silent
+from leapformer.tasks.preparation import BadRows, Progress, as_json, check_general, is_there, silent
 from leapformer.tasks.simulst import espeak
 from leapformer.tasks.simulst.audio import SAMPLE_RATE, resample
-from leapformer.tasks.simulst.prepared import Utterance, check_count, draw, file_names, hold_out, write_prepared
+from leapformer.tasks.simulst.prepared import Utterance, draw, file_names, hold_out, write_prepared
 
 SPEAKING = "spoken 1"  # a change of the audio needs a new version
 LICENCE = (
@@ -185,6 +186,7 @@ def prepare_grammar(
             raise LeapformerError(
                 f"speech-demo: sizes: expected 1 or more for {', '.join(SPLITS)}, found {split} {count}"
             )
+    check_general(seed=seed, count=max(sizes.values(), default=1), workers=workers)
     made = {"source": GRAMMAR, "sizes": sizes}
 
     def pairs(_: BadRows) -> dict[str, list[Pair]]:
@@ -230,7 +232,7 @@ def prepare_text_pairs(
     """
     files = {"train": (source_file, target_file), "validation": validation, "test": test}
     given = {split: (Path(pair[0]), Path(pair[1])) for split, pair in files.items() if pair is not None}
-    check_count(count)
+    check_general(seed=seed, count=count, workers=workers)
     made = {
         "source": {split: [_identity(file) for file in pair] for split, pair in given.items()},
         "count": count,
@@ -252,9 +254,11 @@ def prepare_text_pairs(
 def _identity(file: Path) -> str:
     """Name and content of a file: another content under the same name is another source."""
     try:
-        return f"{file.name} sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+        if not file.is_file() and file.exists():  # a pipe would wait for ever
+            raise OSError("no file")
+        return f"{file.name} sha256 {sha256(file)}"
     except OSError as error:
-        raise LeapformerError(f"data: cannot read {file}: {error.strerror or error}") from None
+        raise LeapformerError(f"data: cannot read {cut(file, 240)}: {error.strerror or error}") from None
 
 
 def read_pairs(source_file: Path, target_file: Path, bad: BadRows) -> list[Pair]:

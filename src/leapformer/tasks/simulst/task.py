@@ -16,7 +16,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from leapformer.errors import LeapformerError
+from leapformer.files.checksums import is_sound, write_sum
 from leapformer.files.showing import shown
+from leapformer.files.writing import make_folder
 from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.translation import ENCODER_FIELDS
@@ -287,9 +289,10 @@ class TranslationData(TaskData):
         lines = [each.text if of_source else each.translation for each in self.sentences("train")]
         digest = hashlib.sha256(json.dumps([section.kind, size, lines]).encode()).hexdigest()[:16]
         path = self.cache / f"vocabulary-{digest}.spm"
-        if not path.is_file():
-            self.cache.mkdir(parents=True, exist_ok=True)
+        if not is_sound(path):
+            make_folder(self.cache)
             Vocabulary.train([line for line in lines if line], size, kind=section.kind).save(path)
+            write_sum(path, shared=True)
         return Vocabulary.load(path)
 
     def _statistics(self) -> FeatureStatistics | None:
@@ -298,8 +301,9 @@ class TranslationData(TaskData):
             return None
         features = self._features("train")
         path = features.path.with_suffix(".safetensors")
-        if not path.is_file():
+        if not is_sound(path):
             features.statistics().save(path)
+            write_sum(path, shared=True)
         return FeatureStatistics.load(path)
 
     # ---- the model

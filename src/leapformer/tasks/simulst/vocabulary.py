@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from leapformer.errors import LeapformerError, MissingExtra
+from leapformer.files.reading import read_bytes
+from leapformer.files.writing import write_bytes
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 SPECIAL = (PAD, BEGIN, END)
+_RESERVED = dict.fromkeys(map(ord, "\0\u2585"), " ")
 WORD_START = "\u2581"  # what sentencepiece writes in place of the space before a word
 
 
@@ -53,7 +56,7 @@ class Vocabulary:
         Raises:
             LeapformerError: the text is too small for the size, or the size for its characters.
         """
-        output, lines = io.BytesIO(), list(lines)
+        output, lines = io.BytesIO(), [_trainable(line) for line in lines]
         if not lines:
             raise LeapformerError("vocabulary: expected lines of text, found none")
         try:
@@ -61,6 +64,7 @@ class Vocabulary:
                 sentence_iterator=iter(lines), model_writer=output, vocab_size=size, model_type=kind,
                 pad_id=PAD, bos_id=BEGIN, eos_id=END, unk_id=UNKNOWN, character_coverage=1.0,
                 hard_vocab_limit=False, num_threads=1, minloglevel=2,
+                max_sentence_length=max(len(line.encode()) for line in lines) + 1,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[-200:]
@@ -71,7 +75,8 @@ class Vocabulary:
     def load(cls, path: str | Path) -> Vocabulary:
         """Read what `save` wrote. Raises LeapformerError where it is missing or something else."""
         try:
-            return cls(Path(path).read_bytes())
+            os.stat(path)
+            return cls(read_bytes(path))
         except OSError as error:
             raise LeapformerError(f"{path}: expected a sentencepiece model, found {error.strerror or error}") from None
         except ValueError as error:
@@ -79,13 +84,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write the model; it gets its name only when it is whole."""
-        path = Path(path)
-        temporary = path.with_name(f".writing-{path.name}")
-        try:
-            temporary.write_bytes(self._model)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, self._model, shared=True)
 
     def __len__(self) -> int:
         return self._processor.GetPieceSize()
@@ -110,6 +109,11 @@ class Vocabulary:
     def starts_word(self, number: int) -> bool:
         """Whether the piece with an id begins a new word, so that the one before it is complete."""
         return self._starts[number]
+
+
+def _trainable(line: str) -> str:
+    """A line without the characters for whose sake sentencepiece's training would pass over all of it, unsaid."""
+    return line.translate(_RESERVED)
 
 
 def _sentencepiece() -> Any:
