@@ -34,6 +34,8 @@ def check_rest(name: str, config: Any, output_attentions: bool | None, rest: dic
             f"{name}: expected output_attentions=False (no attention weights are formed, linear attention has none), "
             "found True"
         )
+    if not rest:
+        return
     unknown = sorted(key for key, value in rest.items() if key not in PASSED_BY and value is not None)
     if unknown:
         raise TypeError(f"{name}: unexpected keyword {shown(unknown[0])}")
