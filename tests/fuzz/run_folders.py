@@ -262,7 +262,7 @@ PREPARE: dict[str, Callable[[random.Random, Path], tuple[list[str], Path]]] = {
 
 def damage(draw: random.Random, path: Path, outside: Path, executed: Path) -> str:
     """Damage one file, and say how."""
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():  # through a link the damage would be done elsewhere
         return f"{path.name} is gone already"
     ways: list[Callable[..., None]] = [cut_off, flipped, replaced, swapped]
     if path.suffix in (".json", ".yaml", ".jsonl", ".log"):
