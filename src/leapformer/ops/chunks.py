@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import Arguments, Gradients, Incoming
 from leapformer.ops.decay import running_sum
 from leapformer.ops.memory import new_empty
 
@@ -34,49 +35,7 @@ BLOCK_ELEMENTS = {"cpu": 2**17}
 BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
 
-class Inputs(NamedTuple):
-    """What one call attends over. q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R],
-    log_decay [B,T,H] (then G = H), kv [B,G,R,K,V] and z [B,G,R,K] the initial state, key_mask [B,S] (True = real).
-    relu: features are those of relu(q) and relu(k)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-    key_mask: Tensor | None
-    relu: bool = False
-
-    @property
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        return self[:8]
-
-    @property
-    def rank(self) -> int:
-        return 1 if self.q_factors is None else self.q_factors.shape[-1]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.q.dtype, torch.float32)
-
-
-class Gradients(NamedTuple):
-    """One gradient for each differentiable field of ``Inputs``, in its order; those of factors in the compute dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-
-
-class Forward(NamedTuple):
+class Result(NamedTuple):
     """output [B,T,H,V] in the input dtype; at least float32: kv, z the final state, normaliser [B,T,H] unclamped, [B,0,H]
     where nothing is normalised."""
 
@@ -110,51 +69,42 @@ class State(NamedTuple):
     z: Tensor | None
 
 
-def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
+def forward(x: Arguments) -> Result:
     """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
-    assert not causal or x.q.shape[1] == x.k.shape[1], (
+    assert x.counts is None and x.cu_seqlens is None, "what is laid out otherwise is for layouts.py"
+    assert not x.causal or x.q.shape[1] == x.k.shape[1], (
         "a causal block is a view of queries and of keys by the same slots"
     )
-    result, rooms = _empty_result(x, normalize), Workspace(x)
+    result, rooms = _empty_result(x), Workspace(x)
     for rows in _rows(x):
         state = _state(x, rows, x.kv, x.z)
-        if causal:
+        if x.causal:
             for block in causal_blocks(rows, x.q.shape[1]):
-                _causal_block(x, block, state, result, eps, rooms[block])
+                _causal_block(x, block, state, result, rooms[block])
         else:
             for block in wide_blocks(rows, x.k.shape[1]):
                 _absorb(x, block, state, rooms[block])
             for block in wide_blocks(rows, x.q.shape[1]):
-                _read(x, block, state, result, eps, rooms[block])
+                _read(x, block, state, result, rooms[block])
         _store(state, rows, result.kv, result.z)
     return result
 
 
-def backward(
-    x: Inputs,
-    saved: Forward,
-    grad: Tensor,
-    grad_kv: Tensor | None,
-    grad_z: Tensor | None,
-    *,
-    causal: bool,
-    normalize: bool,
-    eps: float,
-) -> Gradients:
-    """Gradients of ``forward``; ``saved`` is its result, ``grad`` [B,T,H,V] and grad_kv, grad_z those of its outputs."""
-    grads, rooms, with_z = _empty_gradients(x), Workspace(x), normalize or grad_z is not None
-    incoming = _incoming(grad, saved, normalize, eps)
+def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
+    """Gradients of ``forward``, whose result is ``saved``; those of factors are in the compute dtype."""
+    grads, rooms, with_z = _empty_gradients(x), Workspace(x), x.normalize or incoming.z is not None
+    quotient = _quotient(x, saved, incoming.output)
     for rows in _rows(x):
-        grad_state = _state(x, rows, grad_kv, grad_z, with_z)
-        if causal:
+        grad_state = _state(x, rows, incoming.kv, incoming.z, with_z)
+        if x.causal:
             blocks = list(causal_blocks(rows, x.q.shape[1]))
             starts = _block_starts(x, rows, blocks, with_z, rooms)
             for block, start in zip(reversed(blocks), reversed(starts), strict=True):
-                _causal_block_backward(x, block, start, incoming, grad_state, grads, rooms[block])
+                _causal_block_backward(x, block, start, quotient, grad_state, grads, rooms[block])
         else:
             state = _state(x, rows, saved.kv, saved.z)
             for block in wide_blocks(rows, x.q.shape[1]):
-                _read_backward(x, block, state, incoming, grad_state, grads, rooms[block])
+                _read_backward(x, block, state, quotient, grad_state, grads, rooms[block])
             for block in wide_blocks(rows, x.k.shape[1]):
                 _absorb_backward(x, block, grad_state, grads, rooms[block])
         if grads.kv is not None and grads.z is not None:
@@ -169,7 +119,7 @@ def backward(
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Inputs) -> Iterator[Block]:
+def _rows(x: Arguments) -> Iterator[Block]:
     """For each set of samples and heads that go through the sequence together, the largest block that they may form.
 
     Many tokens of few heads: few states at block starts have then to be kept, and slices of [B, T, H, D] run far. At most
@@ -225,7 +175,7 @@ class Room:
     Their memory is that of all other blocks too. The name of a buffer with _T behind it is its transpose.
     """
 
-    def __init__(self, x: Inputs, block: Block, memory: dict[str, Tensor]) -> None:
+    def __init__(self, x: Arguments, block: Block, memory: dict[str, Tensor]) -> None:
         self._x, self._block, self._memory = x, block, memory
         _, B, _, G, _, n, C = block
         r, F, V, m, rows = x.q.shape[2] // x.k.shape[2], x.rank * x.k.shape[3], x.v.shape[3], n * B * G, B * G
@@ -268,7 +218,7 @@ class Room:
 class Workspace:
     """The rooms of a call, one for each shape of block. Fresh memory for every block would cost page faults."""
 
-    def __init__(self, x: Inputs) -> None:
+    def __init__(self, x: Arguments) -> None:
         self._x = x
         self._rooms: dict[tuple[int, ...], Room] = {}
         self._memory: dict[str, Tensor] = {}
@@ -301,11 +251,11 @@ def _features(
     return out
 
 
-def _query_features(x: Inputs, block: Block, room: Room) -> Tensor:
+def _query_features(x: Arguments, block: Block, room: Room) -> Tensor:
     return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q, room.relu_q if x.relu else None)
 
 
-def _keys_and_values(x: Inputs, block: Block, room: Room) -> tuple[Tensor, Tensor]:
+def _keys_and_values(x: Arguments, block: Block, room: Room) -> tuple[Tensor, Tensor]:
     """phi_k [m, C, F] and v [m, C, V], zero where masked."""
     G = x.k.shape[2]
     phi = _features(x.k, x.k_factors, block, G, room.phi_k, room.relu_k if x.relu else None)
@@ -317,7 +267,7 @@ def _keys_and_values(x: Inputs, block: Block, room: Room) -> tuple[Tensor, Tenso
     return phi, v
 
 
-def _state(x: Inputs, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
+def _state(x: Arguments, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
     """A state of its own with the rows' values of kv [B,G,R,K,V] and z [B,G,R,K]; zeros for None."""
     shape = (rows.B * rows.G, x.rank * x.k.shape[3], x.v.shape[3])
     state = State(
@@ -374,7 +324,7 @@ class Decay(NamedTuple):
     between: Tensor
 
 
-def _decay(x: Inputs, block: Block, room: Room) -> Decay | None:
+def _decay(x: Arguments, block: Block, room: Room) -> Decay | None:
     if x.log_decay is None:
         return None
     steps = _view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
@@ -397,18 +347,18 @@ def _apply_causal(P: Tensor, decay: Decay | None) -> Tensor:
 # ---- attention that sees everything ----------------------------------------------------------------------------------
 
 
-def _absorb(x: Inputs, block: Block, state: State, room: Room) -> None:
+def _absorb(x: Arguments, block: Block, state: State, room: Room) -> None:
     phi_k, v = _keys_and_values(x, block, room)
     state.kv.baddbmm_(room.phi_k_T, v)
     if state.z is not None:
         state.z.add_(phi_k.sum(-2, keepdim=True))
 
 
-def _read(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+def _read(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
     phi_q = _query_features(x, block, room)
     torch.bmm(phi_q, state.kv, out=room.out)
     normaliser = _read_normaliser(state, room) if result.normaliser.shape[1] else None
-    _finish(room.out, normaliser, block, x, result, eps)
+    _finish(room.out, normaliser, block, x, result)
 
 
 def _read_normaliser(state: State, room: Room) -> Tensor:
@@ -418,10 +368,10 @@ def _read_normaliser(state: State, room: Room) -> Tensor:
 
 
 def _read_backward(
-    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+    x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
 ) -> None:
     phi_q = _query_features(x, block, room)
-    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
     torch.bmm(g, state.kv.transpose(-1, -2), out=room.grad_phi_q)
     grad_state.kv.baddbmm_(room.phi_q_T, g)
     if g_z is not None and grad_state.z is not None and state.z is not None:
@@ -430,7 +380,7 @@ def _read_backward(
     _write_query_gradient(x, block, grads, room)
 
 
-def _absorb_backward(x: Inputs, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
+def _absorb_backward(x: Arguments, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
     phi_k, v = _keys_and_values(x, block, room)
     torch.bmm(phi_k, grad_state.kv, out=room.grad_v)
     torch.bmm(v, grad_state.kv.transpose(-1, -2), out=room.grad_phi_k)
@@ -452,7 +402,7 @@ class Keys(NamedTuple):
     weighted_v: Tensor
 
 
-def _keys(x: Inputs, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
+def _keys(x: Arguments, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
     """The keys, and in ``room.states`` the states that they make from ``state`` on, which moves to the block's end."""
     phi, v = _keys_and_values(x, block, room)
     if decay is None:
@@ -484,7 +434,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) ->
         total.addcmul_(torch.bmm(a, b), weights)
 
 
-def _causal_block(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+def _causal_block(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
     """Writes the block's results and moves ``state`` to its end."""
     decay = _decay(x, block, room)
     phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
@@ -497,10 +447,10 @@ def _causal_block(x: Inputs, block: Block, state: State, result: Forward, eps: f
     if result.normaliser.shape[1]:
         old = _read_normaliser(before, room)
         normaliser = P.sum(-1, keepdim=True).add_(old if since_start is None else old.mul_(since_start))
-    _finish(numerator, normaliser, block, x, result, eps)
+    _finish(numerator, normaliser, block, x, result)
 
 
-def _block_starts(x: Inputs, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
+def _block_starts(x: Arguments, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
     """The state before every block, found again by a sweep over the keys."""
     state, starts = _state(x, rows, x.kv, x.z, with_z), []
     for i, block in enumerate(blocks):
@@ -511,13 +461,13 @@ def _block_starts(x: Inputs, rows: Block, blocks: list[Block], with_z: bool, roo
 
 
 def _causal_block_backward(
-    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+    x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
 ) -> None:
     """Writes the block's gradients and moves ``grad_state``, that of the state after the block, to that before it;
     ``state`` is the state before the block."""
     decay = _decay(x, block, room)
     phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
-    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
     read, read_z, until_end = g, g_z, None
     if decay is not None:
         until_end = decay.until_end
@@ -564,7 +514,7 @@ def _decay_gradient(room: Room, with_z: bool) -> Tensor:
 # ---- outputs and gradients, block by block ---------------------------------------------------------------------------
 
 
-def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Inputs, result: Forward, eps: float) -> None:
+def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Arguments, result: Result) -> None:
     """Divide by the clamped normaliser [m, r C, 1], if there is one, and write output and normaliser of the block."""
     out = _view(result.output, block, x.k.shape[2])
     if normaliser is None:
@@ -572,10 +522,10 @@ def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Input
         return
     kept = _view(result.normaliser, block, x.k.shape[2])
     kept.copy_(normaliser.view(kept.shape))
-    torch.div(numerator.view(out.shape), kept.clamp(min=eps), out=out)
+    torch.div(numerator.view(out.shape), kept.clamp(min=x.eps), out=out)
 
 
-class Incoming(NamedTuple):
+class Quotient(NamedTuple):
     """The gradient of the output [B,T,H,V]; where it was normalised also the output, 1 / clamped normaliser and, to be
     multiplied with, -1 where it was not clamped and 0 where it was [B,T,H]."""
 
@@ -585,37 +535,37 @@ class Incoming(NamedTuple):
     passes: Tensor | None
 
 
-def _incoming(grad: Tensor, saved: Forward, normalize: bool, eps: float) -> Incoming:
-    if not normalize:
-        return Incoming(grad, saved.output, None, None)
-    passes = (saved.normaliser >= eps).to(saved.normaliser.dtype).neg_()
-    return Incoming(grad, saved.output, saved.normaliser.clamp(min=eps).reciprocal_(), passes)
+def _quotient(x: Arguments, saved: Result, grad: Tensor) -> Quotient:
+    if not x.normalize:
+        return Quotient(grad, saved.output, None, None)
+    passes = (saved.normaliser >= x.eps).to(saved.normaliser.dtype).neg_()
+    return Quotient(grad, saved.output, saved.normaliser.clamp(min=x.eps).reciprocal_(), passes)
 
 
 def _numerator_gradient(
-    incoming: Incoming, block: Block, x: Inputs, with_z: bool, room: Room
+    quotient: Quotient, block: Block, x: Arguments, with_z: bool, room: Room
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of numerators [m, r C, V] and normalisers [m, r C, 1]; a clamped normaliser gets none."""
     G = x.k.shape[2]
-    grad, g = _view(incoming.grad, block, G), room.g
+    grad, g = _view(quotient.grad, block, G), room.g
     by_head = g.view(grad.shape)
-    if incoming.scale is None or incoming.passes is None:
+    if quotient.scale is None or quotient.passes is None:
         by_head.copy_(grad)
         return g, g.new_zeros(*g.shape[:2], 1) if with_z else None
-    torch.mul(grad, _view(incoming.scale, block, G), out=by_head)
-    product = torch.mul(by_head, _view(incoming.output, block, G), out=room.out.view(grad.shape))
-    dot = product.sum(-1, keepdim=True).mul_(_view(incoming.passes, block, G))
+    torch.mul(grad, _view(quotient.scale, block, G), out=by_head)
+    product = torch.mul(by_head, _view(quotient.output, block, G), out=room.out.view(grad.shape))
+    dot = product.sum(-1, keepdim=True).mul_(_view(quotient.passes, block, G))
     return g, dot.view(*g.shape[:2], 1)
 
 
-def _write_query_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+def _write_query_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
     _write_feature_gradient(
         room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q,
         room.relu_q if x.relu else None,
     )  # fmt: skip
 
 
-def _write_key_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+def _write_key_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
     """Of keys and values."""
     target = _view(grads.v, block, x.k.shape[2])
     target.copy_(room.grad_v.view(target.shape))
@@ -659,19 +609,26 @@ def _write_through_relu(grad: Tensor, relu: Tensor | None, target: Tensor) -> No
         target.copy_(torch.ops.aten.threshold_backward(grad, relu, 0))
 
 
-def _empty_result(x: Inputs, normalize: bool) -> Forward:
+def _empty_result(x: Arguments) -> Result:
     (B, T, H, K), G, V, dtype = x.q.shape, x.k.shape[2], x.v.shape[3], x.compute_dtype
-    return Forward(
+    return Result(
         new_empty(x.q, (B, T, H, V)),
         x.q.new_empty(B, G, x.rank, K, V, dtype=dtype),
         x.q.new_empty(B, G, x.rank, K, dtype=dtype),
-        x.q.new_empty(B, T if normalize else 0, H, dtype=dtype),
+        x.q.new_empty(B, T if x.normalize else 0, H, dtype=dtype),
     )
 
 
-def _empty_gradients(x: Inputs) -> Gradients:
+def _empty_gradients(x: Arguments) -> Gradients:
     """Empty, but zeros for factors, to which every head adds."""
-    fields = [None if field is None else new_empty(field, field.shape) for field in x.differentiable]
-    for i, factors in ((3, x.q_factors), (4, x.k_factors)):
-        fields[i] = None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
-    return Gradients(*fields)  # type: ignore[arg-type]
+
+    def empty(field: Tensor | None) -> Tensor | None:
+        return None if field is None else new_empty(field, field.shape)
+
+    def zeros(factors: Tensor | None) -> Tensor | None:
+        return None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
+
+    q, k, v = (new_empty(field, field.shape) for field in x[:3])
+    return Gradients(
+        q, k, v, zeros(x.q_factors), zeros(x.k_factors), log_decay=empty(x.log_decay), kv=empty(x.kv), z=empty(x.z)
+    )
