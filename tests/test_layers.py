@@ -15,7 +15,7 @@ import leapformer
 PACKAGE = Path(leapformer.__file__).parent
 LAYERS = ["ops", "nn", "models", "training", "tasks", "cli"]
 MAY_IMPORT = {layer: set(LAYERS[: place + 1]) for place, layer in enumerate(LAYERS)}
-MAY_IMPORT["analysis"] = {"ops", "nn", "models", "analysis"}
+MAY_IMPORT["analysis"] = {*LAYERS[:-1], "analysis"}
 MAY_IMPORT["bench"] = {*LAYERS[:-1], "analysis", "bench"}
 MAY_IMPORT["cli"] |= {"analysis", "bench"}
 MAY_IMPORT["errors"] = set()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch.utils.data import Dataset
 
 from leapformer.models import LeapformerForMaskedLM
 from leapformer.models.loss import IGNORE_INDEX
+from leapformer.tasks.lra.data import SET_BY_DATA, LraData, LraRecipe
 from leapformer.tasks.lra.dataset import LraDataset, PadCollator
-from leapformer.tasks.lra.task import LraData, LraRecipe, LraTask
-from leapformer.tasks.model_section import config_of
+from leapformer.tasks.lra.denoise.results import RESULTS
+from leapformer.tasks.model_section import config_of, model_fields
 from leapformer.training.draws import generator_for
+from leapformer.training.task import ProgressOf, Task, untold
 
 MASK_SHARES = {"listops": 0.10, "text": 0.15, "retrieval": 0.15, "image": 0.5, "pathfinder": 0.5}
 COUNTED = 1000  # documents that the commonest symbol is counted on
@@ -73,7 +76,7 @@ class DenoiseRecipe(LraRecipe):
 class DenoiseData(LraData):
     """The documents of one recipe with masks, and its model."""
 
-    unit = "tokens"
+    unit = RESULTS.unit
 
     def __init__(self, recipe: DenoiseRecipe) -> None:
         super().__init__(recipe)
@@ -127,17 +130,22 @@ class DenoiseData(LraData):
         return {"loss": nats / max(count, 1), "accuracy": accuracy, "accuracy_error": error, "examples": len(indices)}
 
 
-class DenoiseTask(LraTask):
+class DenoiseTask(Task):
     """`task: lra-denoise`."""
 
     name = "lra-denoise"
     recipe_type = DenoiseRecipe
-    model_class = LeapformerForMaskedLM.__name__
-    data_type = DenoiseData
+    results = RESULTS
+    model_classes = (LeapformerForMaskedLM,)
+    model_fields = model_fields(*SET_BY_DATA)
 
-    def pretraining(self, recipe: LraRecipe) -> None:
-        """Nothing comes before it."""
-        return None
+    def prepare(
+        self, recipe: DenoiseRecipe, *, cache: Path, tokenizer: Any = None, progress: ProgressOf = untold
+    ) -> DenoiseData:
+        """Open the prepared data; nothing is cached."""
+        data = DenoiseData(recipe)
+        data.progress = progress
+        return data
 
 
 def pretraining_recipe(recipe: LraRecipe) -> DenoiseRecipe:
