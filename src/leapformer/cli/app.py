@@ -15,7 +15,7 @@ from leapformer import __version__
 from leapformer.cli import policy_options
 from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.showing import cut, shown
-from leapformer.tasks.simulst.policy_registry import DEFAULT
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 plot = typer.Typer(no_args_is_help=True, help="Pictures of a trained run.")

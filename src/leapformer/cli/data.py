@@ -19,7 +19,7 @@ from leapformer.tasks.card import CARD
 from leapformer.tasks.lra import TASKS
 from leapformer.tasks.lra.preparation import prepare
 from leapformer.tasks.preparation import Progress
-from leapformer.tasks.simulst.corpora import CORPORA, prepare_corpus
+from leapformer.tasks.simulst.corpora.preparing import CORPORA, prepare_corpus
 
 LRA = tuple(f"lra-{task}" for task in TASKS)
 PAIRS = ("pairs", "validation_pairs", "test_pairs", "language")
@@ -94,7 +94,7 @@ def _speak(
     language: str = "en",
 ) -> dict[str, Any]:
     """Speak the built-in grammar or a file of text."""
-    from leapformer.tasks.simulst.spoken import SIZES, Speaking, prepare_grammar, prepare_text_pairs
+    from leapformer.tasks.simulst.corpora.spoken import SIZES, Speaking, prepare_grammar, prepare_text_pairs
 
     if name == "speech-from-text":
         if pairs is None:

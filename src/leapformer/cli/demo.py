@@ -121,7 +121,7 @@ def _translation(output: Path) -> Path | None:
 
 def _curve(folder: Path) -> None:
     """Translate the test with every k, unless that is done."""
-    from leapformer.tasks.simulst.curves import evaluate_curve
+    from leapformer.tasks.simulst.scoring.curves import evaluate_curve
 
     run = Run(folder)
     results = run.results()
@@ -134,8 +134,8 @@ def _curve(folder: Path) -> None:
 
 def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
     """Test sentences as they are translated word by word, each word with the number of source words before it."""
-    from leapformer.tasks.simulst.policies import WaitK
-    from leapformer.tasks.simulst.translator import StreamingTranslator
+    from leapformer.tasks.simulst.streaming.policies import WaitK
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
 
     data, model = _open_translation(Run(folder))
     settings = f"wait-k with k = {SHOWN_K}; in brackets the source words read when the word was written"

@@ -55,10 +55,10 @@ def evaluate_latency(
 ) -> None:
     """Translate a split with each value of a policy's option (wait-k: and offline); keep the logs, and the scores in
     results.json."""
-    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, keep_points, point_title
-    from leapformer.tasks.simulst.evaluation import writing
-    from leapformer.tasks.simulst.live import translate_batched, translate_live
-    from leapformer.tasks.simulst.policy_registry import parse_line
+    from leapformer.tasks.simulst.scoring.curves import FOLDER, evaluate_curve, keep_points, point_title
+    from leapformer.tasks.simulst.scoring.evaluation import writing
+    from leapformer.tasks.simulst.scoring.live import translate_batched, translate_live
+    from leapformer.tasks.simulst.streaming.policy_registry import parse_line
 
     use_threads(threads)
     run = Run(folder)

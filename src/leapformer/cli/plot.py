@@ -31,8 +31,8 @@ from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import cut
 from leapformer.files.writing import write_bytes, write_text
 from leapformer.tasks.registry import load_recipe
-from leapformer.tasks.simulst.curves import log_path, point_name
-from leapformer.tasks.simulst.instances import read_instances
+from leapformer.tasks.simulst.scoring.curves import log_path, point_name
+from leapformer.tasks.simulst.scoring.instances import read_instances
 from leapformer.training.loading import load_with_tokenizer
 from leapformer.training.run import Run
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leapformer.tasks.simulst.policy_registry import POLICIES, Option, PolicyEntry, all_options
+from leapformer.tasks.simulst.streaming.policy_registry import POLICIES, Option, PolicyEntry, all_options
 
 
 def names() -> str:

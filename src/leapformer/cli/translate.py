@@ -15,12 +15,12 @@ import typer
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import cut
-from leapformer.tasks.simulst.audio import SAMPLE_RATE, read_blocks
-from leapformer.tasks.simulst.policy_registry import parse_policy
+from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE, read_blocks
 from leapformer.tasks.simulst.processor import open_translation
-from leapformer.tasks.simulst.sources import STATE_MS
-from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.tasks.simulst.words import Word
+from leapformer.tasks.simulst.streaming.policy_registry import parse_policy
+from leapformer.tasks.simulst.streaming.sources import STATE_MS
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+from leapformer.tasks.simulst.text.words import Word
 from leapformer.training.run import Run
 
 STDIN = "-"

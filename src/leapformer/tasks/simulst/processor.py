@@ -22,8 +22,8 @@ from leapformer.files.reading import read_json_object
 from leapformer.files.showing import cut, shown
 from leapformer.files.writing import make_folder, write_json
 from leapformer.models import LeapformerForConditionalGeneration
-from leapformer.tasks.simulst.features import FeatureStatistics, offline
-from leapformer.tasks.simulst.vocabulary import END, Vocabulary
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.text.vocabulary import END, Vocabulary
 from leapformer.training.loading import load_model
 
 ABOUT = "translation.json"
