@@ -11,7 +11,7 @@ import pytest
 
 from leapformer.cli import main
 from leapformer.tasks.lra.dataset import load
-from leapformer.tasks.simulst.corpora import CORPORA
+from leapformer.tasks.simulst.corpora.preparing import CORPORA
 
 
 def one_line(capsys, *arguments: str) -> str:

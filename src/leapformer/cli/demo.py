@@ -150,7 +150,7 @@ def _translation(output: Path) -> Path | None:
 
 def _curve(folder: Path) -> None:
     """Translate the test with every k, unless that is done."""
-    from leapformer.tasks.simulst.curves import evaluate_curve
+    from leapformer.tasks.simulst.scoring.curves import evaluate_curve
     from leapformer.training.run import Run
 
     run = Run(folder)
@@ -165,8 +165,8 @@ def _curve(folder: Path) -> None:
 def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
     """Test sentences as they are translated word by word, each word with the number of source words before it."""
     from leapformer.analysis.report import GeneratedSample
-    from leapformer.tasks.simulst.policies import WaitK
-    from leapformer.tasks.simulst.translator import StreamingTranslator
+    from leapformer.tasks.simulst.streaming.policies import WaitK
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
     from leapformer.training.run import Run
 
     data, model = _open_translation(Run(folder))

@@ -14,7 +14,7 @@ from leapformer.cli.late import load, needs
 from leapformer.cli.options import MOST, MOST_TOKENS, RunFolder, Threads, use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import shown
-from leapformer.tasks.simulst.policy_registry import DEFAULT
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT
 
 
 @policy_options.takes_policies(several=True)
@@ -53,7 +53,7 @@ def evaluate(
     if policy is None and not given:
         _evaluate_run(folder, split=split, context_window=context_window)
         return
-    load("speech", "leapformer.tasks.simulst.live", "leapformer.tasks.simulst.evaluation")
+    load("speech", "leapformer.tasks.simulst.scoring.live", "leapformer.tasks.simulst.evaluation")
     _evaluate_latency(folder, Asked(split, policy or DEFAULT, given, batched, limit))
 
 
@@ -103,10 +103,10 @@ def _evaluate_latency(folder: Path, asked: Asked) -> None:
     results.json."""
     from leapformer.cli.keeping import cache_of, keep
     from leapformer.tasks.registry import load_recipe
-    from leapformer.tasks.simulst.curves import FOLDER, evaluate_curve, keep_points, point_title
-    from leapformer.tasks.simulst.evaluation import writing
-    from leapformer.tasks.simulst.live import translate_batched, translate_live
-    from leapformer.tasks.simulst.policy_registry import parse_line
+    from leapformer.tasks.simulst.scoring.curves import FOLDER, evaluate_curve, keep_points, point_title
+    from leapformer.tasks.simulst.scoring.evaluation import writing
+    from leapformer.tasks.simulst.scoring.live import translate_batched, translate_live
+    from leapformer.tasks.simulst.streaming.policy_registry import parse_line
     from leapformer.training.callbacks import passing_bar
     from leapformer.training.run import Run
 

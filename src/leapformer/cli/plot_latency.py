@@ -24,7 +24,7 @@ ROUNDING = 0.05  # BLEU of a log may differ so much from that in results.json
     "leapformer.analysis.latency",
     "leapformer.analysis.plots",
     "leapformer.analysis.tables",
-    "leapformer.tasks.simulst.curves",
+    "leapformer.tasks.simulst.scoring.curves",
 )
 def latency(
     folders: Annotated[
@@ -85,14 +85,14 @@ def _counts(lines: Sequence[System]) -> dict[tuple[Path, Point], SentenceCounts]
 
 
 def _log_of(folder: Path, split: str, point: Point) -> Path:
-    from leapformer.tasks.simulst.curves import log_path, point_name
+    from leapformer.tasks.simulst.scoring.curves import log_path, point_name
 
     return log_path(folder, split, point_name(*point) if isinstance(point, tuple) else point)
 
 
 def _read_counts(path: Path, expected: float) -> SentenceCounts:
     from leapformer.analysis.latency import sentence_counts
-    from leapformer.tasks.simulst.instances import read_instances
+    from leapformer.tasks.simulst.scoring.instances import read_instances
 
     instances = sorted(read_instances(path), key=lambda instance: instance.index)
     counts = sentence_counts([each.prediction for each in instances], [each.reference for each in instances])

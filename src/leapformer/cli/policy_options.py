@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from leapformer.cli.options import with_options
-from leapformer.tasks.simulst.policy_registry import POLICIES, Option, PolicyEntry, all_options
+from leapformer.tasks.simulst.streaming.policy_registry import POLICIES, Option, PolicyEntry, all_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from leapformer.tasks.simulst.corpora import prepare_corpus
-from leapformer.tasks.simulst.spoken import SIZES, Speaking, prepare_grammar, prepare_text_pairs
+from leapformer.tasks.simulst.corpora.preparing import prepare_corpus
+from leapformer.tasks.simulst.corpora.spoken import SIZES, Speaking, prepare_grammar, prepare_text_pairs
 
 Pair = tuple[Path, Path]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ def train(
 ) -> None:
     """Train a recipe, or go on with an interrupted run of it."""
     from leapformer.files.folders import check_output_folder
-    from leapformer.tasks.registry import load_recipe
+    from leapformer.tasks.registry import describe, load_recipe
     from leapformer.training.train import train as train_run
 
     overrides = overrides or []
@@ -40,35 +40,6 @@ def train(
         raise typer.Exit(outcome.exit_code)
     typer.echo(f"validation: {describe(outcome.results)}")
     typer.echo(f"Written to {folder}: model/, metrics.jsonl, results.json, checkpoints/, tensorboard/")
-
-
-def describe(results: Mapping[str, Any]) -> str:
-    """The main figures of a finished run in one line."""
-    metrics = results["splits"]["validation"]
-    if "accuracy" in metrics:
-        quality = (
-            f"accuracy {metrics['accuracy']:.2%} ± {metrics['accuracy_error']:.2%} (the commonest "
-            f"{metrics['majority_accuracy']:.2%}), loss {metrics['loss']:.4f} nats"
-        )
-        unit = "examples" if "examples_per_second" in results else "tokens"
-        return f"{quality}; {results[f'{unit}_per_second']:.1f} {unit}/s"
-    if "token_accuracy" in metrics:
-        return f"{_describe_translation(metrics)}; {results['tokens_per_second']:.0f} tokens/s"
-    return (
-        f"loss {metrics['loss']:.4f} nats a token, {metrics['bits_per_byte']:.3f} bits a byte, "
-        f"word perplexity {metrics['word_perplexity']:.1f}; {results['tokens_per_second']:.0f} tokens/s"
-    )
-
-
-def _describe_translation(metrics: Mapping[str, Any]) -> str:
-    """Loss, accuracy and, where sentences were written, their score; a transcription has chrF alone."""
-    parts = [f"loss {metrics['loss']:.4f} nats a token", f"token accuracy {metrics['token_accuracy']:.2%}"]
-    if "BLEU" in metrics:
-        k = metrics.get("k")
-        parts.append(f"BLEU {metrics['BLEU']:.2f} {'offline' if k is None else f'at k = {k}'}")
-    elif "chrF" in metrics:
-        parts.append(f"chrF {metrics['chrF']:.2f}")
-    return ", ".join(parts)
 
 
 def default_name(recipe: str, overrides: Sequence[str]) -> str:

@@ -16,11 +16,11 @@ from leapformer.cli.late import needs
 from leapformer.cli.options import RunFolder, Threads, use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import cut
-from leapformer.tasks.simulst.policy_registry import DEFAULT, parse_policy
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT, parse_policy
 
 if TYPE_CHECKING:
-    from leapformer.tasks.simulst.translator import StreamingTranslator
-    from leapformer.tasks.simulst.words import Word
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+    from leapformer.tasks.simulst.text.words import Word
 
 STDIN = "-"
 
@@ -28,7 +28,12 @@ Pieces = Iterator[Any]
 
 
 @policy_options.takes_policies(several=False)
-@needs("speech", "leapformer.tasks.simulst.translator", "leapformer.tasks.simulst.sources", "leapformer.training.run")
+@needs(
+    "speech",
+    "leapformer.tasks.simulst.streaming.translator",
+    "leapformer.tasks.simulst.sources",
+    "leapformer.training.run",
+)
 def translate(
     folder: RunFolder,
     file: Annotated[
@@ -44,10 +49,10 @@ def translate(
     **options: Any,
 ) -> None:
     """Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input."""
-    from leapformer.tasks.simulst.audio import SAMPLE_RATE
+    from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
     from leapformer.tasks.simulst.processor import open_translation
-    from leapformer.tasks.simulst.sources import STATE_MS
-    from leapformer.tasks.simulst.translator import StreamingTranslator
+    from leapformer.tasks.simulst.streaming.sources import STATE_MS
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
     from leapformer.training.run import Run
 
     use_threads(threads)
@@ -84,7 +89,7 @@ def translate(
 
 def audio_pieces(file: str, size: int) -> Pieces:
     """The samples of a file in pieces of a chunk, in memory that does not depend on its length."""
-    from leapformer.tasks.simulst.audio import read_blocks
+    from leapformer.tasks.simulst.audio.reading import read_blocks
 
     for block in read_blocks(file):
         for start in range(0, len(block), size):
@@ -159,7 +164,7 @@ def translate_audio(
         report: is filled in.
         realtime: wait until each piece would have been heard.
     """
-    from leapformer.tasks.simulst.audio import SAMPLE_RATE
+    from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
 
     started = time.monotonic()
 

@@ -91,6 +91,7 @@ class ResultsRecord(Record):
     curves: dict[Text, list[CurvePoint]] = Field(default_factory=dict)
     policy_curves: dict[Text, list[PolicyCurve]] = Field(default_factory=dict)
     name: Text | None = None
+    task: Text | None = None
     recipe: Text | None = None
     recipe_fingerprint: Text | None = None
     attention: Text | list[Text] = ""

@@ -25,16 +25,17 @@ from leapformer.models.translation import ENCODER_FIELDS
 from leapformer.models.translation_configuration import PLACES, LeapformerTranslationConfig
 from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.tasks.preparation import BadRows
-from leapformer.tasks.simulst.evaluation import batches_by_length, simulate
+from leapformer.tasks.simulst.audio.features import FeatureStatistics
+from leapformer.tasks.simulst.corpora.feature_cache import CachedFeatures
+from leapformer.tasks.simulst.corpora.prepared import SpokenSplit
+from leapformer.tasks.simulst.corpora.spoken import read_pairs
 from leapformer.tasks.simulst.examples import Sentence, TranslationCollator, TranslationDataset
-from leapformer.tasks.simulst.feature_cache import CachedFeatures
-from leapformer.tasks.simulst.features import FeatureStatistics
-from leapformer.tasks.simulst.grammar import Grammar
-from leapformer.tasks.simulst.instances import Instance, score
-from leapformer.tasks.simulst.prepared import SpokenSplit
-from leapformer.tasks.simulst.processor import MODEL_CLASS, TranslationProcessor, open_translation
-from leapformer.tasks.simulst.spoken import read_pairs
-from leapformer.tasks.simulst.vocabulary import Vocabulary
+from leapformer.tasks.simulst.grammar.sentences import Grammar
+from leapformer.tasks.simulst.processor import TranslationProcessor, open_translation
+from leapformer.tasks.simulst.results import RESULTS
+from leapformer.tasks.simulst.scoring.evaluation import batches_by_length, simulate
+from leapformer.tasks.simulst.scoring.instances import Instance, score
+from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path, read_recipe, resolve_recipe
 from leapformer.training.run import Run
@@ -157,7 +158,7 @@ class TranslationRecipe(Recipe):
 class TranslationData(TaskData):
     """The sentences of one recipe, its vocabularies and statistics, and its model."""
 
-    unit = "tokens"
+    unit = RESULTS.unit
 
     def __init__(
         self, recipe: TranslationRecipe, *, cache: Path, processor: TranslationProcessor | None,
@@ -435,7 +436,8 @@ class TranslationTask(Task):
 
     name = "simulst"
     recipe_type = TranslationRecipe
-    model_class = MODEL_CLASS
+    results = RESULTS
+    model_classes = (LeapformerForConditionalGeneration,)
     model_fields = model_fields(*SET_BY_DATA, config_class=LeapformerTranslationConfig)
 
     def prepare(
