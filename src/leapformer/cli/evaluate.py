@@ -53,7 +53,7 @@ def evaluate(
     if policy is None and not given:
         _evaluate_run(folder, split=split, context_window=context_window)
         return
-    load("speech", "leapformer.tasks.simulst.scoring.live", "leapformer.tasks.simulst.evaluation")
+    load("speech", "leapformer.tasks.simulst.scoring.live", "leapformer.tasks.simulst.scoring.evaluation")
     _evaluate_latency(folder, Asked(split, policy or DEFAULT, given, batched, limit))
 
 

@@ -31,7 +31,7 @@ Pieces = Iterator[Any]
 @needs(
     "speech",
     "leapformer.tasks.simulst.streaming.translator",
-    "leapformer.tasks.simulst.sources",
+    "leapformer.tasks.simulst.streaming.sources",
     "leapformer.training.run",
 )
 def translate(
