@@ -203,7 +203,8 @@ def _with_weights(kind: Any, config: Any, path: Path) -> Any:
     from safetensors.torch import load_file
 
     # The class's own method wants a folder; transformers' takes weights, and then looks nowhere for files.
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    method: Any = PreTrainedModel.from_pretrained
+    load = method.__func__
     model, report = load(kind, None, config=config, state_dict=load_file(path), output_loading_info=True)
     wrong = [f"{name.removesuffix('_keys')} {sorted(map(str, report[name]))[0]}" for name in report if report[name]]
     if wrong:

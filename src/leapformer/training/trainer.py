@@ -133,8 +133,9 @@ class LeapformerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        examples: Any = self.data.train_dataset  # torch's Dataset declares no length
         return PassSampler(
-            len(self.data.train_dataset),  # type: ignore[arg-type]
+            len(examples),
             total=args.max_steps * per_step,
             seed=args.seed,
             lengths=self.data.train_lengths,
@@ -158,7 +159,8 @@ class LeapformerTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         count = torch.tensor(sum(self.data.count_targets(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
+            gathered: Any = self.accelerator.gather(count)  # as the structure that was given
+            count = gathered.sum()
         self.targets_seen += int(count)
         return batches, count if self.model_accepts_loss_kwargs else None
 
@@ -203,7 +205,7 @@ class LeapformerTrainer(Trainer):
             raise self._diverged(self.state.global_step + 1, found)
 
     def _check_weights(self) -> None:
-        """Weights can overflow in a step whose loss and gradient were finite, and must not be saved or evaluated then."""
+        """Weights can overflow in a step whose loss and gradient were finite; then they must not be saved or evaluated."""
         weights = self.unwrapped.parameters()
         if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
             raise self._diverged(self.state.global_step, {"weights": math.nan})
