@@ -26,8 +26,9 @@ def compare(
     ] = None,
 ) -> None:
     """One table of quality, speed, memory and parameters; several seeds give a mean and a paired difference."""
+    from leapformer.analysis.markdown import markdown_table
     from leapformer.analysis.runs import load_run
-    from leapformer.analysis.tables import comparison, markdown_table
+    from leapformer.analysis.tables import comparison
     from leapformer.files.writing import regular_or_new
 
     if output is not None:

@@ -190,8 +190,8 @@ def _implementation(device: str) -> str:
 def _report(jobs: Sequence[Job], output: Path) -> None:
     """Print the tables and write lra.md and lra.html, from those runs that are finished."""
     from leapformer.analysis.lra import COLUMNS, SPLIT, TASKS, Cell, check_tested, overview, task_rows, write_lra_page
+    from leapformer.analysis.markdown import markdown_table
     from leapformer.analysis.runs import load_run
-    from leapformer.analysis.tables import markdown_table
     from leapformer.files.writing import write_text
     from leapformer.training.run import Run
 

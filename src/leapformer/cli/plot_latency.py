@@ -45,9 +45,9 @@ def latency(
         quality_latency,
         systems,
     )
+    from leapformer.analysis.markdown import markdown_table
     from leapformer.analysis.plots import figure_png
     from leapformer.analysis.runs import load_run
-    from leapformer.analysis.tables import markdown_table
     from leapformer.files.folders import check_output_folder
     from leapformer.files.writing import write_bytes, write_text
 

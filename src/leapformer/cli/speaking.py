@@ -1,4 +1,4 @@
-"""What `leapformer data prepare` does for the speech sets, from the options of a command to the functions of the task."""
+"""What `leapformer data prepare` does for the speech sets: from the options of a command to the task's functions."""
 
 from __future__ import annotations
 

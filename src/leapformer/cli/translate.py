@@ -48,7 +48,9 @@ def translate(
     threads: Threads = None,
     **options: Any,
 ) -> None:
-    """Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input."""
+    """
+    Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input.
+    """
     from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
     from leapformer.tasks.simulst.processor import open_translation
     from leapformer.tasks.simulst.streaming.sources import STATE_MS

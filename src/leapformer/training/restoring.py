@@ -27,7 +27,7 @@ from leapformer.training.muon import Muon
 from leapformer.training.saving import check_archive, check_weights
 
 # What the state of numpy's generator is made of, which torch.load has to be told.
-_core: Any = np._core  # its stub hides what numpy's own pickles name
+_core: Any = vars(np)["_core"]  # its stub hides what numpy's own pickles name
 _NUMPY = [_core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
