@@ -55,12 +55,6 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
     return Comparison(columns, rows + _baseline_rows(runs, columns), several, _paired_notes(ordered, split))
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Mean of a - b over paired values and its standard error (nan for one pair)."""
     differences = [x - y for x, y in zip(a, b, strict=True)]

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from leapformer.analysis.markdown import markdown_table
 from leapformer.analysis.runs import load_run
-from leapformer.analysis.tables import comparison, markdown_table
+from leapformer.analysis.tables import comparison
 from leapformer.files.writing import regular_or_new
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"

@@ -29,8 +29,8 @@ from leapformer.analysis.lra import (
     task_rows,
     write_lra_page,
 )
+from leapformer.analysis.markdown import markdown_table
 from leapformer.analysis.runs import load_run
-from leapformer.analysis.tables import markdown_table
 from leapformer.cli.train import use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_output_folder

@@ -20,10 +20,10 @@ from leapformer.analysis.latency import (
     sentence_counts,
     systems,
 )
+from leapformer.analysis.markdown import markdown_table
 from leapformer.analysis.plots import figure_png, figure_svg, proportions
 from leapformer.analysis.proportions import learned_proportions
 from leapformer.analysis.runs import load_run
-from leapformer.analysis.tables import markdown_table
 from leapformer.cli.compare import print_table
 from leapformer.cli.keeping import cache_of, keep
 from leapformer.errors import LeapformerError

@@ -149,7 +149,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         LeapformerError: it can't be read, or is none.
     """
-    content = read_json_object(path, nan=True)
+    content = read_json_object(path, numbers="null")
     check(ResultsRecord, content, where=cut(os.fspath(path), 240))
     return content
 
@@ -171,7 +171,7 @@ def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) ->
 def parse_event(row: str) -> dict[str, Any] | None:
     """The event in a row of metrics.jsonl; None where the row is damaged."""
     try:
-        event = parse_json(row, where="row", nan=True)
+        event = parse_json(row, where="row", numbers="null")
         check(EventRecord, event, where="row")
     except LeapformerError:
         return None
