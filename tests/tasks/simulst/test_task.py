@@ -88,7 +88,7 @@ def _stop_after(steps, original):
 
 
 def test_cached_features_are_those_of_the_audio(speech):
-    dataset, spoken = speech.dataset("train"), speech.spoken("train")
+    dataset, spoken = speech.dataset("train"), speech.chosen.spoken("train")
     for number in (0, 7, 59):
         exact = offline(spoken[number]["audio"].astype(np.float32) / 32768)
         # float16 has 11 bits: the error is at most 2^-11 of a value.
@@ -97,7 +97,9 @@ def test_cached_features_are_those_of_the_audio(speech):
 
 
 def test_statistics_are_those_of_all_training_frames(speech):
-    frames = torch.cat([offline(row["audio"].astype(np.float32) / 32768) for row in speech.spoken("train")]).double()
+    frames = torch.cat(
+        [offline(row["audio"].astype(np.float32) / 32768) for row in speech.chosen.spoken("train")]
+    ).double()
     found: FeatureStatistics = speech.processor.statistics
     assert (found.count, found.utterances) == (len(frames), 60)
     torch.testing.assert_close(found.mean, frames.mean(0), rtol=0, atol=2e-3)

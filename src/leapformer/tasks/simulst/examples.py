@@ -65,6 +65,10 @@ class TranslationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sentences)
 
+    def of(self, sentences: Sequence[Sentence]) -> TranslationDataset:
+        """The same of these sentences alone."""
+        return TranslationDataset(sentences, self.processor, features=self.features, transcribe=self.transcribe)
+
     def exchanged(self) -> TranslationDataset:
         """The same targets, each with the source of the next sentence (the last: of the first)."""
         sources = [*self.sentences[1:], *self.sentences[:1]]

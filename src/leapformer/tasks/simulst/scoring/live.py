@@ -45,7 +45,7 @@ def translate_live(
         computed, passed = computed + seconds, passed + dataset.sentences[index].milliseconds / 1000
         delays = [(word.text, word.read_ms) for word, _ in words]
         # A text source has no time of its own.
-        elapsed = [word.read_ms + 1000 * after for word, after in words] if data.is_speech else []
+        elapsed = [word.read_ms + 1000 * after for word, after in words] if data.chosen.is_speech else []
         instances.append(instance_of(dataset, index, delays, elapsed))
     return instances, computed / passed if passed else None
 
@@ -101,10 +101,10 @@ def _translate(translator: StreamingTranslator, pieces: Iterator[Any]) -> tuple[
 def _pieces(data: Any, model: Any, split: str, index: int) -> Iterator[Any]:
     """The source as it comes in: a chunk of audio, or a word, at a time."""
     sentence = data.dataset(split).sentences[index]
-    if not data.is_speech:
+    if not data.chosen.is_speech:
         yield from sentence.text.split()
         return
-    samples = data.spoken(split)[sentence.number]["audio"].astype(np.float32) / 32768
+    samples = data.chosen.spoken(split)[sentence.number]["audio"].astype(np.float32) / 32768
     size = round(model.config.pre_decision * STATE_MS * SAMPLE_RATE / 1000)
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
