@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from leapformer.cli import main
 from leapformer.cli.translate import Report, audio_pieces, translate_audio
-from leapformer.tasks.simulst.audio import read_audio
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
-from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.tasks.simulst.words import Word
+from leapformer.tasks.simulst.audio.reading import read_audio
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+from leapformer.tasks.simulst.text.words import Word
 from tests.tasks.simulst.translators import (
     CHUNK_MS,
     noise,

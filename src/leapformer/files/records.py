@@ -91,6 +91,7 @@ class ResultsRecord(Record):
     curves: dict[Text, list[CurvePoint]] = Field(default_factory=dict)
     policy_curves: dict[Text, list[PolicyCurve]] = Field(default_factory=dict)
     name: Text | None = None
+    task: Text | None = None
     recipe: Text | None = None
     recipe_fingerprint: Text | None = None
     attention: Text | list[Text] = ""
@@ -154,8 +155,8 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a crash,
-    is left out, and it alone.
+    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a
+    crash, is left out, and it alone.
 
     Raises:
         LeapformerError: the file can't be read.
