@@ -33,6 +33,7 @@ from leapformer.models import (
     LeapformerForMaskedLM,
     LeapformerForSequenceClassification,
 )
+from leapformer.models.fields import own_fields
 from leapformer.training.saving import check_weights
 
 # Which class a configuration's `architectures` may name; the first of a model type where it names none.
@@ -153,7 +154,7 @@ def _class_of(content: Mapping[str, Any], path: Path) -> Any:
 
 def _own_fields(content: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
     """The fields of a configuration that ours have: any other would become an attribute, in place of a method too."""
-    known = {*config_class.__annotations__, *_OF_TRANSFORMERS}
+    known = {*own_fields(config_class), *_OF_TRANSFORMERS}
     return {name: value for name, value in content.items() if name in known}
 
 
