@@ -33,6 +33,7 @@ from leapformer.models import (
     LeapformerForMaskedLM,
     LeapformerForSequenceClassification,
 )
+from leapformer.models.fields import own_fields
 from leapformer.training.saving import check_weights
 
 # Those of the package; the first of a model type where a configuration's `architectures` names none.
@@ -154,7 +155,7 @@ def _class_of(content: Mapping[str, Any], path: Path, classes: Iterable[Any]) ->
 
 def _own_fields(content: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
     """The fields of a configuration that ours have: any other would become an attribute, in place of a method too."""
-    known = {*config_class.__annotations__, *_OF_TRANSFORMERS}
+    known = {*own_fields(config_class), *_OF_TRANSFORMERS}
     return {name: value for name, value in content.items() if name in known}
 
 
