@@ -13,14 +13,10 @@ from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_own_files
 from leapformer.files.records import read_events, read_results
 from leapformer.files.showing import cut
+from leapformer.nn import by_row
 
 # What a reader recognises; the configuration's own words stay in results.json.
-ATTENTION_NAMES = {
-    "softmax": "softmax", "linear": "linear", "linear-relu": "linear, relu", "linear-elu": "linear, elu + 1",
-    "cosformer": "cosFormer", "leap": "LeaPformer", "performer": "Performer", "linformer": "Linformer",
-    "nystromformer": "Nystromformer", "skyformer": "Skyformer", "reformer": "Reformer", "bigbird": "BigBird",
-    "informer": "Informer",
-}  # fmt: skip
+ATTENTION_NAMES = {mechanism.name: mechanism.label for mechanism in by_row()}
 # Where a translation model has attention, in the order of results.json, as in "softmax/softmax/leap".
 PLACES = ("encoder", "decoder", "cross")
 

@@ -36,6 +36,7 @@ from leapformer.errors import LeapformerError
 from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import shown
 from leapformer.files.writing import write_text
+from leapformer.nn import REGISTRY, LinearAttention
 from leapformer.ops import available_impls
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.arguments import choose_device
@@ -45,7 +46,6 @@ from leapformer.training.run import Run
 from leapformer.training.train import train
 
 SUFFIXES = {"small": "", "cpu": "-cpu", "base": "-base"}
-LINEAR = {"linear-relu", "linear-elu", "cosformer", "leap"}
 # The reduced ListOps is a set of its own, made with --min-length 100 --max-length 300.
 OWN_DATA = {("listops", "cpu"): "lra-listops-cpu"}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -157,7 +157,7 @@ def _test(run: Run, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -
     return {
         "splits": {**results["splits"], SPLIT: metrics},
         "inference_examples_per_second": round(metrics["examples"] / seconds, 2),
-        "impl": _implementation(device) if job.attention in LINEAR else "torch",
+        "impl": _implementation(device) if issubclass(REGISTRY[job.attention].layer, LinearAttention) else "torch",
     }
 
 
