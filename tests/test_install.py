@@ -28,7 +28,13 @@ def test_without_a_compiler(tmp_path):
     wheel = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
     names = wheel.namelist()
     assert LIBRARY not in names
-    for name in ("py.typed", "ops/native/library.py", "recipes/lm/wikitext2-small.yaml", "analysis/report.html.j2"):
+    for name in (
+        "py.typed",
+        "ops/native/library.py",
+        "recipes/lm/wikitext2-small.yaml",
+        "analysis/report.html.j2",
+        "tasks/simulst/grammar/lexicon.yaml",
+    ):
         assert f"leapformer/{name}" in names
     assert any("leapformer = leapformer.cli:main" in wheel.read(n).decode() for n in names if "entry_points" in n)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from leapformer.analysis.markdown import markdown_table
 from leapformer.analysis.runs import RunRecord
-from leapformer.analysis.tables import comparison, markdown_table, paired_difference
+from leapformer.analysis.tables import comparison, paired_difference
 from leapformer.errors import LeapformerError
 
 from .builders import curve_point, results, translation_results

@@ -16,8 +16,8 @@ from leapformer.bench.speakers import Push, Served, Server, schedule, simulate
 from leapformer.bench.streaming import LengthRow, LiveStream, SpeakersRow, Tail, percentiles, stream
 from leapformer.cli import main
 from leapformer.models import DecoderStream
-from leapformer.tasks.simulst.audio import SAMPLE_RATE
-from leapformer.tasks.simulst.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
 from tests.models.translation_builders import FEATURES, TINY, tiny_translator
 
 CHUNK = 1920  # samples of 3 states, 120 ms

@@ -31,7 +31,7 @@ def tiny(tmp_path, monkeypatch):
     for name, overrides in demo.TRANSLATION_OVERRIDES.items():
         monkeypatch.setitem(demo.TRANSLATION_OVERRIDES, name, [*overrides, *TINY_TRANSLATION])
     monkeypatch.setattr(demo, "KS", (2, None))
-    monkeypatch.setattr("leapformer.tasks.simulst.task.HELD_OUT", 6)
+    monkeypatch.setattr("leapformer.tasks.simulst.sentences.HELD_OUT", 6)
     monkeypatch.setenv("COLUMNS", "220")
     return tmp_path / "demo"
 

@@ -10,7 +10,7 @@ import pytest
 
 import leapformer.cli as cli
 from leapformer.cli import main
-from leapformer.cli.compare import print_table
+from leapformer.cli.printing import print_table
 from leapformer.cli.train import default_name
 from tests.analysis.builders import write_run, write_translation_run
 
@@ -45,9 +45,12 @@ LARGE = str(10**18)
         (["generate", "RUN", "x", "--threads", "1000000000"], "'--threads'"),
         (["evaluate", "RUN", "--limit", LARGE], "'--limit'"),
         (["evaluate", "RUN", "--context-window", LARGE], "'--context-window'"),
-        (["translate", "RUN", "x", "--k", LARGE], "'--k'"),
-        (["translate", "RUN", "x", "--agreement", LARGE], "'--agreement'"),
-        (["translate", "RUN", "x", "--frames", LARGE], "'--frames'"),
+        (["translate", "RUN", "x", "--k", LARGE], "--k: expected an integer from 0 on, up to 9,999,999"),
+        (
+            ["translate", "RUN", "x", "--policy", "local-agreement", "--agreement", LARGE],
+            "--agreement: expected an integer",
+        ),
+        (["translate", "RUN", "x", "--policy", "align-att", "--frames", LARGE], "--frames: expected an integer"),
         (["plot", "latency", "RUN", "--draws", LARGE], "'--draws'"),
         (["data", "prepare", "lra-listops", "--output", "x", "--count", str(10**15)], "'--count'"),
         (["data", "prepare", "lra-listops", "--output", "x", "--seed", str(10**30)], "'--seed'"),
@@ -119,10 +122,11 @@ def test_what_is_no_run(capsys, command, folder):
 
 def test_a_name_that_is_too_long_for_a_folder(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    overrides = [f"data.path={'x' * 300}", "data.source=text"]
+    (tmp_path / "text.txt").write_text("a line\n" * 100)
+    overrides = [f"data.path={'./' * 150}text.txt", "data.source=text"]
     assert len(default_name("lm/pydocs-tiny", overrides)) > 255
     assert "File name too long" in refusal(capsys, "train", "lm/pydocs-tiny", *overrides)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_names_are_no_markup_and_move_no_cursor(capsys, tmp_path):

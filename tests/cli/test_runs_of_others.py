@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from leapformer.cli import keeping, main
 from leapformer.errors import LeapformerError
-from leapformer.tasks.simulst.curves import evaluate_curve
+from leapformer.tasks.simulst.scoring.curves import evaluate_curve
 from leapformer.training.run import Run
 from leapformer.training.train import train
 from tests.training.builders import tiny_recipe

@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from leapformer.cli import main
 from leapformer.cli.translate import Report, audio_pieces, translate_audio
-from leapformer.tasks.simulst.audio import read_audio
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
-from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.tasks.simulst.words import Word
+from leapformer.tasks.simulst.audio.reading import read_audio
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+from leapformer.tasks.simulst.text.words import Word
 from tests.tasks.simulst.translators import (
     CHUNK_MS,
     noise,
@@ -125,7 +125,7 @@ def test_policies(run, model, wav, capsys, options, policy):
 
 def test_a_sentence_that_ends_early_is_told(tmp_path, wav, capsys):
     model = speech_model(seed=2, dtype=torch.float32)
-    model.config.eos_token_id = list(range(2, 48))
+    model.config.eos_token_id = list(range(2, model.config.vocab_size))
     run = save_run(tmp_path / "run", model, speech_processor())
     captured = output(capsys, run, wav(noise(1.2)), "--k", "2")
     assert captured.out == "\n" and "no word" in captured.err

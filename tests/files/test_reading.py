@@ -72,7 +72,7 @@ def test_what_is_no_json(text, found):
 
 def test_json():
     assert parse_json('{"a": [1, 2.5, null, "\\u00e9"]}', where="here") == {"a": [1, 2.5, None, "é"]}
-    assert parse_json("[NaN, -Infinity, 1]", where="here", nan=True) == [None, None, 1]
+    assert parse_json("[NaN, -Infinity, 1]", where="here", numbers="null") == [None, None, 1]
 
 
 def test_json_files(tmp_path):

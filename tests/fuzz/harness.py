@@ -137,6 +137,8 @@ def _run_some(kind: str, seed: int, numbers: list[int], folder: Path) -> list[_E
             process.kill()
             process.wait()
             reader.join()
+            if process.stdout is not None:
+                process.stdout.close()
     return ended
 
 

@@ -528,9 +528,9 @@ def _audio(kind: str = "WAV", seed: int = 0, seconds: float = 0.1) -> bytes:
 
 def _corpus(name: str, make: Callable[[Path], None], whole: tuple[str, ...]) -> Reader:
     from leapformer.tasks.preparation import BadRows
-    from leapformer.tasks.simulst.clips import read_clip
-    from leapformer.tasks.simulst.corpora import CORPORA
-    from leapformer.tasks.simulst.corpus_source import Source
+    from leapformer.tasks.simulst.corpora.clips import read_clip
+    from leapformer.tasks.simulst.corpora.preparing import CORPORA
+    from leapformer.tasks.simulst.corpora.source import Source
 
     def read(folder: Path) -> Any:
         source = Source(folder, "en", "de", 0, BadRows(False))
@@ -595,7 +595,7 @@ def _make_tuxpaint(folder: Path, id: str = "stamp_id") -> None:
 
 
 def _make_prepared(folder: Path) -> None:
-    from leapformer.tasks.simulst.corpora import prepare_corpus
+    from leapformer.tasks.simulst.corpora.preparing import prepare_corpus
 
     with tempfile.TemporaryDirectory() as source:
         _make_manifest(Path(source))
@@ -603,7 +603,7 @@ def _make_prepared(folder: Path) -> None:
 
 
 def _read_prepared(folder: Path) -> Any:
-    from leapformer.tasks.simulst.prepared import SpokenSplit
+    from leapformer.tasks.simulst.corpora.prepared import SpokenSplit
 
     split = SpokenSplit(folder / "data", "train")
     return [[row["id"], row["text"], row["translation"], row["audio"]] for row in split[:]]
@@ -615,8 +615,8 @@ def _make_features(folder: Path) -> None:
 
 
 def _read_features(folder: Path) -> Any:
-    from leapformer.tasks.simulst.feature_cache import CachedFeatures
-    from leapformer.tasks.simulst.prepared import SpokenSplit
+    from leapformer.tasks.simulst.corpora.feature_cache import CachedFeatures
+    from leapformer.tasks.simulst.corpora.prepared import SpokenSplit
 
     features = CachedFeatures(SpokenSplit(folder / "data", "train"), key="key", cache=folder / "cache")
     return [each.numpy() for each in features[:]]
@@ -625,7 +625,7 @@ def _read_features(folder: Path) -> Any:
 def _make_statistics(folder: Path) -> None:
     import torch
 
-    from leapformer.tasks.simulst.features import FeatureStatistics
+    from leapformer.tasks.simulst.audio.features import FeatureStatistics
 
     FeatureStatistics(10, 2, torch.arange(80, dtype=torch.float64), torch.ones(80, dtype=torch.float64)).save(
         folder / "a.safetensors"
@@ -633,20 +633,20 @@ def _make_statistics(folder: Path) -> None:
 
 
 def _read_statistics(folder: Path) -> Any:
-    from leapformer.tasks.simulst.features import FeatureStatistics
+    from leapformer.tasks.simulst.audio.features import FeatureStatistics
 
     found = FeatureStatistics.load(folder / "a.safetensors")
     return [found.count, found.utterances, found.mean.numpy(), found.variance.numpy()]
 
 
 def _make_vocabulary(folder: Path) -> None:
-    from leapformer.tasks.simulst.vocabulary import Vocabulary
+    from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 
     Vocabulary.train(TEXT.split("\n")[:3] * 3, 40).save(folder / "a.spm")
 
 
 def _read_vocabulary(folder: Path) -> Any:
-    from leapformer.tasks.simulst.vocabulary import Vocabulary
+    from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.load(folder / "a.spm")
     ids = vocabulary.encode("One sentence, und ein Satz ﬁ № ½.")
@@ -655,12 +655,12 @@ def _read_vocabulary(folder: Path) -> Any:
 
 def _make_processor(folder: Path) -> None:
     from leapformer.tasks.simulst.processor import TranslationProcessor
-    from leapformer.tasks.simulst.vocabulary import Vocabulary
+    from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 
     _make_statistics(folder)
     vocabulary = Vocabulary.train(TEXT.split("\n")[:3] * 3, 40)
     shutil.move(folder / "a.safetensors", folder / "statistics")
-    from leapformer.tasks.simulst.features import FeatureStatistics
+    from leapformer.tasks.simulst.audio.features import FeatureStatistics
 
     statistics = FeatureStatistics.load(folder / "statistics")
     (folder / "statistics").unlink()
@@ -676,14 +676,14 @@ def _read_processor(folder: Path) -> Any:
 
 
 def _make_instances(folder: Path) -> None:
-    from leapformer.tasks.simulst.instances import Instance, write_instances
+    from leapformer.tasks.simulst.scoring.instances import Instance, write_instances
 
     some = [Instance(n, "zwei worte", [1.5, 2.5 + n], [], "ein satz", "a source", 3.5) for n in range(4)]
     write_instances(folder / "instances.log", some)
 
 
 def _read_instances(folder: Path) -> Any:
-    from leapformer.tasks.simulst.instances import read_instances, score
+    from leapformer.tasks.simulst.scoring.instances import read_instances, score
 
     found = read_instances(folder / "instances.log")
     score(found)
@@ -708,7 +708,7 @@ def _of_audio() -> dict[str, Reader]:
 
 
 def _audio_reader(kind: str, codec: str) -> Reader:
-    from leapformer.tasks.simulst.audio import read_audio
+    from leapformer.tasks.simulst.audio.reading import read_audio
 
     suffix = ".mp3" if kind == "MP3" else f".{kind.lower()}"
 

@@ -25,7 +25,7 @@ def listops(output: Path) -> dict:
 
 def speech(output: Path) -> dict:
     sf = pytest.importorskip("soundfile")
-    from leapformer.tasks.simulst.corpora import prepare_corpus
+    from leapformer.tasks.simulst.corpora.preparing import prepare_corpus
 
     folder = output.parent / "corpus"
     folder.mkdir(exist_ok=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from leapformer.analysis.latency import UNITS, System, equal_lagging_table, latency_table, quality_latency, systems
+from leapformer.analysis.latency import System, equal_lagging_table, latency_table, quality_latency, systems
 from leapformer.analysis.plots import (
     figure_svg,
     learning_curves,
@@ -20,11 +21,11 @@ from leapformer.analysis.plots import (
     quality_and_speed,
 )
 from leapformer.analysis.proportions import LayerProportions
-from leapformer.analysis.runs import RunRecord, distinct_labels
-from leapformer.analysis.tables import K
+from leapformer.analysis.runs import RunRecord, declarations, distinct_labels
 from leapformer.errors import MissingExtra
 from leapformer.files.records import without_unknown
 from leapformer.files.writing import write_text
+from leapformer.training.results import LOSS, Metric, Page
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -69,6 +70,14 @@ class TextProportions:
     layers: list[LayerProportions]
 
 
+class PageColumn(NamedTuple):
+    """A column of the comparison table: heading, a few words below it, and a run's cell on a split (None: empty)."""
+
+    heading: str
+    note: str
+    text: Callable[[RunRecord, str], str | None]
+
+
 @dataclass(frozen=True)
 class TableRow:
     """One row of the comparison table; cells are ready to read, and None leaves a cell empty."""
@@ -77,15 +86,6 @@ class TableRow:
     cells: list[str | None]
     series: int | None = None
     best: bool = False
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What a kind of run is judged by: a figure of a run on a split, lower being better, and how it is said."""
-
-    value: Callable[[RunRecord, str], float | None]
-    columns: tuple[tuple[str, str, Callable[[RunRecord, str], str | None]], ...]
-    summary: Callable[[RunRecord, str], str]
 
 
 def write_report(
@@ -136,8 +136,8 @@ def render_report(
     """
     if not runs:
         raise ValueError("runs: expected at least one, found none")
-    is_translation = all(run.results.get("source") in UNITS for run in runs)
-    quality = TRANSLATION if is_translation else LANGUAGE
+    page = _page_of(runs)
+    columns = _columns(runs, page)
     environment = Environment(
         loader=PackageLoader("leapformer.analysis", "."),
         autoescape=True,
@@ -148,16 +148,16 @@ def render_report(
     first = runs[0].results
     return environment.get_template("report.html.j2").render(
         title=title,
-        summary=_summary(runs, quality, split),
-        columns=[(heading, explanation) for heading, explanation, _ in (*quality.columns, *COLUMNS)],
-        rows=_table_rows(runs, quality, split),
-        is_translation=is_translation,
-        latency=_latency(runs, split) if is_translation else None,
+        summary=_summary(runs, page, split),
+        columns=[(column.heading, column.note) for column in columns],
+        rows=_table_rows(runs, page, columns, split),
+        explanation=Markup(page.explanation),  # noqa: S704 - written by a task
+        latency=_latency(runs, split) if page.has_lagging else None,
         learning_curves=_inline(figure_svg(learning_curves(runs), prefix="curves-")),
         by_position=_inline(figure_svg(perplexity_by_position(runs), prefix="position-"))
         if any(run.results.get("perplexity_by_position") for run in runs)
         else None,
-        quality_and_speed=None if is_translation else _inline(figure_svg(quality_and_speed(runs), prefix="speed-")),
+        quality_and_speed=_inline(figure_svg(quality_and_speed(runs), prefix="speed-")) if page.has_speed else None,
         layers=_layers(text_proportions) if text_proportions else [],
         text_proportions=text_proportions,
         samples=samples,
@@ -172,67 +172,50 @@ def render_report(
     )
 
 
-def _language_quality(run: RunRecord, split: str) -> float | None:
-    return run.split(split).get("bits_per_byte")
+def _page_of(runs: Sequence[RunRecord]) -> Page:
+    """Of their task; runs of several tasks have the loss in common."""
+    tasks = declarations(runs)
+    return tasks[0].page_or_default() if len(tasks) == 1 else Page(metrics=(LOSS,), headline=LOSS)
 
 
-def _language_summary(run: RunRecord, split: str) -> str:
-    text = f"{_number(_language_quality(run, split), digits=3)} bits per byte"
-    bits = [bits for name, _, bits in _baselines(run, split) if name == "bigram"]
-    return f"{text} (a bigram counted from the training text: {_number(bits[0], digits=3)})" if bits else text
+def _columns(runs: Sequence[RunRecord], page: Page) -> list[PageColumn]:
+    """Those of the page's task, and behind them those of every run."""
+    unit = declarations(runs)[0].unit
+    own = [PageColumn(each.heading, each.note, partial(_cell, metric=each)) for each in page.metrics]
+    return [
+        *own,
+        PageColumn(
+            f"{unit} per second",
+            "training",
+            lambda run, split: _number(run.results.get(f"{unit}_per_second"), digits=0),
+        ),
+        PageColumn("training time", "min:s", lambda run, split: _minutes(run.results.get("seconds"))),
+        PageColumn("parameters", "all", lambda run, split: _number(run.results.get("parameters"), digits=0)),
+        PageColumn("LeaP modules", "share of them", lambda run, split: _leap_share(run)),
+    ]
 
 
-LANGUAGE = Quality(
-    _language_quality,
-    (
-        ("word perplexity", "lower is better", lambda run, split: _number(run.split(split).get("word_perplexity"))),
-        ("bits per byte", "lower is better", lambda run, split: _number(_language_quality(run, split), digits=3)),
-    ),
-    _language_summary,
-)
+def _cell(run: RunRecord, split: str, *, metric: Metric) -> str | None:
+    found = run.figure(metric, split)
+    if found is None:
+        return None
+    metric, value = found
+    return " ".join(filter(None, [_number(value, digits=metric.digits), metric.unit]))
 
 
-def _bleu(run: RunRecord, split: str, k: int | None) -> str | None:
-    return _number(run.scores_at(k, split).get("BLEU"), digits=2)
+def _said(run: RunRecord, split: str, metric: Metric) -> str | None:
+    """A figure in the words of a sentence."""
+    found = run.figure(metric, split)
+    return None if found is None else found[0].said.format(_number(found[1], digits=found[0].digits))
 
 
-def _translation_quality(run: RunRecord, split: str) -> float | None:
-    """BLEU, upside down, where sentences were written; the loss tells of runs of which none was."""
-    bleu, loss = run.scores_at(K, split).get("BLEU"), run.split(split).get("loss")
-    return loss if bleu is None else -bleu
-
-
-def _translation_summary(run: RunRecord, split: str) -> str:
-    bleu, offline = _bleu(run, split, K), _bleu(run, split, None)
-    if bleu is None:
-        return f"a loss of {_number(run.split(split).get('loss'), digits=3)} nats per token"
-    return f"BLEU {bleu} at k = {K}" + (f" (offline: {offline})" if offline else "")
-
-
-def _lagging(run: RunRecord, split: str) -> str | None:
-    unit, lagging = UNITS[run.results["source"]], run.scores_at(K, split).get("LAAL")
-    return None if lagging is None else f"{_number(lagging * unit.factor, digits=2)} {unit.name}"
-
-
-TRANSLATION = Quality(
-    _translation_quality,
-    (
-        (f"BLEU, k = {K}", "higher is better", lambda run, split: _bleu(run, split, K)),
-        ("BLEU, offline", "higher is better", lambda run, split: _bleu(run, split, None)),
-        (f"lagging, k = {K}", "LAAL", _lagging),
-        ("loss", "nats per token", lambda run, split: _number(run.split(split).get("loss"), digits=3)),
-        ("perplexity", "per token", lambda run, split: _number(run.split(split).get("perplexity"), digits=2)),
-    ),
-    _translation_summary,
-)
-
-# Of every run, behind those of its kind.
-COLUMNS: tuple[tuple[str, str, Callable[[RunRecord, str], str | None]], ...] = (
-    ("tokens per second", "training", lambda run, split: _number(run.results.get("tokens_per_second"), digits=0)),
-    ("training time", "min:s", lambda run, split: _minutes(run.results.get("seconds"))),
-    ("parameters", "all", lambda run, split: _number(run.results.get("parameters"), digits=0)),
-    ("LeaP modules", "share of them", lambda run, split: _leap_share(run)),
-)
+def _quality(run: RunRecord, split: str, page: Page) -> float:
+    """What the best run is chosen by, lower being better."""
+    found = run.figure(page.headline, split)
+    if found is None:
+        return math.inf
+    metric, value = found
+    return value if metric.better == "lower" else -value
 
 
 def _leap_share(run: RunRecord) -> str | None:
@@ -240,14 +223,12 @@ def _leap_share(run: RunRecord) -> str | None:
     return f"{leap / parameters:.2%}" if parameters and leap else None
 
 
-def _table_rows(runs: Sequence[RunRecord], quality: Quality, split: str) -> list[TableRow]:
+def _table_rows(runs: Sequence[RunRecord], page: Page, columns: Sequence[PageColumn], split: str) -> list[TableRow]:
     """One row per run, then the counted baselines."""
-    columns = (*quality.columns, *COLUMNS)
-    found = [quality.value(run, split) for run in runs]
-    values = [math.inf if value is None else value for value in found]
+    values = [_quality(run, split, page) for run in runs]
     rows = []
     for place, (run, label) in enumerate(zip(runs, distinct_labels(list(runs)), strict=True)):
-        cells = [text(run, split) for _, _, text in columns]
+        cells = [column.text(run, split) for column in columns]
         best = values[place] == min(values) and len(runs) > 1
         rows.append(TableRow(label=label, cells=cells, series=place % 6 + 1, best=best))
     empty = [None] * (len(columns) - 2)
@@ -269,15 +250,23 @@ def _baselines(run: RunRecord, split: str) -> list[tuple[str, float, float | Non
     ]
 
 
-def _summary(runs: Sequence[RunRecord], quality: Quality, split: str) -> str:
+def _summary(runs: Sequence[RunRecord], page: Page, split: str) -> str:
     """The outcome in one sentence."""
-    values = [quality.value(run, split) for run in runs]
-    known = [(value, place) for place, value in enumerate(values) if value is not None]
-    if not known:
+    value, place = min((_quality(run, split, page), place) for place, run in enumerate(runs))
+    best, label = runs[place], distinct_labels(list(runs))[place]
+    said = _said(best, split, page.headline)
+    if said is None:
         return f"{len(runs)} runs, none of them evaluated."
-    _, place = min(known)
-    label = distinct_labels(list(runs))[place]
-    return f"Best on the {split} text: {label} with {quality.summary(runs[place], split)}."
+    aside = _aside(best, split, page)
+    return f"Best on the {split} text: {label} with {said}{f' ({aside})' if aside else ''}."
+
+
+def _aside(run: RunRecord, split: str, page: Page) -> str | None:
+    """What stands beside the headline: the page's own figure, or what was counted without training."""
+    if page.aside is not None:
+        return _said(run, split, page.aside)
+    bits = next((bits for name, _, bits in _baselines(run, split) if name == "bigram"), None)
+    return f"a bigram counted from the training text: {_number(bits, digits=3)}" if bits is not None else None
 
 
 def _latency(runs: Sequence[RunRecord], split: str) -> dict[str, Any] | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from leapformer.errors import LeapformerError
-from leapformer.files.folders import check_own_files
-from leapformer.files.records import read_events, read_results
+from leapformer.files.run_folder import RunFolder
 from leapformer.files.showing import cut
 from leapformer.nn import by_row
+from leapformer.tasks.registry import TASKS, get_results, task_of
+from leapformer.training.results import Metric, TaskResults
 
 # What a reader recognises; the configuration's own words stay in results.json.
 ATTENTION_NAMES = {mechanism.name: mechanism.label for mechanism in by_row()}
@@ -65,6 +66,33 @@ class RunRecord:
         convolution, variant = self.results.get("conv_width"), self.results.get("variant") or "paper"
         return f" + convolution {convolution}" if convolution and variant == "paper" else ""
 
+    @property
+    def declared(self) -> TaskResults:
+        """What its task says of the figures that it has.
+
+        Raises:
+            LeapformerError: results.json names a task that is not there.
+        """
+        try:
+            return get_results(task_of(self.results))
+        except LeapformerError as error:
+            raise LeapformerError(f"{cut(self.folder, 240)}/results.json: {error}") from None
+
+    def figure(self, metric: Metric, split: str = "validation") -> tuple[Metric, float] | None:
+        """A figure as it is shown, with the metric that stood in where it was not measured; None where nothing was."""
+        if metric.source is None or self.results.get("source") == metric.source:
+            held = {"split": self.split(split), "run": self.results}
+            found = held[metric.place] if metric.place in held else self.scores_at(metric.k, split)
+            value = found.get(metric.key)
+            if value is not None:
+                return metric, value if metric.factor == 1 else value * metric.factor
+        return None if metric.instead is None else self.figure(metric.instead, split)
+
+    def value(self, metric: Metric, split: str = "validation") -> float | None:
+        """As `figure`, the number alone."""
+        found = self.figure(metric, split)
+        return None if found is None else found[1]
+
     def split(self, name: str = "validation") -> dict[str, Any]:
         """Results on one split of the data (empty when it wasn't evaluated)."""
         return self.results.get("splits", {}).get(name) or {}
@@ -98,12 +126,20 @@ def load_run(folder: str | Path) -> RunRecord:
         LeapformerError: no results.json (the run has not finished), or it is damaged. A damaged row of metrics.jsonl is
             left out.
     """
-    folder = Path(folder)
-    if not os.path.lexists(folder / "results.json"):
-        raise LeapformerError(f"{cut(folder, 240)}: expected a finished run with results.json, found none")
-    check_own_files(folder)
-    results = read_results(folder / "results.json")
-    return RunRecord(folder=folder, results=results, events=read_events(folder / "metrics.jsonl"))
+    run = RunFolder(folder)
+    if not os.path.lexists(run.results_path):
+        raise LeapformerError(f"{cut(run.path, 240)}: expected a finished run with results.json, found none")
+    return RunRecord(folder=run.path, results=run.results(), events=run.metrics())
+
+
+def declarations(runs: Sequence[RunRecord]) -> list[TaskResults]:
+    """What the tasks of some runs declare, each once, in the order of the registry.
+
+    Raises:
+        LeapformerError: a run is of a task that is not there.
+    """
+    found = {task_of(run.results): run.declared for run in runs}
+    return [found[name] for name in TASKS if name in found]
 
 
 def common_labels(runs: Sequence[RunRecord]) -> list[str]:

@@ -4,62 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from leapformer.analysis.runs import RunRecord, common_labels
+from leapformer.analysis.runs import RunRecord, common_labels, declarations
 from leapformer.errors import LeapformerError
 from leapformer.files.records import without_unknown
-
-K = 5  # of wait-k, where a table has one figure of a translation model
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure of a run: what it is called, how many decimals it has, and where it is found (None: not measured)."""
-
-    heading: str
-    digits: int
-    value: Callable[[RunRecord, str], float | None]
-
-
-def _of_split(key: str, heading: str, digits: int, factor: float = 1.0) -> Column:
-    return Column(heading, digits, lambda run, split: _times(run.split(split).get(key), factor))
-
-
-def _of_run(key: str, heading: str, digits: int) -> Column:
-    return Column(heading, digits, lambda run, split: run.results.get(key))
-
-
-def _at(k: int | None, key: str, heading: str, digits: int) -> Column:
-    return Column(heading, digits, lambda run, split: run.scores_at(k, split).get(key))
-
-
-def _lagging(source: str, heading: str, factor: float) -> Column:
-    def value(run: RunRecord, split: str) -> float | None:
-        return _times(run.scores_at(K, split).get("LAAL"), factor) if run.results.get("source") == source else None
-
-    return Column(heading, 2, value)
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-_LOSS = _of_split("loss", "loss", 4)
-_BLEU = _at(K, "BLEU", f"BLEU k={K}", 2)
-# Those that no run has are left out. Losses in nats per token or example; memory in MiB.
-_COLUMNS = (
-    _LOSS, _of_split("bits_per_byte", "bits/byte", 4), _of_split("word_perplexity", "word ppl", 1),
-    _of_split("accuracy", "accuracy %", 2, 100.0), _of_split("majority_accuracy", "commonest class %", 2, 100.0),
-    _of_split("root_operator_accuracy", "root operator %", 2, 100.0), _of_split("perplexity", "ppl", 2),
-    _of_split("token_accuracy", "token accuracy %", 2, 100.0), _BLEU, _at(None, "BLEU", "BLEU offline", 2),
-    _lagging("speech", f"LAAL s k={K}", 1e-3), _lagging("text", f"LAAL words k={K}", 1.0),
-    _of_run("tokens_per_second", "tokens/s", 0), _of_run("examples_per_second", "examples/s", 1),
-    _of_run("peak_memory_mib", "MiB", 0),
-)  # fmt: skip
+from leapformer.training.results import OF_EVERY_RUN, Metric
 
 
 @dataclass(frozen=True)
@@ -89,18 +42,17 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
                 f"{run.folder}: not evaluated on {split}; run: leapformer evaluate {run.folder} --split {split}"
             )
     ordered = sorted(groups(runs).items(), key=lambda item: _rank(item[1], split))
-    present = [column for column in _COLUMNS if any(column.value(run, split) is not None for run in runs)]
+    declared = [column for task in declarations(runs) for column in task.columns]
+    present = [
+        column
+        for column in dict.fromkeys([*declared, *OF_EVERY_RUN])
+        if any(run.value(column, split) is not None for run in runs)
+    ]
     rows = [_row(name, members, split, present) for name, members in ordered]
     single = [_row(run.folder.name, [run], split, present) for _, members in ordered for run in members]
     several = single if len(single) > len(ordered) else []
     columns = ["model", "seeds", *(column.heading for column in present), "parameters", "of LeaP"]
     return Comparison(columns, rows + _baseline_rows(runs, columns), several, _paired_notes(ordered, split))
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -139,19 +91,25 @@ def _recipe_of(members: Mapping[Any, RunRecord]) -> str:
 
 
 def _rank(members: Sequence[RunRecord], split: str) -> float:
-    """Mean loss; those that were only translated with come last."""
-    losses = [_LOSS.value(run, split) for run in members]
-    known = [loss for loss in losses if loss is not None]
+    """Mean of what their task compares first, such as the loss, lower being better; those without it come last."""
+    metric = members[0].declared.compared[0]
+    values = [run.value(metric, split) for run in members]
+    known = [value * _sign(metric) for value in values if value is not None]
     return _mean(known) if len(known) == len(members) else math.inf
 
 
-def _row(name: str, members: Sequence[RunRecord], split: str, columns: Sequence[Column]) -> list[str]:
+def _sign(metric: Metric) -> int:
+    """What makes lower the better."""
+    return 1 if metric.better == "lower" else -1
+
+
+def _row(name: str, members: Sequence[RunRecord], split: str, columns: Sequence[Metric]) -> list[str]:
     first = members[0].results
     seeds = ", ".join(str(seed) for seed in sorted({run.results.get("seed") for run in members}, key=str))
     return [
         name,
         seeds,
-        *(mean_text([column.value(run, split) for run in members], column.digits) for column in columns),
+        *(mean_text([run.value(column, split) for run in members], column.digits) for column in columns),
         f"{first.get('parameters', 0):,}",
         f"{first.get('parameters_leap', 0):,}",
     ]
@@ -183,22 +141,27 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
     """Each pair of groups with at least two seeds in common; under two standard errors there is no difference."""
     notes = []
     for (name, members), (other, others) in combinations(groups, 2):
-        for column, unit, better in ((_LOSS, "nats/token", -1), (_BLEU, f"BLEU at k = {K}", 1)):
-            values, other_values = _by_seed(members, column, split), _by_seed(others, column, split)
+        compared = [metric for task in declarations([*members, *others]) for metric in task.compared]
+        for metric in dict.fromkeys(compared):
+            values, other_values = _by_seed(members, metric, split), _by_seed(others, metric, split)
             seeds = sorted(values.keys() & other_values.keys(), key=str)
             if len(seeds) < 2:
                 continue
             mean, error = paired_difference([values[s] for s in seeds], [other_values[s] for s in seeds])
-            verdict = "no difference" if abs(mean) <= 2 * error else f"{name if mean * better > 0 else other} is better"
+            verdict = (
+                "no difference"
+                if abs(mean) <= 2 * error
+                else f"{name if mean * _sign(metric) < 0 else other} is better"
+            )
             notes.append(
-                f"{name} - {other}: {mean:+.{column.digits}f} {unit}, standard error {error:.{column.digits}f} over "
+                f"{name} - {other}: {mean:+.{metric.digits}f} {metric.unit}, standard error {error:.{metric.digits}f} over "
                 f"{len(seeds)} paired seeds: {verdict}"
             )
     return notes
 
 
-def _by_seed(members: Sequence[RunRecord], column: Column, split: str) -> dict[Any, float]:
-    values = {run.results.get("seed"): column.value(run, split) for run in members}
+def _by_seed(members: Sequence[RunRecord], metric: Metric, split: str) -> dict[Any, float]:
+    values = {run.results.get("seed"): run.value(metric, split) for run in members}
     return {seed: value for seed, value in values.items() if value is not None}
 
 

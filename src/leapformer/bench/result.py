@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leapformer.analysis.tables import markdown_table
+from leapformer.analysis.markdown import markdown_table
 from leapformer.bench.rows import Spread, to_json
 from leapformer.files.writing import write_json, write_text
 from leapformer.training.machine import git_revision, machine, versions

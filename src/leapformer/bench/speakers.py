@@ -20,12 +20,12 @@ from torch import Tensor
 
 from leapformer.models import LeapformerForConditionalGeneration
 from leapformer.models.translation_stream import wait_k_needs
-from leapformer.tasks.simulst.features import SHIFT, FeatureStatistics
-from leapformer.tasks.simulst.policy_requests import Read, Target, Turn, Write
+from leapformer.tasks.simulst.audio.features import SHIFT, FeatureStatistics
 from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.sources import FRAMES_OF_A_STATE
-from leapformer.tasks.simulst.translator_batch import TranslatorBatch
-from leapformer.tasks.simulst.vocabulary import Vocabulary
+from leapformer.tasks.simulst.streaming.policy_requests import Read, Target, Turn, Write
+from leapformer.tasks.simulst.streaming.sources import FRAMES_OF_A_STATE
+from leapformer.tasks.simulst.streaming.translator_batch import TranslatorBatch
+from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 
 SHORTEST_UTTERANCE, LONGEST_UTTERANCE = 10, 33  # chunks: 3.6 to 11.9 s
 SEED = 0

@@ -29,8 +29,8 @@ from leapformer.bench.timing import Race, Sample
 from leapformer.models import LeapformerForConditionalGeneration, LeapformerTranslationConfig
 from leapformer.models.translation_configuration import PLACES
 from leapformer.models.translation_stream import DecoderStream, EncoderStream
-from leapformer.tasks.simulst.audio import SAMPLE_RATE
-from leapformer.tasks.simulst.features import FeatureStatistics, FilterbankStream, offline
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, FilterbankStream, offline
+from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
 
 LEAP, SOFTMAX, ANEW = "LeaPformer", "softmax", "LeaPformer, encoding anew"
 FORMS: dict[str, dict[str, Any]] = {LEAP: {}, SOFTMAX: dict.fromkeys(PLACES, "softmax"), ANEW: {"context": "full"}}

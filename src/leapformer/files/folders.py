@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,13 +12,14 @@ from leapformer.files.reading import kind_of_file
 from leapformer.files.showing import cut, shown
 
 MOST_ENTRIES = 100_000
+LONGEST_NAME = 255  # bytes, in every usual file system
 
 
 def check_own_files(folder: str | os.PathLike[str]) -> None:
     """Check that a folder holds regular files and folders alone, with all below it, and no link that leads out of it.
 
-    So nothing in it waits for ever when it is read, and nothing outside it is read or written in its place. A folder that
-    is not there holds nothing.
+    So nothing in it waits for ever when it is read, and nothing outside it is read or written in its place. A folder
+    that is not there holds nothing.
 
     Raises:
         LeapformerError: names the first thing of another kind.
@@ -47,6 +49,9 @@ def check_output_folder(path: str | os.PathLike[str], *, option: str = "--output
     """
     where = cut(os.fspath(path), 240)
     try:
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts):
+            # Looking wouldn't tell where the folders around it are still to be made.
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         for place in (Path(path), *Path(path).parents):
             try:
                 mode = place.lstat().st_mode

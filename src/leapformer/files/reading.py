@@ -11,19 +11,25 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.showing import cut, shown
 
 LARGEST = 64 << 20  # bytes of a file that is read whole as text
+Numbers = Literal["finite", "null", "any"]
+
 DEEPEST = 64  # lists and mappings inside one another
 MOST_NODES = 100_000  # values in a YAML document, those counted again that an alias repeats
 
 _KINDS = {
-    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-}  # fmt: skip
+}
 
 
 def kind_of_file(mode: int) -> str:
@@ -67,33 +73,36 @@ def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST, errors: s
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise LeapformerError(
-            f"{cut(os.fspath(path), 240)}: expected UTF-8, found byte 0x{content[error.start]:02x} at offset {error.start}"
+            f"{cut(os.fspath(path), 240)}: expected UTF-8, "
+            f"found byte 0x{content[error.start]:02x} at offset {error.start}"
         ) from None
 
 
 # ---- JSON
 
 
-def read_json(path: str | os.PathLike[str], *, largest: int = LARGEST, nan: bool = False) -> Any:
+def read_json(path: str | os.PathLike[str], *, largest: int = LARGEST, numbers: Numbers = "finite") -> Any:
     """The value in a JSON file.
 
     Arguments:
-        nan: take NaN and infinity, which JSON doesn't have and older versions wrote, as None.
+        numbers: as for `parse_json`.
 
     Raises:
         LeapformerError: as `read_text` and `parse_json`.
     """
     where = cut(os.fspath(path), 240)
-    return parse_json(read_text(path, largest=largest), where=where, nan=nan)
+    return parse_json(read_text(path, largest=largest), where=where, numbers=numbers)
 
 
-def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST, nan: bool = False) -> dict[str, Any]:
+def read_json_object(
+    path: str | os.PathLike[str], *, largest: int = LARGEST, numbers: Numbers = "finite"
+) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         LeapformerError: as `read_json`, or the value is of another kind.
     """
-    value = read_json(path, largest=largest, nan=nan)
+    value = read_json(path, largest=largest, numbers=numbers)
     if not isinstance(value, dict):
         raise LeapformerError(
             f"{cut(os.fspath(path), 240)}: expected a JSON object, found {type(value).__name__} {shown(value)}"
@@ -101,20 +110,23 @@ def read_json_object(path: str | os.PathLike[str], *, largest: int = LARGEST, na
     return value
 
 
-def parse_json(text: str, *, where: str, expected: str = "JSON", nan: bool = False, surrogates: bool = False) -> Any:
-    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't hold,
-    at most `DEEPEST` deep.
+def parse_json(
+    text: str, *, where: str, expected: str = "JSON", numbers: Numbers = "finite", surrogates: bool = False
+) -> Any:
+    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't
+    hold, at most `DEEPEST` deep.
 
     Arguments:
         expected: what messages call it.
-        nan: take NaN, infinity and numbers beyond a float as None, as many programs write them.
+        numbers: "finite", or what becomes of NaN, infinity and numbers beyond a float, which many programs write:
+            "null" takes them as None, "any" as they are.
         surrogates: take halves of surrogate pairs; the caller looks at the texts it takes.
 
     Raises:
         LeapformerError: it is something else; begins with `where`.
     """
     try:
-        value = (_LENIENT if nan else _DECODER).decode(text)
+        value = _DECODERS[numbers].decode(text)
     except json.JSONDecodeError as error:
         raise LeapformerError(
             f"{where}: expected {expected}, found {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno} "
@@ -145,15 +157,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {shown(key)} twice")
+            seen.add(key)
     return found
 
 
-_DECODER = json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
-_LENIENT = json.JSONDecoder(
-    parse_float=lambda text: _finite(float(text)), parse_constant=lambda text: None, object_pairs_hook=_object
-)
+_DECODERS: dict[Numbers, json.JSONDecoder] = {
+    "finite": json.JSONDecoder(parse_float=_float, parse_constant=_constant, object_pairs_hook=_object),
+    "null": json.JSONDecoder(
+        parse_float=lambda text: _finite(float(text)), parse_constant=lambda text: None, object_pairs_hook=_object
+    ),
+    "any": json.JSONDecoder(object_pairs_hook=_object),
+}
 
 
 def _finite(number: float) -> float | None:
@@ -291,7 +308,7 @@ _PLAIN = {
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+0123456789."),
     ),
-}  # fmt: skip
+}
 _loaders: list[Any] = []
 
 

@@ -91,6 +91,7 @@ class ResultsRecord(Record):
     curves: dict[Text, list[CurvePoint]] = Field(default_factory=dict)
     policy_curves: dict[Text, list[PolicyCurve]] = Field(default_factory=dict)
     name: Text | None = None
+    task: Text | None = None
     recipe: Text | None = None
     recipe_fingerprint: Text | None = None
     attention: Text | list[Text] = ""
@@ -148,14 +149,14 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         LeapformerError: it can't be read, or is none.
     """
-    content = read_json_object(path, nan=True)
+    content = read_json_object(path, numbers="null")
     check(ResultsRecord, content, where=cut(os.fspath(path), 240))
     return content
 
 
 def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a crash,
-    is left out, and it alone.
+    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a
+    crash, is left out, and it alone.
 
     Raises:
         LeapformerError: the file can't be read.
@@ -170,7 +171,7 @@ def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) ->
 def parse_event(row: str) -> dict[str, Any] | None:
     """The event in a row of metrics.jsonl; None where the row is damaged."""
     try:
-        event = parse_json(row, where="row", nan=True)
+        event = parse_json(row, where="row", numbers="null")
         check(EventRecord, event, where="row")
     except LeapformerError:
         return None

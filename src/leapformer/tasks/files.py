@@ -149,7 +149,7 @@ def parse_json_row(line: str, where: str) -> dict[str, Any]:
     Raises:
         LeapformerError: it is something else.
     """
-    value = parse_json(line, where=f"data: {where}", expected="a JSON object", nan=True, surrogates=True)
+    value = parse_json(line, where=f"data: {where}", expected="a JSON object", numbers="any", surrogates=True)
     if not isinstance(value, dict):
         raise LeapformerError(f"data: {where}: expected a JSON object, found {type(value).__name__} {shown(value)}")
     return value

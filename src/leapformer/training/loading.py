@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from leapformer.models import (
 from leapformer.models.fields import own_fields
 from leapformer.training.saving import check_weights
 
-# Which class a configuration's `architectures` may name; the first of a model type where it names none.
-_CLASSES: tuple[Any, ...] = (
+# Those of the package; the first of a model type where a configuration's `architectures` names none.
+_OURS: tuple[Any, ...] = (
     LeapformerForCausalLM,
     LeapformerForMaskedLM,
     LeapformerForSequenceClassification,
@@ -86,11 +86,11 @@ def _first_line(error: BaseException) -> str:
 # ---- models
 
 
-def load_model(folder: str | Path, *, expected: str | None = None) -> Any:
+def load_model(folder: str | Path, *, classes: Sequence[type] | None = None) -> Any:
     """The model in a folder that `save_pretrained` wrote, in evaluation mode on the CPU.
 
     Arguments:
-        expected: the name of its class; None: any of ours.
+        classes: what it may be, such as `Task.model_classes`; None: any of the package.
 
     Raises:
         LeapformerError: there is none, its weights are cut off, or they are those of another model.
@@ -102,8 +102,9 @@ def load_model(folder: str | Path, *, expected: str | None = None) -> Any:
             f"{cut(folder, 240)}: expected a whole model, found an adapter of one (adapter_config.json)"
         )
     content = _configuration(folder / "config.json")
-    kind = _class_of(content, folder / "config.json")
-    if expected not in (None, kind.__name__):
+    kind = _class_of(content, folder / "config.json", dict.fromkeys((*_OURS, *(classes or ()))))
+    if classes is not None and kind not in classes:
+        expected = " or ".join(each.__name__ for each in classes)
         raise LeapformerError(f"{cut(folder, 240)}: expected a {expected}, found a {kind.__name__}")
     check_weights(folder / "model.safetensors")
     with one_line(folder, "the weights do not fit the configuration beside them"):
@@ -136,15 +137,15 @@ def _check_keys(content: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _class_of(content: Mapping[str, Any], path: Path) -> Any:
-    """What config.json says the weights are of."""
+def _class_of(content: Mapping[str, Any], path: Path, classes: Iterable[Any]) -> Any:
+    """Which of the classes config.json says the weights are of."""
     where, found = cut(path, 240), content.get("model_type")
-    types = list(dict.fromkeys(kind.config_class.model_type for kind in _CLASSES))
+    types = list(dict.fromkeys(kind.config_class.model_type for kind in classes))
     if found not in types:
         raise LeapformerError(
             f"{where}: expected a model of type {' or '.join(map(repr, types))}, found {shown(found)}"
         )
-    known = {kind.__name__: kind for kind in _CLASSES if kind.config_class.model_type == found}
+    known = {kind.__name__: kind for kind in classes if kind.config_class.model_type == found}
     named = content.get("architectures") or list(known)
     name = named[0] if isinstance(named, list) else named
     if not isinstance(name, str) or name not in known:
@@ -203,7 +204,8 @@ def _with_weights(kind: Any, config: Any, path: Path) -> Any:
     from safetensors.torch import load_file
 
     # The class's own method wants a folder; transformers' takes weights, and then looks nowhere for files.
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    method: Any = PreTrainedModel.from_pretrained
+    load = method.__func__
     model, report = load(kind, None, config=config, state_dict=load_file(path), output_loading_info=True)
     wrong = [f"{name.removesuffix('_keys')} {sorted(map(str, report[name]))[0]}" for name in report if report[name]]
     if wrong:
@@ -306,6 +308,6 @@ def load_with_tokenizer(folder: str | Path) -> tuple[Any, PreTrainedTokenizerFas
     Raises:
         LeapformerError: as `load_model`, `load_tokenizer` and `check_fit`.
     """
-    model, tokenizer = load_model(folder, expected="LeapformerForCausalLM"), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, classes=(LeapformerForCausalLM,)), load_tokenizer(folder)
     check_fit(model, tokenizer, folder)
     return model, tokenizer

@@ -1,18 +1,10 @@
 """A run: one folder that holds the recipe, the metrics, the checkpoints, the best model and the results.
 
-recipe.yaml      the resolved recipe
-metrics.jsonl    one JSON object per logged event, in order of steps
-checkpoints/     checkpoint-N, each enough to resume from
-model/           the best model so far, for `from_pretrained`, with its tokenizer
-tensorboard/
-pretraining/     a run of its own, where the recipe asks for one before it
-results.json     written last: a run that has it is finished
-.lock            while a training is at work here
+What lies in it is listed in `leapformer.files.run_folder`, which reads it; here it is written.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +14,10 @@ from typing import Any
 import yaml
 
 from leapformer.errors import LeapformerError
-from leapformer.files.folders import check_own_files
 from leapformer.files.locking import LOCK, check_free, locked
-from leapformer.files.reading import read_yaml
-from leapformer.files.records import parse_event, read_events, read_progress, read_results
-from leapformer.files.showing import cut, shown
+from leapformer.files.records import parse_event, read_progress
+from leapformer.files.run_folder import RunFolder
+from leapformer.files.showing import shown
 from leapformer.files.writing import STAGING_PREFIX, json_text, recover, staged_file, write_json, write_text
 from leapformer.training import ranks
 from leapformer.training.recipes import Recipe
@@ -37,35 +28,17 @@ OPTIMIZER, SCHEDULE, TRAINER_STATE, PROGRESS = "optimizer.pt", "scheduler.pt", "
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
 
 
-class Run:
-    """The folder of one run. Making the object touches nothing on disk."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.recipe_path = self.path / "recipe.yaml"
-        self.metrics_path = self.path / "metrics.jsonl"
-        self.results_path = self.path / "results.json"
-        self.checkpoints_path = self.path / "checkpoints"
-        self.model_path = self.path / "model"
-        self.tensorboard_path = self.path / "tensorboard"
-        self.pretraining_path = self.path / "pretraining"
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+class Run(RunFolder):
+    """The folder of one run, for the training that writes it. Making the object touches nothing on disk."""
 
     @property
     def cache_path(self) -> Path:
         """Where prepared data is kept, beside the runs that share it."""
         return self.path.parent / ".cache"
 
-    @property
-    def finished(self) -> bool:
-        return self.results_path.is_file()
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block, this training alone uses the folder, which is made; of several ranks the first one holds it.
+        """Within the block, this training alone uses the folder, which is made; of several ranks the first holds it.
 
         Raises:
             LeapformerError: another training is at work here, or the folder can't be made.
@@ -132,32 +105,6 @@ class Run:
             write_text(self.recipe_path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         return None
 
-    def recipe(self) -> dict[str, Any]:
-        """The resolved recipe as it was trained.
-
-        Raises:
-            LeapformerError: this is not the folder of a run, or a link in it leads out of it.
-        """
-        if not os.path.lexists(self.recipe_path):
-            raise LeapformerError(f"{cut(self.path, 240)}: expected the folder of a run, found no recipe.yaml in it")
-        check_own_files(self.path)
-        content = read_yaml(self.recipe_path)
-        if not isinstance(content, dict) or "task" not in content:
-            raise LeapformerError(f"{cut(self.recipe_path, 240)}: expected a recipe, found something else")
-        return content
-
-    def results(self) -> dict[str, Any]:
-        """What results.json holds, with the types of `files.records.ResultsRecord`.
-
-        Raises:
-            LeapformerError: the run is not finished, or the file is damaged.
-        """
-        if not os.path.lexists(self.results_path):
-            self.recipe()
-            raise LeapformerError(f"{cut(self.path, 240)}: this run is not finished, so it has no results.json")
-        check_own_files(self.path)
-        return read_results(self.results_path)
-
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json, whole or not at all."""
         write_json(self.results_path, results)
@@ -170,10 +117,6 @@ class Run:
         except OSError as error:
             raise LeapformerError(f"{self.metrics_path}: could not be written ({error.strerror})") from error
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The logged events; a row that is damaged, such as one that a crash cut off, is left out."""
-        return read_events(self.metrics_path)
-
     def rewind(self, step: int) -> None:
         """Forget the events after `step`, which a resumed run logs again, and rows that are damaged."""
         if not self.metrics_path.is_file():
@@ -183,10 +126,6 @@ class Run:
                 event = parse_event(row.decode("utf-8", "surrogateescape")) if row.endswith(b"\n") else None
                 if event is not None and event["step"] <= step:
                     kept.write(row)
-
-    def divergence(self) -> dict[str, Any] | None:
-        """The event with which this run stopped, if that was a loss, a gradient or a weight that is no number."""
-        return next((event for event in reversed(self.metrics()) if event.get("diverged") is True), None)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints by step, the last one last."""

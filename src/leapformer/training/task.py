@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from leapformer.training.loading import check_fit, load_model, saved_tokenizer
 from leapformer.training.recipes import Recipe
+from leapformer.training.results import TaskResults
 
 # Wraps what takes long, told what it is; a command puts a bar there.
 ProgressOf = Callable[[Sequence[int], str], Iterable[int]]
@@ -79,7 +80,8 @@ class Task(ABC):
 
     name: str
     recipe_type: type[Recipe]
-    model_class: str  # name of the class that its models have
+    results: TaskResults  # what its runs have in results.json
+    model_classes: tuple[type[PreTrainedModel], ...]  # that its models may be of
     model_fields: Mapping[str, Any]  # what a recipe may say of the model, with the types
 
     @abstractmethod
@@ -101,7 +103,7 @@ class Task(ABC):
         Raises:
             LeapformerError: one of them is missing or damaged, or they don't fit.
         """
-        model, tokenizer = load_model(folder, expected=self.model_class), self.load_tokenizer(folder)
+        model, tokenizer = load_model(folder, classes=self.model_classes), self.load_tokenizer(folder)
         if tokenizer is not None:
             check_fit(model, tokenizer, folder)
         return model, tokenizer

@@ -90,14 +90,15 @@ def _train(
         checkpoint = run.start(recipe)
     if ranks.is_first():
         _tell_of_divergence(run, checkpoint)
-    pretrained = _pretrain(recipe, task, run, progress_bar, cache)
+    before = task.pretraining(recipe)
+    pretrained = None if before is None else _pretrain(*before, run, progress_bar, cache)
     if pretrained is not None and pretrained.results is None:
         return TrainingOutcome(run, 0, None, pretrained.signal)
     section = recipe.training
     set_seed(section.seed)
     model = data.build_model()
-    if pretrained is not None:
-        data.take_over(model, load_model(pretrained.run.model_path))
+    if before is not None and pretrained is not None:
+        data.take_over(model, load_model(pretrained.run.model_path, classes=before[1].model_classes))
     reset_peak_memory()
     stop = Stop()
     trainer: LeapformerTrainer
@@ -128,7 +129,7 @@ def _train(
     step = trainer.state.global_step
     if step < section.max_steps:
         return TrainingOutcome(run, step, None, stop.signal)
-    results = _results(recipe, run, trainer)
+    results = _results(recipe, task, run, trainer)
     if pretrained is not None and pretrained.results is not None:
         results["pretraining"] = {
             key: pretrained.results[key] for key in ("recipe_fingerprint", "steps", "seconds", "splits")
@@ -142,11 +143,14 @@ def _tell_of_divergence(run: Run, checkpoint: Path | None) -> None:
     """A run that diverged may go on, but the same recipe does the same again on the same machine."""
     event = run.divergence()
     if event is not None:
+        start = "step 1" if checkpoint is None else checkpoint.name
         _log.warning(
-            "%s: this run diverged in step %s; it goes on from %s and will most likely do so again, as its recipe is the "
-            "same; with another learning_rate, warmup_steps or clip it needs another --output",
-            run.path, event["step"], "step 1" if checkpoint is None else checkpoint.name,
-        )  # fmt: skip
+            "%s: this run diverged in step %s; it goes on from %s and will most likely do so again, as its recipe is "
+            "the same; with another learning_rate, warmup_steps or clip it needs another --output",
+            run.path,
+            event["step"],
+            start,
+        )
 
 
 @contextmanager
@@ -159,18 +163,15 @@ def _closing(callbacks: Sequence[Any]) -> Iterator[None]:
             getattr(callback, "close", lambda: None)()
 
 
-def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool, cache: Path) -> TrainingOutcome | None:
-    """The run that comes before this one, trained as far as it goes; None where there is none."""
-    before = task.pretraining(recipe)
-    if before is None:
-        return None
+def _pretrain(recipe: Recipe, task: Task, run: Run, progress_bar: bool, cache: Path) -> TrainingOutcome:
+    """The run that comes before this one, trained as far as it goes."""
     first = Run(run.pretraining_path)
     if first.finished:
-        return TrainingOutcome(first, before[0].training.max_steps, first.results())
-    return train(*before, first.path, progress_bar=progress_bar, cache=cache)
+        return TrainingOutcome(first, recipe.training.max_steps, first.results())
+    return train(recipe, task, first.path, progress_bar=progress_bar, cache=cache)
 
 
-def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, Any]:
+def _results(recipe: Recipe, task: Task, run: Run, trainer: LeapformerTrainer) -> dict[str, Any]:
     """What results.json holds, with the best model evaluated on the whole validation set."""
     peak_memory = peak_memory_mib()
     if not run.model_path.is_dir():
@@ -178,11 +179,12 @@ def _results(recipe: Recipe, run: Run, trainer: LeapformerTrainer) -> dict[str, 
             f"{run.path}: there is no model/, as no evaluation gave a finite loss; the weights after step "
             f"{trainer.state.global_step} are in {run.checkpoints()[-1]}"
         )
-    model = load_model(run.model_path).to(choose_device(recipe.training))
+    model = load_model(run.model_path, classes=task.model_classes).to(choose_device(recipe.training))
     evaluation = trainer.data.evaluate(model, split="validation")
     seconds, unit = trainer.clock.seconds, trainer.data.unit
     return {
         "name": run.name,
+        "task": task.name,
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint,
         **trainer.data.describe_model(model),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from leapformer.models import LeapformerConfig, LeapformerForMaskedLM
 from leapformer.tasks.lra.dataset import PadCollator
-from leapformer.tasks.lra.denoise import DenoiseData, Documents, MaskCollator, pretraining_recipe
+from leapformer.tasks.lra.denoise.task import DenoiseData, Documents, MaskCollator, pretraining_recipe
 from leapformer.tasks.lra.preparation import prepare
 from leapformer.tasks.registry import get_task, load_recipe
 from leapformer.training.callbacks import Stop

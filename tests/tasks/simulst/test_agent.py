@@ -18,8 +18,8 @@ import torch
 
 from leapformer.errors import LeapformerError
 from leapformer.tasks.simulst import simuleval_agent_path
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
-from leapformer.tasks.simulst.translator import StreamingTranslator
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
 from tests.tasks.simulst.translators import CHUNK_MS, noise, save_run, speech_model, speech_processor
 
 SIMULEVAL = "LEAPFORMER_SIMULEVAL"

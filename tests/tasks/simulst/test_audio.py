@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.tasks.simulst.audio import (
+from leapformer.tasks.simulst.audio.reading import (
     AudioInfo,
     StreamingResampler,
     audio_info,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from leapformer.tasks.simulst.augmentation import augment, spec_augment, stretch, warp
-from leapformer.tasks.simulst.features import offline
+from leapformer.tasks.simulst.audio.augmentation import augment, spec_augment, stretch, warp
+from leapformer.tasks.simulst.audio.features import offline
 
 # ---- speed and vocal tract length
 

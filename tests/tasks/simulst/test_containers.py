@@ -11,8 +11,8 @@ from leapformer.errors import LeapformerError
 
 sf = pytest.importorskip("soundfile")
 
-from leapformer.tasks.simulst.audio import LOUDEST, audio_info, check_samples, read_audio  # noqa: E402
-from leapformer.tasks.simulst.containers import READABLE  # noqa: E402
+from leapformer.tasks.simulst.audio.containers import READABLE  # noqa: E402
+from leapformer.tasks.simulst.audio.reading import LOUDEST, audio_info, check_samples, read_audio  # noqa: E402
 
 RATE = 16_000
 SOUND = (0.3 * np.sin(np.arange(8_000) / 10)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_headers_that_promise_too_much():
 
 
 def test_audio_beyond_the_memory(monkeypatch):
-    monkeypatch.setattr("leapformer.tasks.simulst.audio.largest_file", lambda: 4 * 7_999)
+    monkeypatch.setattr("leapformer.tasks.simulst.audio.reading.largest_file", lambda: 4 * 7_999)
     with pytest.raises(LeapformerError, match="a file: expected at most 7,999 samples, as the memory allows"):
         read(written("WAV", "PCM_16"))
 
@@ -135,7 +135,7 @@ def test_samples_whose_energies_would_overflow():
     with pytest.raises(LeapformerError, match=r"sample 7 .*: expected a magnitude of at most 1e\+10, found"):
         read(written("WAV", "FLOAT", loud))
     pytest.importorskip("kaldi_native_fbank")
-    from leapformer.tasks.simulst.features import offline
+    from leapformer.tasks.simulst.audio.features import offline
 
     with pytest.raises(ValueError, match="expected magnitudes of at most"):
         offline(loud)

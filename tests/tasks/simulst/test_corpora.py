@@ -19,10 +19,10 @@ from leapformer.errors import LeapformerError, MissingExtra
 sf = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from leapformer.tasks.simulst import prepared  # noqa: E402
-from leapformer.tasks.simulst.audio import read_audio  # noqa: E402
-from leapformer.tasks.simulst.corpora import CORPORA, prepare_corpus  # noqa: E402
-from leapformer.tasks.simulst.prepared import SpokenSplit, hold_out  # noqa: E402
+from leapformer.tasks.simulst.audio.reading import read_audio  # noqa: E402
+from leapformer.tasks.simulst.corpora import prepared  # noqa: E402
+from leapformer.tasks.simulst.corpora.prepared import SpokenSplit, hold_out  # noqa: E402
+from leapformer.tasks.simulst.corpora.preparing import CORPORA, prepare_corpus  # noqa: E402
 
 RATE = 16_000
 

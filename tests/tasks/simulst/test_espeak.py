@@ -13,8 +13,8 @@ from leapformer.errors import LeapformerError, MissingExtra
 
 pytest.importorskip("espeakng_loader")
 
-from leapformer.tasks.simulst import espeak  # noqa: E402
-from leapformer.tasks.simulst.espeak import speak  # noqa: E402
+from leapformer.tasks.simulst.corpora import espeak  # noqa: E402
+from leapformer.tasks.simulst.corpora.espeak import speak  # noqa: E402
 
 TEXT = "The car costs 12,000 euros at 9:15."
 
@@ -35,7 +35,9 @@ def test_what_was_spoken_before_changes_nothing(voice):
 
 
 def test_another_process_speaks_the_same():
-    program = "import hashlib; from leapformer.tasks.simulst.espeak import speak; speak('Hello.', voice='en+m5')\n"
+    program = (
+        "import hashlib; from leapformer.tasks.simulst.corpora.espeak import speak; speak('Hello.', voice='en+m5')\n"
+    )
     program += f"print(hashlib.sha256(speak({TEXT!r}, voice='en-us+f2', speed=160).tobytes()).hexdigest())"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == hashlib.sha256(speak(TEXT, voice="en-us+f2", speed=160).tobytes()).hexdigest()

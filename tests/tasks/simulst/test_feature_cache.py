@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("kaldi_native_fbank")
 
-from leapformer.tasks.simulst import feature_cache
-from leapformer.tasks.simulst.feature_cache import CachedFeatures
-from leapformer.tasks.simulst.prepared import SpokenSplit
+from leapformer.tasks.simulst.corpora import feature_cache
+from leapformer.tasks.simulst.corpora.feature_cache import CachedFeatures
+from leapformer.tasks.simulst.corpora.prepared import SpokenSplit
 from tests.tasks.simulst.builders import write_speech
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.tasks.simulst.features import (
+from leapformer.tasks.simulst.audio.features import (
     FeatureStatistics,
     FilterbankStream,
     frame_count,

@@ -14,8 +14,7 @@ from itertools import islice, product
 import pytest
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.simulst.grammar import HELD_OUT, SPLITS, Grammar
-from leapformer.tasks.simulst.inflection import (
+from leapformer.tasks.simulst.grammar.inflection import (
     CAN,
     MUST,
     PRESENT,
@@ -28,7 +27,8 @@ from leapformer.tasks.simulst.inflection import (
     noun_phrase,
     third_person,
 )
-from leapformer.tasks.simulst.slots import Slot
+from leapformer.tasks.simulst.grammar.sentences import HELD_OUT, SPLITS, Grammar
+from leapformer.tasks.simulst.grammar.slots import Slot
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def digest(seed: int) -> str:
 def test_the_seed_decides_everything():
     """Also in a process whose sets and dictionaries hash otherwise."""
     program = "import hashlib\n"
-    program += "from leapformer.tasks.simulst.grammar import SPLITS, Grammar\n"
+    program += "from leapformer.tasks.simulst.grammar.sentences import SPLITS, Grammar\n"
     program += "grammar = Grammar(3)\n"
     program += (
         "text = '\\n'.join(f'{e.english}|{e.german}' for s in SPLITS for e in grammar.sentences(s, 50, seed=3))\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.tasks.simulst.instances import LOG_NAME, Instance, read_instances, score, write_instances
-from leapformer.tasks.simulst.latency import METRICS
+from leapformer.tasks.simulst.scoring.instances import LOG_NAME, Instance, read_instances, score, write_instances
+from leapformer.tasks.simulst.scoring.latency import METRICS
 
 pytest.importorskip("sacrebleu")
 

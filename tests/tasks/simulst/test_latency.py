@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from leapformer.tasks.simulst.latency import (
+from leapformer.tasks.simulst.scoring.latency import (
     METRICS,
     Emissions,
     average_lagging,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from leapformer.models.translation_stream import WHOLE_SOURCE
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK, common_prefix
-from leapformer.tasks.simulst.policy_requests import Read, Restore, Save, Write, Written
-from leapformer.tasks.simulst.turns import Step
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK, common_prefix
+from leapformer.tasks.simulst.streaming.policy_requests import Read, Restore, Save, Write, Written
+from leapformer.tasks.simulst.streaming.turns import Step
 
 END = 2
 

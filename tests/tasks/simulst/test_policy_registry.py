@@ -15,11 +15,12 @@ pytest.importorskip("sacrebleu")
 
 from leapformer.cli import main
 from leapformer.errors import LeapformerError
-from leapformer.tasks.simulst.curves import log_path, point_name
-from leapformer.tasks.simulst.instances import read_instances, score
-from leapformer.tasks.simulst.live import translate_batched, translate_live
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
-from leapformer.tasks.simulst.policy_registry import (
+from leapformer.tasks.simulst.processor import TranslationProcessor
+from leapformer.tasks.simulst.scoring.curves import log_path, point_name
+from leapformer.tasks.simulst.scoring.instances import read_instances, score
+from leapformer.tasks.simulst.scoring.live import translate_batched, translate_live
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.streaming.policy_registry import (
     POLICIES,
     Option,
     PolicyEntry,
@@ -27,10 +28,9 @@ from leapformer.tasks.simulst.policy_registry import (
     parse_line,
     parse_policy,
 )
-from leapformer.tasks.simulst.policy_requests import Read, Restore, Save, Target, Turn, Write
-from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.tasks.simulst.translator_batch import TranslatorBatch
+from leapformer.tasks.simulst.streaming.policy_requests import Read, Restore, Save, Target, Turn, Write
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+from leapformer.tasks.simulst.streaming.translator_batch import TranslatorBatch
 from leapformer.training.loading import load_model
 from leapformer.training.run import Run
 from tests.tasks.simulst.builders import tiny_recipe

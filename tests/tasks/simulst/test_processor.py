@@ -11,9 +11,9 @@ from leapformer.errors import LeapformerError
 
 pytest.importorskip("sentencepiece")
 
-from leapformer.tasks.simulst.features import FeatureStatistics  # noqa: E402
+from leapformer.tasks.simulst.audio.features import FeatureStatistics  # noqa: E402
 from leapformer.tasks.simulst.processor import ABOUT, STATISTICS, TranslationProcessor  # noqa: E402
-from leapformer.tasks.simulst.vocabulary import Vocabulary  # noqa: E402
+from leapformer.tasks.simulst.text.vocabulary import Vocabulary  # noqa: E402
 
 LINES = ["der hund sieht den baum", "die katze sieht den garten", "der garten ist gross"] * 3
 

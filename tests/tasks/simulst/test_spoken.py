@@ -23,9 +23,13 @@ pytest.importorskip("soxr")
 
 from leapformer.files.writing import write_json  # noqa: E402
 from leapformer.tasks.preparation import BadRows  # noqa: E402
-from leapformer.tasks.simulst import espeak, prepared, spoken  # noqa: E402
-from leapformer.tasks.simulst.prepared import SpokenSplit  # noqa: E402
-from leapformer.tasks.simulst.spoken import (  # noqa: E402
+from leapformer.tasks.simulst.corpora import (
+    espeak,  # noqa: E402
+    prepared,  # noqa: E402
+    spoken,  # noqa: E402
+)
+from leapformer.tasks.simulst.corpora.prepared import SpokenSplit  # noqa: E402
+from leapformer.tasks.simulst.corpora.spoken import (  # noqa: E402
     Manner,
     Speaking,
     coloured_noise,
@@ -211,7 +215,7 @@ def test_an_interrupt_ends_every_process(tmp_path):
     """As Ctrl-C does it, to all processes of the group."""
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from leapformer.tasks.simulst.spoken import prepare_grammar\n"
+        "from leapformer.tasks.simulst.corpora.spoken import prepare_grammar\n"
         "prepare_grammar(sys.argv[1], sizes={'train': 20000}, workers=2)"
     )
     output = tmp_path / "x"

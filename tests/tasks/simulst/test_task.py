@@ -14,16 +14,16 @@ pytest.importorskip("sacrebleu")
 
 from leapformer.errors import LeapformerError
 from leapformer.tasks.registry import load_recipe
-from leapformer.tasks.simulst.curves import evaluate_curve, log_path, parse_ks
-from leapformer.tasks.simulst.evaluation import complete_words, simulate, word_ends
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.examples import TranslationCollator
-from leapformer.tasks.simulst.features import FeatureStatistics, offline
-from leapformer.tasks.simulst.grammar import Grammar
-from leapformer.tasks.simulst.instances import read_instances, score
-from leapformer.tasks.simulst.live import translate_live
-from leapformer.tasks.simulst.policies import WaitK
+from leapformer.tasks.simulst.grammar.sentences import Grammar
 from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.vocabulary import Vocabulary
+from leapformer.tasks.simulst.scoring.curves import evaluate_curve, log_path, parse_ks
+from leapformer.tasks.simulst.scoring.evaluation import complete_words, simulate, word_ends
+from leapformer.tasks.simulst.scoring.instances import read_instances, score
+from leapformer.tasks.simulst.scoring.live import translate_live
+from leapformer.tasks.simulst.streaming.policies import WaitK
+from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 from leapformer.training.loading import load_model
 from leapformer.training.recipes import RecipeError
 from leapformer.training.run import Run
@@ -88,7 +88,7 @@ def _stop_after(steps, original):
 
 
 def test_cached_features_are_those_of_the_audio(speech):
-    dataset, spoken = speech.dataset("train"), speech.spoken("train")
+    dataset, spoken = speech.dataset("train"), speech.chosen.spoken("train")
     for number in (0, 7, 59):
         exact = offline(spoken[number]["audio"].astype(np.float32) / 32768)
         # float16 has 11 bits: the error is at most 2^-11 of a value.
@@ -97,7 +97,9 @@ def test_cached_features_are_those_of_the_audio(speech):
 
 
 def test_statistics_are_those_of_all_training_frames(speech):
-    frames = torch.cat([offline(row["audio"].astype(np.float32) / 32768) for row in speech.spoken("train")]).double()
+    frames = torch.cat(
+        [offline(row["audio"].astype(np.float32) / 32768) for row in speech.chosen.spoken("train")]
+    ).double()
     found: FeatureStatistics = speech.processor.statistics
     assert (found.count, found.utterances) == (len(frames), 60)
     torch.testing.assert_close(found.mean, frames.mean(0), rtol=0, atol=2e-3)
@@ -105,7 +107,7 @@ def test_statistics_are_those_of_all_training_frames(speech):
 
 
 def test_features_are_computed_once(runs, speech, monkeypatch):
-    monkeypatch.setattr("leapformer.tasks.simulst.feature_cache.offline", None)
+    monkeypatch.setattr("leapformer.tasks.simulst.corpora.feature_cache.offline", None)
     recipe, task = tiny_recipe(runs, source="speech")
     again = task.prepare(recipe, cache=runs / ".cache")
     assert torch.equal(again.dataset("train").features[3], speech.dataset("train").features[3])

@@ -11,12 +11,12 @@ import torch
 
 from leapformer.models import SequenceTooLong
 from leapformer.models.translation_stream import greedy_translation
-from leapformer.tasks.simulst.audio import resample
-from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
-from leapformer.tasks.simulst.policy_requests import Write
-from leapformer.tasks.simulst.translator import StreamingTranslator
-from leapformer.tasks.simulst.translator_batch import TranslatorBatch
-from leapformer.tasks.simulst.words import SPARE_TOKENS, Word
+from leapformer.tasks.simulst.audio.reading import resample
+from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+from leapformer.tasks.simulst.streaming.policy_requests import Write
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+from leapformer.tasks.simulst.streaming.translator_batch import TranslatorBatch
+from leapformer.tasks.simulst.text.words import SPARE_TOKENS, Word
 from tests.tasks.simulst.translators import (
     CHUNK,
     CHUNK_MS,

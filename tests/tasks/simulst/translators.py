@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from leapformer.models.translation import LeapformerForConditionalGeneration
-from leapformer.tasks.simulst.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, offline
 from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.vocabulary import Vocabulary
+from leapformer.tasks.simulst.text.vocabulary import Vocabulary
 from tests.models.translation_builders import tiny_translator
 
 CHUNK = 3  # states: 120 ms

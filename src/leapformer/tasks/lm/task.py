@@ -23,6 +23,7 @@ from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
 from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
+from leapformer.tasks.lm.results import RESULTS
 from leapformer.tasks.lm.tokenizers import build_tokenizer
 from leapformer.tasks.model_section import build_config, config_of, model_fields
 from leapformer.training.loading import load_tokenizer
@@ -101,7 +102,7 @@ def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
 class LanguageModelData(TaskData):
     """The encoded corpus of one recipe."""
 
-    unit = "tokens"
+    unit = RESULTS.unit
     tokenizer: PreTrainedTokenizerFast
 
     def __init__(
@@ -223,7 +224,8 @@ class LanguageModelTask(Task):
 
     name = "lm"
     recipe_type = LanguageModelRecipe
-    model_class = LeapformerForCausalLM.__name__
+    results = RESULTS
+    model_classes = (LeapformerForCausalLM,)
     model_fields = model_fields()
 
     def prepare(

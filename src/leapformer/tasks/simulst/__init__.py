@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leapformer.tasks.simulst.policies import AlignAtt, LocalAgreement, WaitK
     from leapformer.tasks.simulst.processor import TranslationProcessor
-    from leapformer.tasks.simulst.translator import StreamingTranslator
-    from leapformer.tasks.simulst.translator_batch import TranslatorBatch
-    from leapformer.tasks.simulst.words import Word
+    from leapformer.tasks.simulst.streaming.policies import AlignAtt, LocalAgreement, WaitK
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+    from leapformer.tasks.simulst.streaming.translator_batch import TranslatorBatch
+    from leapformer.tasks.simulst.text.words import Word
 
 __all__ = [
     "AlignAtt",
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "AlignAtt": "policies",
-    "LocalAgreement": "policies",
-    "WaitK": "policies",
+    "AlignAtt": "streaming.policies",
+    "LocalAgreement": "streaming.policies",
+    "WaitK": "streaming.policies",
     "TranslationProcessor": "processor",
-    "StreamingTranslator": "translator",
-    "TranslatorBatch": "translator_batch",
-    "Word": "words",
+    "StreamingTranslator": "streaming.translator",
+    "TranslatorBatch": "streaming.translator_batch",
+    "Word": "text.words",
 }
 
 

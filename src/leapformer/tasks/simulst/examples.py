@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from leapformer.models.loss import IGNORE_INDEX
-from leapformer.tasks.simulst.augmentation import augment
-from leapformer.tasks.simulst.feature_cache import CachedFeatures
+from leapformer.tasks.simulst.audio.augmentation import augment
+from leapformer.tasks.simulst.corpora.feature_cache import CachedFeatures
 from leapformer.tasks.simulst.processor import TranslationProcessor
-from leapformer.tasks.simulst.vocabulary import END, PAD
+from leapformer.tasks.simulst.text.vocabulary import END, PAD
 from leapformer.training.draws import generator_for
 
 
@@ -64,6 +64,10 @@ class TranslationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.sentences)
+
+    def of(self, sentences: Sequence[Sentence]) -> TranslationDataset:
+        """The same of these sentences alone."""
+        return TranslationDataset(sentences, self.processor, features=self.features, transcribe=self.transcribe)
 
     def exchanged(self) -> TranslationDataset:
         """The same targets, each with the source of the next sentence (the last: of the first)."""

@@ -21,14 +21,14 @@ from leapformer.files.folders import check_own_files
 from leapformer.files.reading import read_json_object
 from leapformer.files.showing import cut, shown
 from leapformer.files.writing import make_folder, write_json
-from leapformer.tasks.simulst.features import FeatureStatistics, offline
-from leapformer.tasks.simulst.vocabulary import END, Vocabulary
+from leapformer.models import LeapformerForConditionalGeneration
+from leapformer.tasks.simulst.audio.features import FeatureStatistics, offline
+from leapformer.tasks.simulst.text.vocabulary import END, Vocabulary
 from leapformer.training.loading import load_model
 
 ABOUT = "translation.json"
 STATISTICS = "features.safetensors"
 SOURCE, TARGET = "source.spm", "target.spm"
-MODEL_CLASS = "LeapformerForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def open_translation(folder: str | Path) -> tuple[Any, TranslationProcessor]:
     Raises:
         LeapformerError: one of them is missing or damaged, or they don't fit.
     """
-    model = load_model(folder, expected=MODEL_CLASS)
+    model = load_model(folder, classes=(LeapformerForConditionalGeneration,))
     processor = TranslationProcessor.from_pretrained(folder)
     processor.check_fit(model.config, folder)
     return model, processor

@@ -24,9 +24,9 @@ from simuleval.agents.actions import ReadAction, WriteAction  # type: ignore[imp
 from simuleval.utils import entrypoint  # type: ignore[import-not-found]
 
 from leapformer.errors import LeapformerError
-from leapformer.tasks.simulst.policy_registry import DEFAULT, POLICIES, Option, all_options, entry_of
 from leapformer.tasks.simulst.processor import open_translation
-from leapformer.tasks.simulst.translator import StreamingTranslator
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT, POLICIES, Option, all_options, entry_of
+from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
 
 
 def _type_of(option: Option) -> Callable[[str], Any]:

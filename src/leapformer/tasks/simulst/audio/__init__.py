@@ -1,0 +1,1 @@
+"""Audio files and streams, their features, and what training changes in these."""

@@ -1,0 +1,1 @@
+"""Corpora of speech: read as they are published, or spoken from text, and prepared for the training."""

@@ -1,0 +1,1 @@
+"""The built-in grammar: English sentences with their German translations."""

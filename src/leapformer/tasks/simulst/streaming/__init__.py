@@ -1,0 +1,1 @@
+"""Words out while the source is coming in: the streams of a model, and the policies that drive them."""
