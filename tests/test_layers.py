@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,55 @@ def test_no_module_of_a_layer_imports_itself_in_a_circle(layer):
         for name in leaves:
             del edges[name]
     assert edges == {}  # what is left imports, or is imported by, a circle
+
+
+def imports_within(path: Path, names: set[str]) -> set[str]:
+    """The modules of the package that a source file imports, within functions too: a late import is still one."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ["leapformer", *package][: len(package) + 2 - node.level] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            found |= (inner & names) or {module}
+    return found & names
+
+
+def circles(sources: Sequence[Path]) -> list[list[str]]:
+    """Modules that import each other, directly or by way of others: groups of them, sorted."""
+    modules = {
+        ".".join(["leapformer", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in sources
+    }
+    graph = {name: imports_within(path, {*modules}) - {name} for name, path in modules.items()}
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    after = {name: reached(name) for name in graph}
+    groups = {tuple(sorted(other for other in after[name] if name in after[other])) for name in graph}
+    return [list(group) for group in sorted(groups) if group]
+
+
+def test_no_modules_import_each_other():
+    assert circles(SOURCES) == []
+
+
+def test_a_circle_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    texts = {"one.py": "from leapformer import two", "two.py": "def f():\n    from .three import g", "four.py": ""}
+    for name, text in {**texts, "three.py": "import leapformer.one\nimport leapformer.four"}.items():
+        (tmp_path / name).write_text(text + "\n")
+    names = ["leapformer.one", "leapformer.three", "leapformer.two"]
+    assert circles(sorted(tmp_path.glob("*.py"))) == [names]
 
 
 # The GPU kernels are written in Triton, which PyTorch for GPUs brings; nothing imports them before they are to run.

@@ -143,6 +143,15 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert str(caught.value).startswith("recipe tiny: 6 faults\n  atention: unknown key")
 
 
+def test_names_that_are_no_choices_are_told_at_once(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tiny_recipe(tmp_path, "attention=[leap, lepa]", "reweighting=foo", "hidden_act=gleu", "leap_start=late")
+    assert [fault.split(": expected")[0] for fault in caught.value.faults] == [
+        "model.attention", "model.reweighting", "model.hidden_act", "model.leap_start"
+    ]  # fmt: skip
+    assert "model.reweighting: expected one of cosine, quadratic, found 'foo'" in caught.value.faults
+
+
 def test_unknown_keys_inside_a_file_have_the_nearest_names(tmp_path):
     content = tiny_content(tmp_path)
     content["model"]["hiden_size"] = 3

@@ -14,6 +14,7 @@ from leapformer.analysis.runs import RunRecord
 from leapformer.errors import LeapformerError, MissingExtra
 from leapformer.files.showing import cut
 from leapformer.files.writing import write_text
+from leapformer.nn import by_row
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,11 +23,7 @@ except ImportError as error:
     raise MissingExtra("plots", package="jinja2", purpose="writing a report page") from error
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
-NAMES = {
-    "softmax": "softmax", "linear-relu": "linear, ReLU", "linear-elu": "linear, ELU + 1", "cosformer": "cosFormer",
-    "leap": "LeaPformer", "performer": "Performer", "linformer": "Linformer", "nystromformer": "Nystromformer",
-    "skyformer": "Skyformer", "reformer": "Reformer", "bigbird": "BigBird", "informer": "Informer",
-}  # fmt: skip
+NAMES = {mechanism.name: mechanism.label for mechanism in by_row() if mechanism.compared}
 # Test accuracy in per cent of the same small model after 50,000 steps, three seeds: Skyformer, arXiv 2111.00035, table 1.
 PUBLISHED = {
     "softmax": {"text": 61.95, "listops": 38.37, "retrieval": 80.69, "pathfinder": 65.26, "image": 40.57},

@@ -12,16 +12,12 @@ from typing import Any, NamedTuple
 from leapformer.errors import LeapformerError
 from leapformer.files.run_folder import RunFolder
 from leapformer.files.showing import cut
+from leapformer.nn import by_row
 from leapformer.tasks.registry import TASKS, get_results, task_of
 from leapformer.training.results import Metric, TaskResults
 
 # What a reader recognises; the configuration's own words stay in results.json.
-ATTENTION_NAMES = {
-    "softmax": "softmax", "linear": "linear", "linear-relu": "linear, relu", "linear-elu": "linear, elu + 1",
-    "cosformer": "cosFormer", "leap": "LeaPformer", "performer": "Performer", "linformer": "Linformer",
-    "nystromformer": "Nystromformer", "skyformer": "Skyformer", "reformer": "Reformer", "bigbird": "BigBird",
-    "informer": "Informer",
-}  # fmt: skip
+ATTENTION_NAMES = {mechanism.name: mechanism.label for mechanism in by_row()}
 # Where a translation model has attention, in the order of results.json, as in "softmax/softmax/leap".
 PLACES = ("encoder", "decoder", "cross")
 

@@ -25,6 +25,7 @@ from leapformer.bench.timing import timer
 from leapformer.bench.training import random_ids, train_step
 from leapformer.bench.worker import call_memory_mib, end_me_first, how_it_ended
 from leapformer.models import LeapformerConfig, LeapformerForSequenceClassification
+from leapformer.nn import REGISTRY
 from leapformer.training.recipes import TrainingSection
 
 SOFTMAX, COSFORMER, LEAP = (ATTENTION_NAMES[kind] for kind in ("softmax", "cosformer", "leap"))
@@ -33,7 +34,7 @@ NO_DROPOUT = "softmax, no dropout"
 CONTENDERS: dict[str, dict[str, Any]] = {
     SOFTMAX: {"attention": "softmax"},
     NO_DROPOUT: {"attention": "softmax", "attention_dropout": 0.0},
-    **{name: {"attention": kind} for kind, name in ATTENTION_NAMES.items() if kind not in ("softmax", "linear")},
+    **{name: {"attention": kind} for kind, name in ATTENTION_NAMES.items() if REGISTRY[kind].compared},
 }
 QUICK_MEMORY = (SOFTMAX, LEAP)  # a process each
 SMALL_MODEL: dict[str, Any] = {

@@ -24,7 +24,6 @@ from leapformer.errors import LeapformerError
 from leapformer.files.showing import shown
 
 SUFFIXES = {"small": "", "cpu": "-cpu", "base": "-base"}
-LINEAR = {"linear-relu", "linear-elu", "cosformer", "leap"}
 # The reduced ListOps is a set of its own, made with --min-length 100 --max-length 300.
 OWN_DATA = {("listops", "cpu"): "lra-listops-cpu"}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -174,14 +173,17 @@ def _test(run: Any, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -
     return {
         "splits": {**results["splits"], SPLIT: metrics},
         "inference_examples_per_second": round(metrics["examples"] / seconds, 2),
-        "impl": _implementation(device) if job.attention in LINEAR else "torch",
+        "impl": _implementation(device, job.attention),
     }
 
 
-def _implementation(device: str) -> str:
-    """What "auto" takes for float32 tensors on this device."""
+def _implementation(device: str, attention: str) -> str:
+    """What computes this attention of float32 tensors on this device: for the linear kinds, what "auto" takes."""
+    from leapformer.nn import REGISTRY, LinearAttention
     from leapformer.ops import available_impls
 
+    if not issubclass(REGISTRY[attention].layer, LinearAttention):
+        return "torch"
     if device == "cpu":
         return "native" if not available_impls()["native"] else "torch"
     return "triton" if not available_impls().get("triton", ["not there"]) else "torch"

@@ -2,7 +2,7 @@
 
 from leapformer.nn.bigbird import BigBirdAttention
 from leapformer.nn.blocks import DecoderBlock, EncoderBlock, FeedForward
-from leapformer.nn.build import KINDS, MECHANISMS, REGISTRY, build_attention
+from leapformer.nn.build import KINDS, MECHANISMS, REGISTRY, build_attention, by_row
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS, elu_plus_one
 from leapformer.nn.informer import InformerAttention
@@ -58,6 +58,7 @@ __all__ = [
     "SoftmaxAttention",
     "SubsamplingCache",
     "build_attention",
+    "by_row",
     "elu_plus_one",
     "hidden_for_share",
     "leap_parameters",

@@ -29,6 +29,11 @@ REGISTRY: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in MEC
 KINDS = tuple(REGISTRY)
 
 
+def by_row() -> list[Mechanism]:
+    """All mechanisms in the order of tables."""
+    return sorted(REGISTRY.values(), key=lambda mechanism: mechanism.row)
+
+
 class Options(Shared, total=False):
     """What ``build_attention`` takes besides the sizes; a mechanism takes its own from it."""
 
