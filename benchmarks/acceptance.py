@@ -25,7 +25,7 @@ from leapformer.bench.contenders import CAUSAL, LEAP, LRA, MEMORY_KEPT, SDPA
 from leapformer.bench.decoding import StepRow
 from leapformer.bench.result import FORMAT, Table, machine_line, short
 from leapformer.bench.rows import Compared, rows_of
-from leapformer.cli.bench import run_bench, show_table
+from leapformer.cli.bench import Asked, run_bench, show_table
 from leapformer.errors import LeapformerError
 from leapformer.files.reading import read_json_object
 from leapformer.files.showing import shown
@@ -307,7 +307,7 @@ def _measured(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Map
         raise LeapformerError(f"expected {', '.join(JUDGED)}, found {unknown[0]!r}")
     results: dict[str, Mapping[str, Any]] = {}
     for name in names:
-        results |= run_bench(name, **options, recipe=None, others=others())
+        results |= run_bench(name, Asked(**options), others())
     return results
 
 

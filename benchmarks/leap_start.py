@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from leapformer.nn.attention import LinearAttention
+from leapformer.nn.linear import LinearAttention
 from leapformer.tasks.registry import load_recipe
 from leapformer.training.loading import load_model
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from leapformer.cli import main
+from leapformer.cli.data_sets import DATA_SETS
 from leapformer.tasks.lra.dataset import load
 from leapformer.tasks.simulst.corpora.preparing import CORPORA
 
@@ -162,3 +163,50 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, messa
 def test_every_corpus_has_a_command(capsys):
     line = one_line(capsys, "nothing", "--output", "x")
     assert all(f"speech-{corpus}" in line for corpus in CORPORA)
+
+
+# ---- the table of data sets
+
+
+def help_of(capsys, *arguments: str) -> str:
+    assert main(["data", "prepare", *arguments, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_data_sets_with_a_line_each(capsys):
+    printed = help_of(capsys)
+    for entry in DATA_SETS.values():
+        assert any(line.split() == [entry.name, *entry.about.split()] for line in printed.splitlines())
+    assert "--output" not in printed
+
+
+def test_help_of_one_shows_its_options_alone(capsys):
+    general = {"--output", "--seed", "--workers", "--count", "--skip-bad", "--help"}
+    for name, own in {
+        "lra-listops": {"--from", "--min-length", "--max-length"},
+        "lra-image": {"--from"},
+        "lra-pathfinder": {"--from", "--size", "--level"},
+        "speech-demo": set(),
+        "speech-from-text": {"--pairs", "--validation-pairs", "--test-pairs", "--language"},
+        "speech-covost": {"--from", "--source-language", "--target-language"},
+    }.items():
+        shown = {line.split()[0] for line in help_of(capsys, name).splitlines() if line.startswith("  --")}
+        assert shown == general | own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'NAME'"),
+        (["--output", "x"], "Missing argument 'NAME'"),
+        (["--output", "x", "--skip-bad", "lra-text"], "lra-text: expected --from"),
+        (["--pairs", "a", "b", "lra-image", "--output=x"], "lra-image: --pairs is not an option of this task"),
+        (["--output=x", "--", "bogus"], "found 'bogus'"),
+        (["--bogus", "lra-text"], "No such option: --bogus"),
+        (["lra-text", "--output", "x", "--bogus", "3"], "No such option: --bogus"),
+        (["lra-text", "--output"], "Option '--output' requires an argument"),
+        (["lra-text", "--output", "x", "more"], "unexpected extra argument"),
+    ],
+)
+def test_the_name_may_stand_behind_options(capsys, arguments, message):
+    assert message in one_line(capsys, *arguments)

@@ -10,7 +10,7 @@ import pytest
 
 import leapformer.cli as cli
 from leapformer.cli import main
-from leapformer.cli.compare import print_table
+from leapformer.cli.printing import print_table
 from leapformer.cli.train import default_name
 from tests.analysis.builders import write_run, write_translation_run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leapformer.cli import main
-from leapformer.cli.train import describe
+from leapformer.tasks.registry import describe
 from leapformer.tasks.simulst.scoring.curves import log_path
 from leapformer.tasks.simulst.scoring.instances import Instance, score, write_instances
 from tests.analysis.builders import translation_results, write_translation_run

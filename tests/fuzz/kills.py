@@ -231,11 +231,9 @@ def _load() -> None:
     """Load all that a command needs, before the first fork. Nothing is computed here: no thread may have started."""
 
     import leapformer.cli.app
-    import leapformer.cli.data
-    import leapformer.cli.evaluate
-    import leapformer.cli.train
     import leapformer.tasks.lm.task
-    import leapformer.tasks.lra.preparation  # noqa: F401
+    import leapformer.tasks.lra.preparation
+    import leapformer.training.train  # noqa: F401
 
 
 def _run(command: Command, folder: Path, kill: Kill | None) -> Child:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from leapformer.ops import LeapWeights, LinearState, api, available_impls, leap_attention, linear_attention, triton_impl
-from leapformer.ops.checks import Call
+from leapformer.ops.arguments import Arguments
 from tests.ops import triton_cases
 
 needs_triton = pytest.mark.requires_tool("triton")
@@ -66,7 +66,7 @@ def test_large_modules_are_refused():
 @needs_triton
 def test_the_only_reason_here_is_the_device():
     q = torch.rand(1, 3, 1, 8)
-    assert triton_impl.reasons(Call(q, q)) == ["expected tensors on a GPU, got cpu"]
+    assert triton_impl.reasons(Arguments(q, q, q)) == ["expected tensors on a GPU, got cpu"]
 
 
 def test_the_machine_without_a_gpu(monkeypatch):
@@ -93,6 +93,6 @@ def test_what_auto_takes_on_a_gpu(major, dtype, chosen, monkeypatch, caplog):
     monkeypatch.setattr(api, "_announced", set())
     with caplog.at_level("INFO", logger="leapformer.ops.api"):
         for _ in range(3):
-            assert api._implementation("auto", Call(q, q)) is api._IMPLEMENTATIONS[chosen]
+            assert api._implementation("auto", Arguments(q, q, q)) is api._IMPLEMENTATIONS[chosen]
     (line,) = caplog.messages
     assert repr(chosen) in line and ("triton:" in line) == (chosen == "torch")

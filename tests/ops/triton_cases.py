@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
-from leapformer.ops.triton_impl import OPERATOR, step_
+from leapformer.ops.triton_impl import OPERATOR
 from tests.ops.oracle import Case, difference, largest, make_case, results_and_gradients
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -200,19 +200,19 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
     modules = LeapWeights(*weights)
     state = LinearState.zeros(2, G, 2 if leap else R, 5, 20, decay_heads=H if decay else None)
     outputs, names = [], ("q", "k", "v", "q_factors", "k_factors")
+    attend = leap_attention if leap else linear_attention
     for t in range(3):
         at = {name: None if value is None else value[:, t : t + 1] for name, value in x.items()}
-        options = {"q_leap": modules, "k_leap": modules} if leap else {}
-        before = state.clone()
-        outputs.append(step_(*(at[n] for n in names), state, log_decay=at["log_decay"], **options))
-        with torch.no_grad():  # the same kernel, with a state of its own
-            y = (at["q"], at["k"], at["v"], modules, modules) if leap else [at[n] for n in names]
-            again = (leap_attention if leap else linear_attention)(
-                *y, visible="causal", log_decay=at["log_decay"], initial_state=before, return_state=True, impl="triton"
-            )
-        if H == G or not decay:
-            for a, b in zip((again.output, *again.state), (outputs[-1], *state), strict=True):
-                assert a is b or torch.equal(a, b)
+        y = (at["q"], at["k"], at["v"], modules, modules) if leap else [at[n] for n in names]
+        options = {"visible": "causal", "log_decay": at["log_decay"], "impl": "triton"}
+        before, places = state.clone(), [s if s is None else s.data_ptr() for s in state]
+        with torch.no_grad():
+            updated = attend(*y, initial_state=state, update_state=True, **options)
+            again = attend(*y, initial_state=before, return_state=True, **options)  # with a state of its own
+        assert updated.state is state and places == [s if s is None else s.data_ptr() for s in state]
+        outputs.append(updated.output)
+        for a, b in zip((again.output, *again.state), (outputs[-1], *state), strict=True):
+            assert a is b or torch.equal(a, b)
     got = {"output": torch.cat(outputs, 1), "kv": state.kv, "z": state.z}
 
     def whole(impl, dtype):

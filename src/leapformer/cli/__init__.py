@@ -19,8 +19,8 @@ MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: that of the process) and return its exit code.
 
-    A fault of the user's input or of the machine prints one line and gives 2; an interrupt gives 130, and an output that
-    nobody reads any more 141, as of a program that the system stops for it.
+    A fault of the user's input or of the machine prints one line and gives 2; an interrupt gives 130, and an output
+    that nobody reads any more 141, as of a program that the system stops for it.
     """
     try:
         with _any_text_can_be_printed():
@@ -77,7 +77,8 @@ def _line_of(error: Exception) -> str | None:
 
 @contextmanager
 def _any_text_can_be_printed() -> Iterator[None]:
-    """Within the block, what the terminal's encoding lacks is written as an escape: ASCII terminals, names that are no UTF-8."""
+    """Within the block, what the terminal's encoding lacks is written as an escape: in ASCII, and names that are no
+    UTF-8."""
     streams: list[Any] = [sys.stdout, sys.stderr]
     strict = [each for each in streams if getattr(each, "errors", None) in ("strict", "surrogateescape")]
     was = [each.errors for each in strict]

@@ -6,66 +6,111 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from leapformer.analysis.plots import figure_png
-from leapformer.bench.benchmark import LIMIT, NAMES, QUICK_LIMIT, Bench, Benchmark, load_benchmark
-from leapformer.bench.contenders import Contender
-from leapformer.bench.result import Result, Settings, Table, machine_line, write_tables
-from leapformer.cli.compare import print_table
-from leapformer.cli.train import use_threads
+from leapformer.cli.late import needs
+from leapformer.cli.options import MOST_THREADS, a_path, finite, use_threads
+from leapformer.cli.printing import print_table
 from leapformer.errors import LeapformerError
-from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import shown
-from leapformer.files.writing import write_bytes
+
+if TYPE_CHECKING:
+    from leapformer.bench.benchmark import Benchmark
+    from leapformer.bench.contenders import Contender
+    from leapformer.bench.result import Result, Settings, Table
+
+OUTPUT = Path("runs/bench")
 
 
-def run_bench(
-    what: str,
-    *,
-    quick: bool,
-    lengths: str | None,
-    repeats: int | None,
-    threads: int,
-    limit: float | None,
-    recipe: str | None,
-    output: Path,
-    others: Sequence[Contender] = (),
-) -> dict[str, Mapping[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """The options as they were given; None where a benchmark chooses for itself."""
+
+    quick: bool = False
+    lengths: str | None = None
+    repeats: int | None = None
+    threads: int = 1
+    limit: float | None = None
+    recipe: str | None = None
+    output: Path = OUTPUT
+
+    def settings(self) -> Settings:
+        """What the benchmarks take. Raises LeapformerError for lengths that are none."""
+        from leapformer.bench.benchmark import LIMIT, QUICK_LIMIT
+        from leapformer.bench.result import Settings
+
+        return Settings(
+            output=self.output,
+            quick=self.quick,
+            lengths=parse_lengths(self.lengths),
+            repeats=self.repeats or (3 if self.quick else 7),
+            threads=self.threads,
+            limit=self.limit or (QUICK_LIMIT if self.quick else LIMIT),
+            recipe=self.recipe or Settings.recipe,
+        )
+
+
+@needs("plots", "leapformer.bench.benchmark", "leapformer.analysis.plots", "rich.progress")
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="[WHAT]", help="attention, decoding, training, overhead, processes, lra, streaming or all."
+        ),
+    ] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute for all.")] = False,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens, such as 512,4096; streaming: seconds. Default: each one's own.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Turns of the contenders; default: 7, quick: 3.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of PyTorch.")] = 1,
+    limit: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="Seconds that one call may take; slower ones are listed as not run."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Whose model training measures; default: lm/wikitext2-small.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of JSON, tables and pictures.")
+    ] = OUTPUT,
+) -> None:
+    """Measure speed and memory on this machine's processor, by ratios within one run."""
+    run_bench(what, Asked(quick, lengths, repeats, threads, limit, recipe, output))
+
+
+def run_bench(what: str, asked: Asked, others: Sequence[Contender] = ()) -> dict[str, Mapping[str, Any]]:
     """Measure, print the tables, and write JSON, Markdown and pictures; an interrupt keeps what was measured.
 
     `others` are timed beside the contenders that every installation has. Returns each benchmark's content.
     """
+    from leapformer.bench.benchmark import NAMES, load_benchmark
+    from leapformer.bench.result import Result, machine_line
+    from leapformer.files.folders import check_output_folder
+
     chosen = NAMES if what == "all" else (what,)
     if what not in ("all", *NAMES):
         raise LeapformerError(f"bench: expected all, {', '.join(NAMES)}, found {shown(what)}")
-    check_output_folder(output)
+    check_output_folder(asked.output)
+    limit = asked.limit
     if limit is not None and not (limit > 0 and math.isfinite(limit)):
         raise LeapformerError(f"--limit: expected seconds above 0, found {limit:g}")
-    if recipe is not None and "training" not in chosen:
+    if asked.recipe is not None and "training" not in chosen:
         raise LeapformerError(f"--recipe: only training has one, found it with {what}")
-    settings = Settings(
-        output=output,
-        quick=quick,
-        lengths=parse_lengths(lengths),
-        repeats=repeats or (3 if quick else 7),
-        threads=threads,
-        limit=limit or (QUICK_LIMIT if quick else LIMIT),
-        recipe=recipe or Settings.recipe,
-    )
+    settings = asked.settings()
     benchmarks = {name: load_benchmark(name) for name in chosen}
     for benchmark in benchmarks.values():
         benchmark.check(settings)
-    use_threads(threads)
+    use_threads(settings.threads)
     results: dict[str, Mapping[str, Any]] = {}
     for name, benchmark in benchmarks.items():
-        own = settings if limit or quick else replace(settings, limit=benchmark.limit)
+        own = settings if limit or settings.quick else replace(settings, limit=benchmark.limit)
         result = Result(name, own)
         results[name] = result.content
         finished = _measure(benchmark, own, result, others)
@@ -74,7 +119,7 @@ def run_bench(
             typer.echo(f"Interrupted; what was measured is in {result.path}")
             raise typer.Exit(130)
     typer.echo(machine_line(next(iter(results.values()))))
-    typer.echo(f"Written to {output}: JSON, Markdown tables and pictures (PNG)")
+    typer.echo(f"Written to {settings.output}: JSON, Markdown tables and pictures (PNG)")
     return results
 
 
@@ -97,6 +142,8 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
 
 def _measure(benchmark: Benchmark, settings: Settings, result: Result, others: Sequence[Contender]) -> bool:
     """Run one benchmark under a progress line; False where the user interrupted it."""
+    from leapformer.bench.benchmark import Bench
+
     try:
         with _progress(result.content["benchmark"]) as say:
             benchmark.measure(Bench(settings, result, say, others))
@@ -108,6 +155,10 @@ def _measure(benchmark: Benchmark, settings: Settings, result: Result, others: S
 
 def _show(benchmark: Benchmark, result: Result) -> None:
     """Print and write the tables of a result and draw its pictures."""
+    from leapformer.analysis.plots import figure_png
+    from leapformer.bench.result import write_tables
+    from leapformer.files.writing import write_bytes
+
     tables = [table for table in benchmark.tables(result.content) if table.rows]
     for table in tables:
         show_table(table)
@@ -127,6 +178,9 @@ def show_table(table: Table) -> None:
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[str], None]]:
     """A line on the error stream that says what is measured and since when; nothing where nobody watches."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

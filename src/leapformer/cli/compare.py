@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from leapformer.analysis.markdown import markdown_table
-from leapformer.analysis.runs import load_run
-from leapformer.analysis.tables import comparison
-from leapformer.files.writing import regular_or_new
+from leapformer.cli.late import needs
+from leapformer.cli.options import a_path
+from leapformer.cli.printing import print_table
 
 UNITS = "loss in nats a token; ppl perplexity; MiB peak memory; parameters in all, and those that LeaP adds"
 LAGGING = "; LAAL lagging of the words behind the source; offline: the whole source read first"
-WIDEST = 1000  # columns that a table may take
 
 
-def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output: Path | None) -> None:
-    """Print one table over all runs, what the paired seeds say, and optionally write the page."""
+@needs("plots", "rich.table", "leapformer.analysis.runs", "leapformer.analysis.tables")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", parser=a_path, help="Folders of finished runs.")],
+    split: Annotated[str, typer.Option(help="The split whose figures are compared.")] = "validation",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=a_path, metavar="PATH", help="Also write a self-contained HTML page to this file."),
+    ] = None,
+) -> None:
+    """One table of quality, speed, memory and parameters; several seeds give a mean and a paired difference."""
+    from leapformer.analysis.markdown import markdown_table
+    from leapformer.analysis.runs import load_run
+    from leapformer.analysis.tables import comparison
+    from leapformer.files.writing import regular_or_new
+
     if output is not None:
         regular_or_new(output)
     runs = [load_run(folder) for folder in folders]
@@ -36,13 +45,3 @@ def compare_runs(folders: Sequence[Path], *, split: str, markdown: bool, output:
         from leapformer.analysis.report import write_report
 
         typer.echo(f"Written to {write_report(output, runs, title='Comparison', split=split)}")
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text to the terminal, whole: lines that are longer than it is wide go on in the next, uncut."""
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    plain: Any = {"markup": False, "emoji": False, "highlight": False}  # a name such as "[/]" is no markup
-    needed = Console(width=WIDEST, **plain).measure(table).maximum
-    Console(width=max(Console().width, needed), **plain).print(table)

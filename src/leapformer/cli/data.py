@@ -1,4 +1,4 @@
-"""``leapformer data``."""
+"""``leapformer data prepare``: a command for each data set of the table, with the options of that one."""
 
 from __future__ import annotations
 
@@ -6,161 +6,169 @@ import difflib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
+from typer.core import TyperCommand, TyperGroup
 
+from leapformer.cli.data_sets import DATA_SETS, DataSet
+from leapformer.cli.late import load
+from leapformer.cli.options import MOST, MOST_SEED, MOST_THREADS, a_path, with_options
 from leapformer.errors import LeapformerError
-from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import shown
-from leapformer.tasks.card import CARD
-from leapformer.tasks.lra import TASKS
-from leapformer.tasks.lra.preparation import prepare
-from leapformer.tasks.preparation import Progress
-from leapformer.tasks.simulst.corpora.preparing import CORPORA, prepare_corpus
 
-LRA = tuple(f"lra-{task}" for task in TASKS)
-PAIRS = ("pairs", "validation_pairs", "test_pairs", "language")
-RECORDED = ("source", "source_language", "target_language")
-# Speech, with the options of each.
-SPEECH = {
-    "speech-demo": (),
-    "speech-from-text": PAIRS,
-    **dict.fromkeys((f"speech-{corpus}" for corpus in CORPORA), RECORDED),
-}
-NAMES = (*LRA, *SPEECH)
+if TYPE_CHECKING:
+    from leapformer.tasks.preparation import Progress
+
 SHOWN_BAD_ROWS = 20
+# What wrong usage is told by; some versions of typer carry a copy of click of their own.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class Preparation(TyperCommand):
+    """`leapformer data prepare NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as fault:
+            flag = getattr(fault, "option_name", "")
+            if flag in _widths([self]) or flag not in _widths(_commands()):
+                raise
+            entry = DATA_SETS[self.name or ""]
+            raise LeapformerError(f"{entry.name}: {flag} is not an option of this {entry.called}") from None
+
+
+class Preparations(TyperGroup):
+    """`leapformer data prepare`: its commands are the data sets. NAME may also stand behind its options."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(DATA_SETS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(DATA_SETS[cmd_name])
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _name_first(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if name not in DATA_SETS:
+            load("lra", "tqdm")  # as where the name is right: without packages nothing can be prepared
+            near = difflib.get_close_matches(name[:100], DATA_SETS, n=1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            raise LeapformerError(f"data prepare: expected one of {', '.join(DATA_SETS)}, found {shown(name)}{hint}")
+        return name, self.get_command(ctx, name), args[1:]
+
+
+prepare = typer.Typer(
+    cls=Preparations,
+    subcommand_metavar="NAME",
+    help="Generate or convert a data set; the same command goes on with an interrupted one. "
+    "The options of one: leapformer data prepare NAME --help.",
+)
+
+
+def _commands() -> list[Any]:
+    return [_command(entry) for entry in DATA_SETS.values()]
+
+
+def _widths(commands: list[Any]) -> dict[str, int]:
+    """The options of some commands, each with the number of words that it takes."""
+    options = (option for command in commands for option in command.params)
+    return {flag: 0 if option.is_flag else option.nargs for option in options for flag in option.opts}
+
+
+def _command(entry: DataSet) -> Any:
+    """The command of one data set, with the options of all and its own."""
+
+    def command(**given: Any) -> None:
+        prepare_data(entry, **given)
+
+    vars(command)["__signature__"] = with_options(partial(prepare_data, entry), entry.options, behind="output")
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    about = f"{entry.about} The same command goes on with an interrupted preparation."
+    alone.command(entry.name, cls=Preparation, help=about, short_help=entry.about)(command)
+    return typer.main.get_command(alone)
+
+
+def _name_first(arguments: list[str]) -> list[str]:
+    """The arguments with the data set's name before its options.
+
+    Raises:
+        LeapformerError: there is no name.
+    """
+    found = 0
+    widths = _widths(_commands()) if arguments and arguments[0].startswith("-") else {}
+    while found < len(arguments) and arguments[found].startswith("-"):
+        flag, value, _ = arguments[found].partition("=")
+        if flag != "--" and flag not in widths:
+            return arguments  # --help, or what is no option of any
+        found += 1 + (0 if value else widths.get(flag, 0))
+    if found >= len(arguments):
+        raise LeapformerError("Missing argument 'NAME'. (see leapformer --help)")
+    return [arguments[found], *arguments[:found], *arguments[found + 1 :]]
 
 
 def prepare_data(
-    name: str, *, output: Path, seed: int, workers: int | None, count: int | None, skip_bad: bool, **options: Any
+    entry: DataSet,
+    output: Annotated[Path, typer.Option(parser=a_path, metavar="PATH", help="Folder to fill.")],
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of all that is drawn.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Processes; default: one for each processor.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Training examples to make; default: in full.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on over bad rows; count and list them.")] = False,
+    **options: Any,
 ) -> None:
     """Prepare a data set under a progress bar, and say what it holds.
 
     Arguments:
-        options: those of some data sets alone; None where they are not given.
+        options: the set's own; None where they are not given.
 
     Raises:
-        LeapformerError: there is no such data set, an option is not one of its own, or a fault of the data.
+        LeapformerError: an option that it needs is missing, or a fault of the data.
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name[:100], NAMES, n=1)
-        hint = f"; did you mean {near[0]}" if near else ""
-        raise LeapformerError(f"data prepare: expected one of {', '.join(NAMES)}, found {shown(name)}{hint}")
+    module, _, function = entry.work.partition(":")
+    load(entry.extra, "tqdm", module)
+    from leapformer.files.folders import check_output_folder
+
     check_output_folder(output)
-    general = {"seed": seed, "workers": workers, "skip_bad": skip_bad}
+    given = {name: value for name, value in options.items() if value is not None}
+    for expected, names in entry.required.items():
+        if any(name not in given for name in names):
+            found = next((given[name] for name in names if name in given), "none")
+            raise LeapformerError(f"{entry.name}: expected {expected}, found {found}")
+    general = {"seed": seed, "workers": workers, "count": count, "skip_bad": skip_bad}
     try:
-        with _progress(name) as progress:
-            if name in LRA:
-                task = name.removeprefix("lra-")
-                card = prepare(task, output, count=count, progress=progress, **general, **options)
-            else:
-                work = _convert if SPEECH[name] == RECORDED else _speak
-                card = work(name, output, count=count, progress=progress, **general, **_given(name, options))
+        with _progress(entry.name) as progress:
+            work = getattr(import_module(module), function)
+            card = work(output=output, progress=progress, **general, **entry.fixed, **given)
     except KeyboardInterrupt:
         typer.echo(f"Interrupted; {output} is not complete. The same command goes on.")
         raise typer.Exit(130) from None
     _tell_bad_rows(card["bad_rows"], output)
-    if name in LRA:
-        _tell_examples(card, output)
-    else:
-        _tell_speech(card, output)
-
-
-def _given(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, all of which the data set must know."""
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if option not in SPEECH[name]:
-            flag = {"source": "from"}.get(option, option.replace("_", "-"))
-            raise LeapformerError(f"{name}: --{flag} is not an option of this data set")
-    return given
-
-
-def _speak(
-    name: str,
-    output: Path,
-    *,
-    count: int | None,
-    progress: Progress,
-    seed: int,
-    workers: int | None,
-    skip_bad: bool,
-    pairs: tuple[Path, Path] | None = None,
-    validation_pairs: tuple[Path, Path] | None = None,
-    test_pairs: tuple[Path, Path] | None = None,
-    language: str = "en",
-) -> dict[str, Any]:
-    """Speak the built-in grammar or a file of text."""
-    from leapformer.tasks.simulst.corpora.spoken import SIZES, Speaking, prepare_grammar, prepare_text_pairs
-
-    if name == "speech-from-text":
-        if pairs is None:
-            raise LeapformerError(f"{name}: expected --pairs SOURCE TARGET, found none")
-        return prepare_text_pairs(
-            *pairs, output, validation=validation_pairs, test=test_pairs, count=count, seed=seed, workers=workers,
-            speaking=Speaking(language), skip_bad=skip_bad, progress=progress,
-        )  # fmt: skip
-    held_out = SIZES["test"] if count is None else max(1, min(SIZES["test"], count // 10))
-    sizes = {"train": count or SIZES["train"], "validation": held_out, "test": held_out}
-    return prepare_grammar(output, sizes=sizes, seed=seed, workers=workers, progress=progress)
-
-
-def _convert(
-    name: str,
-    output: Path,
-    *,
-    source: Path | None = None,
-    source_language: str | None = None,
-    target_language: str | None = None,
-    **arguments: Any,
-) -> dict[str, Any]:
-    """Decode a corpus of recorded speech."""
-    if source is None:
-        raise LeapformerError(f"{name}: expected --from with the folder of the corpus, found none")
-    if source_language is None or target_language is None:
-        found = source_language or target_language or "none"
-        raise LeapformerError(f"{name}: expected --source-language and --target-language, found {found}")
-    return prepare_corpus(
-        name.removeprefix("speech-"), source, output,
-        source_language=source_language, target_language=target_language, **arguments,
-    )  # fmt: skip
+    for line in entry.tell(card, output):
+        typer.echo(line)
 
 
 def _tell_bad_rows(bad: list[str], output: Path) -> None:
     for row in bad[:SHOWN_BAD_ROWS]:
         typer.echo(f"skipped: {row}", err=True)
     if bad:
-        typer.echo(f"{len(bad):,} bad rows were skipped; {output / CARD} lists them", err=True)
-
-
-def _tell_examples(card: dict[str, Any], output: Path) -> None:
-    for split, facts in card["splits"].items():
-        typer.echo(
-            f"{split}: {facts['examples']:,} examples, {facts['shortest']:,} to {facts['longest']:,} tokens "
-            f"(mean {facts['mean_length']:,.1f}), {facts['bytes'] / 1e6:,.1f} MB"
-        )
-    typer.echo(f"Written to {output}: {CARD} and a file for each split")
-
-
-def _tell_speech(card: dict[str, Any], output: Path) -> None:
-    for split, facts in card["splits"].items():
-        speakers = f"{facts['speakers']:,} speakers, " if facts["speakers"] else ""
-        typer.echo(
-            f"{split}: {facts['utterances']:,} utterances, {facts['seconds'] / 3600:.2f} hours, "
-            f"{speakers}{facts['bytes'] / 1e6:,.1f} MB"
-        )
-    for reason, rows in card.get("left_out", {}).items():
-        typer.echo(f"left out: {rows:,} rows, {reason}")
-    typer.echo(card["licence"])
-    typer.echo(f"Written to {output}: {CARD}, and audio and index of each split")
+        typer.echo(f"{len(bad):,} bad rows were skipped; {output / 'card.json'} lists them", err=True)
 
 
 @contextmanager
 def _progress(name: str) -> Iterator[Progress]:
     """A bar on the error stream for each part of the work, drawn rarely where nobody watches."""
+    from tqdm import tqdm
+
     bars: dict[str, tqdm] = {}
 
     def show(done: int, total: int | None, what: str) -> None:

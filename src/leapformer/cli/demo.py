@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leapformer.analysis.proportions import learned_proportions
-from leapformer.analysis.report import GeneratedSample, TextProportions, write_report
-from leapformer.analysis.runs import RunRecord, load_run
-from leapformer.analysis.tables import comparison
-from leapformer.cli.compare import UNITS, print_table
-from leapformer.cli.generate import continue_text
-from leapformer.cli.train import use_threads
+from leapformer.cli.compare import UNITS
+from leapformer.cli.generate import Sampling, continue_text
+from leapformer.cli.late import needs
+from leapformer.cli.options import Threads, a_path, use_threads
+from leapformer.cli.printing import print_table
 from leapformer.errors import LeapformerError, MissingExtra
-from leapformer.files.folders import check_output_folder
-from leapformer.tasks.registry import load_recipe
-from leapformer.training.loading import load_with_tokenizer
-from leapformer.training.run import Run
-from leapformer.training.train import train
+
+if TYPE_CHECKING:
+    from leapformer.analysis.report import GeneratedSample, TextProportions
+    from leapformer.analysis.runs import RunRecord
+    from leapformer.training.run import Run
 
 RECIPE = "lm/pydocs-tiny"
 # Softmax has no variants; it is given the same short convolution, so that only the attention differs.
@@ -47,8 +45,8 @@ TRANSLATION_OVERRIDES = {
     "translation-softmax": [f"{place}_attention=softmax" for place in ("encoder", "decoder", "cross")],
 }
 TRANSLATION_NOTE = (
-    "Sentences of the built-in grammar; none of the test shares its template, verb and object with the training. Each model is "
-    "one model: the number of words that it stays behind, k, is chosen when it translates."
+    "Sentences of the built-in grammar; none of the test shares its template, verb and object with the training. Each "
+    "model is one model: the number of words that it stays behind, k, is chosen when it translates."
 )
 KS = (1, 3, 5, 9, None)
 SHOWN_K = 3
@@ -56,8 +54,26 @@ SHOWN_SENTENCES = 3
 TEST = "test"
 
 
-def run_demo(*, output: Path, threads: int | None) -> None:
-    """Train what isn't trained yet, then print tables and samples and write the pages."""
+@needs(
+    "plots",
+    "leapformer.analysis.proportions",
+    "leapformer.analysis.report",
+    "leapformer.analysis.tables",
+    "leapformer.tasks.registry",
+    "leapformer.training.loading",
+    "leapformer.training.train",
+)
+def demo(
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the demo's runs and page.")
+    ] = Path("runs/demo"),
+    threads: Threads = None,
+) -> None:
+    """
+    Train language models and simultaneous translation on what is built in, compare, write pages. Nothing to download.
+    """
+    from leapformer.files.folders import check_output_folder
+
     check_output_folder(output)
     use_threads(threads)
     started = perf_counter()
@@ -74,6 +90,10 @@ def run_demo(*, output: Path, threads: int | None) -> None:
 
 def _language_models(output: Path) -> Path | None:
     """Three language models, their table, a sample, and their page; None where the user interrupted it."""
+    from leapformer.analysis.report import write_report
+    from leapformer.analysis.runs import load_run
+    from leapformer.analysis.tables import comparison
+
     typer.echo(f"Training {len(OVERRIDES)} small models with the recipe {RECIPE} on the documentation of Python.")
     for name, overrides in OVERRIDES.items():
         if not _train(RECIPE, output / name, overrides):
@@ -98,9 +118,13 @@ def _language_models(output: Path) -> Path | None:
 
 def _translation(output: Path) -> Path | None:
     """Two models that translate text while it is read, their quality against lagging, sentences, and their page."""
+    from leapformer.analysis.report import write_report
+    from leapformer.analysis.runs import load_run
+    from leapformer.analysis.tables import comparison
+
     typer.echo(
-        f"\nTraining {len(TRANSLATION_OVERRIDES)} small models with the recipe {TRANSLATION_RECIPE}: English to German, "
-        "written while the source is being read."
+        f"\nTraining {len(TRANSLATION_OVERRIDES)} small models with the recipe {TRANSLATION_RECIPE}: English to "
+        "German, written while the source is being read."
     )
     for name, overrides in TRANSLATION_OVERRIDES.items():
         if not _train(TRANSLATION_RECIPE, output / name, overrides):
@@ -114,14 +138,20 @@ def _translation(output: Path) -> Path | None:
         typer.echo(f"\n{sample.prompt}\n  {sample.continuation}")
     typer.echo(f"\n({samples[0].settings})")
     return write_report(
-        output / "translation.html", runs, title="LeaPformer demo: simultaneous translation", split=TEST,
-        samples=samples, command="leapformer demo", note=TRANSLATION_NOTE,
-    )  # fmt: skip
+        output / "translation.html",
+        runs,
+        title="LeaPformer demo: simultaneous translation",
+        split=TEST,
+        samples=samples,
+        command="leapformer demo",
+        note=TRANSLATION_NOTE,
+    )
 
 
 def _curve(folder: Path) -> None:
     """Translate the test with every k, unless that is done."""
     from leapformer.tasks.simulst.scoring.curves import evaluate_curve
+    from leapformer.training.run import Run
 
     run = Run(folder)
     results = run.results()
@@ -134,8 +164,10 @@ def _curve(folder: Path) -> None:
 
 def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
     """Test sentences as they are translated word by word, each word with the number of source words before it."""
+    from leapformer.analysis.report import GeneratedSample
     from leapformer.tasks.simulst.streaming.policies import WaitK
     from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+    from leapformer.training.run import Run
 
     data, model = _open_translation(Run(folder))
     settings = f"wait-k with k = {SHOWN_K}; in brackets the source words read when the word was written"
@@ -152,6 +184,8 @@ def _live_samples(folder: Path, label: str) -> list[GeneratedSample]:
 
 def _open_translation(run: Run) -> tuple[Any, Any]:
     """The data and the model of a run."""
+    from leapformer.tasks.registry import load_recipe
+
     recipe, task = load_recipe(run.recipe_path)
     model, tokenizer = task.open(run.model_path)
     return task.prepare(recipe, cache=run.cache_path, tokenizer=tokenizer), model
@@ -163,6 +197,10 @@ def _train(name: str, folder: Path, overrides: list[str]) -> bool:
     Raises:
         LeapformerError: the folder holds a finished run of another recipe.
     """
+    from leapformer.tasks.registry import load_recipe
+    from leapformer.training.run import Run
+    from leapformer.training.train import train
+
     recipe, task = load_recipe(name, overrides)
     run = Run(folder)
     if run.finished:
@@ -180,13 +218,18 @@ def _train(name: str, folder: Path, overrides: list[str]) -> bool:
 
 
 def _sample(run: RunRecord) -> GeneratedSample:
+    from leapformer.analysis.report import GeneratedSample
+
     model, tokenizer = _load(run)
-    text = continue_text(model, tokenizer, PROMPT, **SAMPLE)
+    text = continue_text(model, tokenizer, PROMPT, Sampling(**SAMPLE))
     settings = "sampled: temperature {temperature}, top-p {top_p}, seed {seed}, {tokens} tokens".format(**SAMPLE)
     return GeneratedSample(model=run.label, prompt=PROMPT, continuation=text, settings=settings)
 
 
 def _text_proportions(run: RunRecord) -> TextProportions:
+    from leapformer.analysis.proportions import learned_proportions
+    from leapformer.analysis.report import TextProportions
+
     model, tokenizer = _load(run)
     ids = tokenizer(TEXT)["input_ids"]
     tokens = [tokenizer.decode([token]) for token in ids]
@@ -194,4 +237,6 @@ def _text_proportions(run: RunRecord) -> TextProportions:
 
 
 def _load(run: RunRecord) -> tuple[Any, Any]:
+    from leapformer.training.loading import load_with_tokenizer
+
     return load_with_tokenizer(run.folder / "model")

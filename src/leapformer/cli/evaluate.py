@@ -3,26 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from leapformer.cli.keeping import cache_of, keep
-from leapformer.cli.train import use_threads
+from leapformer.cli import policy_options
+from leapformer.cli.late import load, needs
+from leapformer.cli.options import MOST, MOST_TOKENS, RunFolder, Threads, use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import shown
-from leapformer.tasks.registry import load_recipe
-from leapformer.training.callbacks import passing_bar
-from leapformer.training.run import Run
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT
 
 
-def evaluate_run(folder: Path, *, split: str, context_window: int | None, threads: int | None) -> None:
+@policy_options.takes_policies(several=True)
+@needs("lm", "leapformer.tasks.registry", "leapformer.training.callbacks", "leapformer.training.run")
+def evaluate(
+    folder: RunFolder,
+    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
+    context_window: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MOST_TOKENS,
+            help="Tokens each block repeats of the one before it; default: what the recipe says.",
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Translation: quality and lagging with {policy_options.names()}, at each value of its option; "
+            "--k alone: wait-k with each k, and offline.",
+        ),
+    ] = None,
+    batched: Annotated[
+        bool, typer.Option("--batched", help="With these: many sentences at a time, without computation-aware lagging.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="With these: only the first so many sentences.")
+    ] = None,
+    threads: Threads = None,
+    **options: Any,
+) -> None:
+    """Evaluate a trained run on a whole split; results.json keeps the figures."""
+    use_threads(threads)
+    given = policy_options.given(options)
+    if policy is None and not given:
+        _evaluate_run(folder, split=split, context_window=context_window)
+        return
+    load("speech", "leapformer.tasks.simulst.scoring.live", "leapformer.tasks.simulst.scoring.evaluation")
+    _evaluate_latency(folder, Asked(split, policy or DEFAULT, given, batched, limit))
+
+
+def _evaluate_run(folder: Path, *, split: str, context_window: int | None) -> None:
     """Print the metrics of a split as lines of "name value" and keep them in results.json where the run is finished.
 
     Figures with a context window that is not the recipe's are kept beside the others, under a name that says so.
     """
-    use_threads(threads)
+    from leapformer.cli.keeping import cache_of, keep
+    from leapformer.tasks.registry import load_recipe
+    from leapformer.training.callbacks import passing_bar
+    from leapformer.training.run import Run
+
     run = Run(folder)
     run.recipe()
     results = run.results() if run.finished else None  # before what takes long
@@ -43,41 +87,47 @@ def evaluate_run(folder: Path, *, split: str, context_window: int | None, thread
             typer.echo(f"Written to {run.results_path}")
 
 
-def evaluate_latency(
-    folder: Path,
-    *,
-    split: str,
-    policy: str,
-    options: Mapping[str, str],
-    batched: bool,
-    limit: int | None,
-    threads: int | None,
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What is translated, with which policy and the options of it that were given, and how."""
+
+    split: str
+    policy: str
+    options: Mapping[str, str]
+    batched: bool
+    limit: int | None
+
+
+def _evaluate_latency(folder: Path, asked: Asked) -> None:
     """Translate a split with each value of a policy's option (wait-k: and offline); keep the logs, and the scores in
     results.json."""
+    from leapformer.cli.keeping import cache_of, keep
+    from leapformer.tasks.registry import load_recipe
     from leapformer.tasks.simulst.scoring.curves import FOLDER, evaluate_curve, keep_points, point_title
     from leapformer.tasks.simulst.scoring.evaluation import writing
     from leapformer.tasks.simulst.scoring.live import translate_batched, translate_live
     from leapformer.tasks.simulst.streaming.policy_registry import parse_line
+    from leapformer.training.callbacks import passing_bar
+    from leapformer.training.run import Run
 
-    use_threads(threads)
+    split, limit = asked.split, asked.limit
     run = Run(folder)
     run.recipe()
     recipe, task = load_recipe(run.recipe_path)
     if task.name != "simulst":
-        asked = f"--policy {shown(policy)}" if not options else f"--{next(iter(options))}"
-        raise LeapformerError(f"{folder}: {asked}: expected a run of simultaneous translation, found task {task.name}")
-    line = parse_line(policy, options)
+        option = f"--{next(iter(asked.options))}" if asked.options else f"--policy {shown(asked.policy)}"
+        raise LeapformerError(f"{folder}: {option}: expected a run of simultaneous translation, found task {task.name}")
+    line = parse_line(asked.policy, asked.options)
     results = run.results() if run.finished else None
     model, tokenizer = task.open(run.model_path)
     factors: dict[Any, float | None] = {}
 
     def write(value: Any) -> Any:
-        if batched and line.entry.is_trained:
+        if asked.batched and line.entry.is_trained:
             return data.simulate(model, split=split, k=value, limit=limit)
         told = writing(value) if line.entry.is_trained else f"writing, {point_title(line, value)}"
         how: dict[str, Any] = {"split": split, "policy": line.policy(value), "limit": limit, "told": told}
-        if batched:
+        if asked.batched:
             return translate_batched(data, model, **how)
         instances, factors[value] = translate_live(data, model, **how)
         return instances

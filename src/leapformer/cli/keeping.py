@@ -1,4 +1,4 @@
-"""Commands that look at a run which others own, or which lies on storage that can't be written: they work, and keep less."""
+"""Commands that look at a run which others own, or that lies on storage that can't be written: they work, keep less."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from leapformer.training.run import Run
 
 @contextmanager
 def cache_of(run: Run) -> Iterator[Path]:
-    """Where data is prepared: the cache beside the run, or, where that can't be written, a folder that goes when the block
-    ends, with links to what the cache holds already."""
+    """Where data is prepared: the cache beside the run, or, where that can't be written, a folder that goes when the
+    block ends, with links to what the cache holds already."""
     if can_write(run.cache_path):
         yield run.cache_path
         return

@@ -1,8 +1,8 @@
 """``leapformer lra``: every task with every mechanism, one run after the other, and the table they make.
 
 A run lies in OUTPUT/TASK/ATTENTION-seedN. What is finished there is taken as it is, what was interrupted goes on. Under
-torchrun each process takes every n-th run and its own GPU; the first one writes the table when its own share is done, and
-the same command without torchrun writes it again from all of them.
+torchrun each process takes every n-th run and its own GPU; the first one writes the table when its own share is done,
+and the same command without torchrun writes it again from all of them.
 """
 
 from __future__ import annotations
@@ -14,35 +14,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from leapformer.analysis.lra import (
-    COLUMNS,
-    NAMES,
-    SPLIT,
-    TASKS,
-    Cell,
-    check_tested,
-    overview,
-    task_rows,
-    write_lra_page,
-)
-from leapformer.analysis.markdown import markdown_table
-from leapformer.analysis.runs import load_run
-from leapformer.cli.train import use_threads
+from leapformer.cli.late import needs
+from leapformer.cli.options import MOST, Threads, a_path, use_threads
 from leapformer.errors import LeapformerError
-from leapformer.files.folders import check_output_folder
 from leapformer.files.showing import shown
-from leapformer.files.writing import write_text
-from leapformer.ops import available_impls
-from leapformer.tasks.registry import load_recipe
-from leapformer.training.arguments import choose_device
-from leapformer.training.callbacks import passing_bar
-from leapformer.training.recipes import as_override, nearest
-from leapformer.training.run import Run
-from leapformer.training.train import train
 
 SUFFIXES = {"small": "", "cpu": "-cpu", "base": "-base"}
 LINEAR = {"linear-relu", "linear-elu", "cosformer", "leap"}
@@ -61,11 +40,36 @@ class Job:
     folder: Path
 
 
-def long_range_arena(
-    *, tasks: str, attention: str, seeds: int, budget: int | None, size: str, data: Path, output: Path,
-    changes: Sequence[str], only_table: bool, threads: int | None,
-) -> None:  # fmt: skip
-    """Train what is missing, then print the tables and write them with the page."""
+@needs("lra", "leapformer.analysis.lra", "leapformer.training.train", "leapformer.tasks.registry")
+def lra(
+    tasks: Annotated[
+        str, typer.Option(help="all, or names with commas: listops,text,retrieval,image,pathfinder.")
+    ] = "all",
+    attention: Annotated[str, typer.Option(help="all twelve, or names with commas such as softmax,leap.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0 to N - 1 of each.")] = 1,
+    budget: Annotated[int | None, typer.Option(min=1, max=MOST, help="Steps of a run; default: the recipe's.")] = None,
+    size: Annotated[
+        str, typer.Option(help="small: lra/TASK; cpu: reduced, lra/TASK-cpu; base: lra/TASK-base.")
+    ] = "small",
+    data: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the prepared data, lra-TASK in it.")
+    ] = Path("data"),
+    output: Annotated[
+        Path, typer.Option(parser=a_path, metavar="PATH", help="Folder of the runs, the table and the page.")
+    ] = Path("runs/lra"),
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to every recipe.")
+    ] = None,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Train nothing: the table and the page of what is finished.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Train what is missing of Long-Range Arena, resume what was interrupted, and write one table and one page."""
+    from leapformer.analysis.lra import NAMES, TASKS
+    from leapformer.files.folders import check_output_folder
+    from leapformer.training.recipes import as_override, nearest
+
     if size not in SUFFIXES:
         raise LeapformerError(
             f"--size: expected {', '.join(SUFFIXES)}, found {shown(size)}{nearest(size, list(SUFFIXES))}"
@@ -80,7 +84,7 @@ def long_range_arena(
     use_threads(threads)
     rank, processes = _own_share()
     for job in [] if only_table else jobs[rank::processes]:
-        overrides = [f"attention={job.attention}", f"training.seed={job.seed}", *changes]
+        overrides = [f"attention={job.attention}", f"training.seed={job.seed}", *(change or [])]
         overrides.append(as_override("data.path", str(data / OWN_DATA.get((job.task, size), f"lra-{job.task}"))))
         if budget is not None:
             overrides += [f"max_steps={budget}", *_shorter_warmup(f"lra/{job.task}{SUFFIXES[size]}", budget)]
@@ -92,6 +96,8 @@ def long_range_arena(
 
 
 def _chosen(names: str, known: Sequence[str], option: str) -> list[str]:
+    from leapformer.training.recipes import nearest
+
     chosen = list(known) if names == "all" else [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in known:
@@ -121,6 +127,8 @@ def _number(name: str, default: int) -> int:
 
 def _shorter_warmup(recipe: str, budget: int) -> Iterator[str]:
     """A warm-up is a tenth of a run at most."""
+    from leapformer.tasks.registry import load_recipe
+
     warmup = load_recipe(recipe)[0].training.warmup_steps
     if warmup > budget // 10:
         yield f"warmup_steps={budget // 10}"
@@ -128,6 +136,11 @@ def _shorter_warmup(recipe: str, budget: int) -> Iterator[str]:
 
 def _finish(job: Job, recipe: str, overrides: Sequence[str]) -> bool:
     """Train and test one run, unless that has been done; False where it was interrupted."""
+    from leapformer.analysis.lra import NAMES, SPLIT
+    from leapformer.tasks.registry import load_recipe
+    from leapformer.training.run import Run
+    from leapformer.training.train import train
+
     run = Run(job.folder)
     resolved, task = load_recipe(recipe, overrides)
     if run.finished:
@@ -144,8 +157,12 @@ def _finish(job: Job, recipe: str, overrides: Sequence[str]) -> bool:
     return True
 
 
-def _test(run: Run, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -> dict[str, Any]:
+def _test(run: Any, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -> dict[str, Any]:
     """What results.json gets from the test split: its figures, the speed, and what computed the attention."""
+    from leapformer.analysis.lra import SPLIT
+    from leapformer.training.arguments import choose_device
+    from leapformer.training.callbacks import passing_bar
+
     device = choose_device(recipe.training)
     model, _ = task.open(run.model_path)
     data = task.prepare(recipe, cache=run.cache_path, progress=passing_bar)
@@ -163,6 +180,8 @@ def _test(run: Run, recipe: Any, task: Any, job: Job, results: dict[str, Any]) -
 
 def _implementation(device: str) -> str:
     """What "auto" takes for float32 tensors on this device."""
+    from leapformer.ops import available_impls
+
     if device == "cpu":
         return "native" if not available_impls()["native"] else "torch"
     return "triton" if not available_impls().get("triton", ["not there"]) else "torch"
@@ -170,6 +189,12 @@ def _implementation(device: str) -> str:
 
 def _report(jobs: Sequence[Job], output: Path) -> None:
     """Print the tables and write lra.md and lra.html, from those runs that are finished."""
+    from leapformer.analysis.lra import COLUMNS, SPLIT, TASKS, Cell, check_tested, overview, task_rows, write_lra_page
+    from leapformer.analysis.markdown import markdown_table
+    from leapformer.analysis.runs import load_run
+    from leapformer.files.writing import write_text
+    from leapformer.training.run import Run
+
     cells = []
     for task, kind in dict.fromkeys((job.task, job.attention) for job in jobs):
         folders = [job.folder for job in jobs if (job.task, job.attention) == (task, kind)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from leapformer.cli.options import with_options
 from leapformer.tasks.simulst.streaming.policy_registry import POLICIES, Option, PolicyEntry, all_options
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def names() -> str:
@@ -17,19 +19,28 @@ def names() -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def add_policy_options(command: Callable[..., Any], *, several: bool) -> None:
-    """Give a command the options of the policies that there are now, behind `--policy`. They
-    arrive in its `**options`; those that are not given are None.
+def takes_policies(*, several: bool) -> Callable[[Command], Command]:
+    """A command whose `**options` are those of all policies, behind `--policy`; those that are not given are None.
 
     Arguments:
         several: whether the first option of a policy takes several values, with commas between.
     """
-    vars(command).pop("__signature__", None)
-    own = inspect.signature(command, eval_str=True)
-    kept = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = [_parameter(owners, several=several) for owners in all_options().values()]
-    place = 1 + [each.name for each in kept].index("policy")
-    vars(command)["__signature__"] = own.replace(parameters=[*kept[:place], *added, *kept[place:]])  # what typer reads
+
+    def mark(command: Command) -> Command:
+        vars(command)["several_policies"] = several
+        return command
+
+    return mark
+
+
+def with_policies(command: Command) -> Command:
+    """The same command; where it takes policies, with the options of those that there are now."""
+    several = vars(command).get("several_policies")
+    if several is not None:
+        vars(command).pop("__signature__", None)
+        added = {name: _annotation(owners, several=several) for name, owners in all_options().items()}
+        vars(command)["__signature__"] = with_options(command, added, behind="policy")
+    return command
 
 
 def given(options: dict[str, str | None]) -> dict[str, str]:
@@ -37,9 +48,8 @@ def given(options: dict[str, str | None]) -> dict[str, str]:
     return {name: text for name, text in options.items() if text is not None}
 
 
-def _parameter(owners: list[tuple[PolicyEntry, Option]], *, several: bool) -> inspect.Parameter:
+def _annotation(owners: list[tuple[PolicyEntry, Option]], *, several: bool) -> Any:
     lists = several and any(option is entry.options[0] for entry, option in owners)
     text = " ".join(f"{entry.name}: {option.described(in_a_list=lists)}." for entry, option in owners)
     option = typer.Option(owners[0][1].flag, metavar="N,N,..." if lists else "N", help=text)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(owners[0][1].name, kind, default=None, annotation=Annotated[str | None, option])
+    return Annotated[str | None, option]

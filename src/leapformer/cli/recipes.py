@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
-from leapformer.training.recipes import read_recipe, recipe_names
+from leapformer.cli.late import needs
 
 
-def list_recipes() -> None:
-    """Print every recipe that comes with the package and what it trains."""
+@needs("lm", "rich.console", "rich.table", "leapformer.training.recipes")
+def recipes() -> None:
+    """List what can be trained."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from leapformer.training.recipes import read_recipe, recipe_names
+
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it trains")

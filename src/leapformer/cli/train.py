@@ -5,22 +5,35 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import torch
 import typer
 
-from leapformer.files.folders import check_output_folder
-from leapformer.tasks.registry import describe, load_recipe
-from leapformer.training.train import train
+from leapformer.cli.late import needs
+from leapformer.cli.options import Overrides, Threads, a_path, use_threads
 
 
-def train_recipe(recipe: str, overrides: Sequence[str], *, output: Path | None, threads: int | None) -> None:
-    """Train to the end, or up to an interrupt, and say where everything lies."""
+@needs("lm", "leapformer.training.train", "leapformer.tasks.registry")
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from 'leapformer recipes', or a .yaml file.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=a_path, metavar="PATH", help="Folder of the run; default: runs/NAME after the recipe."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train a recipe, or go on with an interrupted run of it."""
+    from leapformer.files.folders import check_output_folder
+    from leapformer.tasks.registry import describe, load_recipe
+    from leapformer.training.train import train as train_run
+
+    overrides = overrides or []
     use_threads(threads)
     resolved, task = load_recipe(recipe, overrides)
     folder = Path("runs") / default_name(resolved.name, overrides) if output is None else output
     check_output_folder(folder)
-    outcome = train(resolved, task, folder, progress_bar=True)
+    outcome = train_run(resolved, task, folder, progress_bar=True)
     if outcome.results is None:
         command = shlex.join(["leapformer", "train", recipe, *overrides, "--output", str(folder)])
         typer.echo(f"Interrupted after step {outcome.step} of {resolved.training.max_steps}. To go on: {command}")
@@ -33,9 +46,3 @@ def default_name(recipe: str, overrides: Sequence[str]) -> str:
     """The run's folder after its recipe and overrides, such as lm-pydocs-tiny-attention=leap."""
     parts = [recipe.replace("/", "-"), *(override.replace("/", "_") for override in overrides)]
     return "-".join(parts)
-
-
-def use_threads(threads: int | None) -> None:
-    """Set PyTorch's CPU threads where the user asked for it."""
-    if threads is not None:
-        torch.set_num_threads(threads)

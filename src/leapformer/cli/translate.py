@@ -5,43 +5,60 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leapformer.cli.train import use_threads
+from leapformer.cli import policy_options
+from leapformer.cli.late import needs
+from leapformer.cli.options import RunFolder, Threads, use_threads
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import cut
-from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE, read_blocks
-from leapformer.tasks.simulst.processor import open_translation
-from leapformer.tasks.simulst.streaming.policy_registry import parse_policy
-from leapformer.tasks.simulst.streaming.sources import STATE_MS
-from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
-from leapformer.tasks.simulst.text.words import Word
-from leapformer.training.run import Run
+from leapformer.tasks.simulst.streaming.policy_registry import DEFAULT, parse_policy
+
+if TYPE_CHECKING:
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+    from leapformer.tasks.simulst.text.words import Word
 
 STDIN = "-"
 
 Pieces = Iterator[Any]
 
 
-def translate_file(
-    folder: Path,
-    file: str,
-    *,
-    policy: str,
-    options: Mapping[str, str],
-    continuous: bool,
-    realtime: bool,
-    as_json: bool,
-    threads: int | None,
+@policy_options.takes_policies(several=False)
+@needs(
+    "speech",
+    "leapformer.tasks.simulst.streaming.translator",
+    "leapformer.tasks.simulst.streaming.sources",
+    "leapformer.training.run",
+)
+def translate(
+    folder: RunFolder,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Audio (wav, flac, ogg, mp3), or text where the run's source is text.")
+    ],
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{policy_options.names()}.")] = DEFAULT,
+    continuous: Annotated[
+        bool, typer.Option("--continuous", help="Begin another sentence where one ends before the audio does.")
+    ] = False,
+    realtime: Annotated[bool, typer.Option("--realtime", help="Read the audio no faster than it is heard.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for every word, and a last one.")] = False,
+    threads: Threads = None,
+    **options: Any,
 ) -> None:
-    """Print the words of a file, or of the lines of a text, while it is read; a summary goes to the error output."""
+    """
+    Translate while reading: words appear as the audio is read. FILE - takes lines of text from the standard input.
+    """
+    from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
+    from leapformer.tasks.simulst.processor import open_translation
+    from leapformer.tasks.simulst.streaming.sources import STATE_MS
+    from leapformer.tasks.simulst.streaming.translator import StreamingTranslator
+    from leapformer.training.run import Run
+
     use_threads(threads)
-    chosen = parse_policy(policy, options)
+    chosen = parse_policy(policy, policy_options.given(options))
     run = Run(folder)
     run.recipe()
     model, processor = open_translation(run.model_path)
@@ -74,6 +91,8 @@ def translate_file(
 
 def audio_pieces(file: str, size: int) -> Pieces:
     """The samples of a file in pieces of a chunk, in memory that does not depend on its length."""
+    from leapformer.tasks.simulst.audio.reading import read_blocks
+
     for block in read_blocks(file):
         for start in range(0, len(block), size):
             yield block[start : start + size]
@@ -84,8 +103,8 @@ class Report:
     """What a translation took.
 
     Attributes:
-        audio_ms: of the audio. computed: seconds of computation. clock: ms from the begin of the audio, as if it had come in
-            live: no piece is translated before it was heard, or before the one ahead of it is done.
+        audio_ms: of the audio. computed: seconds of computation. clock: ms from the begin of the audio, as if it had
+            come in live: no piece is translated before it was heard, or before the one ahead of it is done.
         state_bytes: largest size of the state. words: how many were written.
         first: of the first word, its `read_ms` and the clock; None without words.
         ended_at: `read_ms` where the sentence ended before the audio did. done: whether the audio was read to its end.
@@ -120,18 +139,24 @@ class Report:
             f"{self.audio_ms / 1000:.2f} s of audio",
             "no real-time factor" if factor is None else f"real-time factor {factor:.3f}",
             f"state {self.state_bytes:,} bytes",
-            "no word" if self.first is None else f"first word after {self.first[0]:.0f} ms, with computation "
-            f"{self.first[1]:.0f} ms",
-        ]  # fmt: skip
+        ]
+        if self.first is None:
+            parts.append("no word")
+        else:
+            parts.append("first word after {:.0f} ms, with computation {:.0f} ms".format(*self.first))
         if self.ended_at is not None:
             parts.append(f"the sentence ended at {self.ended_at / 1000:.2f} s (--continuous goes on)")
         return "; ".join(parts)
 
 
 def translate_audio(
-    begin: Callable[[], StreamingTranslator], pieces: Pieces, show: Callable[[Word, float], None], report: Report, *,
+    begin: Callable[[], StreamingTranslator],
+    pieces: Pieces,
+    show: Callable[[Word, float], None],
+    report: Report,
+    *,
     realtime: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Translate one stream of audio.
 
     Arguments:
@@ -141,6 +166,8 @@ def translate_audio(
         report: is filled in.
         realtime: wait until each piece would have been heard.
     """
+    from leapformer.tasks.simulst.audio.reading import SAMPLE_RATE
+
     started = time.monotonic()
 
     def run(work: Callable[[], list[Word]]) -> None:
@@ -190,9 +217,8 @@ def _decoded(lines: Any, where: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise LeapformerError(
-                f"{where}:{number}: expected text in UTF-8, found byte 0x{line[error.start]:02x} at column {error.start}"
-            ) from None
+            found = f"byte 0x{line[error.start]:02x} at column {error.start}"
+            raise LeapformerError(f"{where}:{number}: expected text in UTF-8, found {found}") from None
 
 
 @dataclass
@@ -219,7 +245,8 @@ class TextReport:
     def line(self) -> str:
         rate = self.source_words / self.computed if self.computed else 0.0
         first = f"first word after {sum(self.first) / len(self.first):.1f} words" if self.first else "no word"
-        return f"{self.lines} lines of {self.source_words:,} words; {rate:.1f} words/s; state {self.state_bytes:,} bytes; {first}"
+        read = f"{self.lines} lines of {self.source_words:,} words"
+        return f"{read}; {rate:.1f} words/s; state {self.state_bytes:,} bytes; {first}"
 
 
 def translate_lines(

@@ -1,4 +1,4 @@
-"""Checksums beside files, in the form that `sha256sum -c` reads: one file SHA256SUMS for a folder, or FILE.sha256 for one.
+"""Checksums beside files, as `sha256sum -c` reads them: one file SHA256SUMS for a folder, or FILE.sha256 for one.
 
 They tell that a file is damaged, not who wrote it.
 """

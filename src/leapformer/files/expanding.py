@@ -1,11 +1,11 @@
 """Files as they are and compressed ones (.gz, .xz, .zst), read whole: to the last byte, and within the memory.
 
-A compressed file is one or more streams with nothing else behind them: the standard libraries' own functions stop at the
-end of the first, or pass over what they don't know. Zero bytes behind the last stream are allowed where the format allows
-them: any number in gzip, a multiple of four in xz.
+A compressed file is one or more streams with nothing else behind them: the standard libraries' own functions stop at
+the end of the first, or pass over what they don't know. Zero bytes behind the last stream are allowed where the format
+allows them: any number in gzip, a multiple of four in xz.
 
-Bounds, looked at before the memory is taken: a file, decompressed, may have half of the memory that is free (the text is
-made beside the bytes), and a compressed one at most `ALWAYS` or `RATIO` times its own size, whichever is more. Text
+Bounds, looked at before the memory is taken: a file, decompressed, may have half of the memory that is free (the text
+is made beside the bytes), and a compressed one at most `ALWAYS` or `RATIO` times its own size, whichever is more. Text
 compresses to a tenth or a twentieth; what is beyond a hundredth holds nothing.
 """
 

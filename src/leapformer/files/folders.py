@@ -18,8 +18,8 @@ LONGEST_NAME = 255  # bytes, in every usual file system
 def check_own_files(folder: str | os.PathLike[str]) -> None:
     """Check that a folder holds regular files and folders alone, with all below it, and no link that leads out of it.
 
-    So nothing in it waits for ever when it is read, and nothing outside it is read or written in its place. A folder that
-    is not there holds nothing.
+    So nothing in it waits for ever when it is read, and nothing outside it is read or written in its place. A folder
+    that is not there holds nothing.
 
     Raises:
         LeapformerError: names the first thing of another kind.

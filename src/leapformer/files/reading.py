@@ -23,9 +23,13 @@ DEEPEST = 64  # lists and mappings inside one another
 MOST_NODES = 100_000  # values in a YAML document, those counted again that an alias repeats
 
 _KINDS = {
-    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-}  # fmt: skip
+}
 
 
 def kind_of_file(mode: int) -> str:
@@ -69,7 +73,8 @@ def read_text(path: str | os.PathLike[str], *, largest: int = LARGEST, errors: s
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise LeapformerError(
-            f"{cut(os.fspath(path), 240)}: expected UTF-8, found byte 0x{content[error.start]:02x} at offset {error.start}"
+            f"{cut(os.fspath(path), 240)}: expected UTF-8, "
+            f"found byte 0x{content[error.start]:02x} at offset {error.start}"
         ) from None
 
 
@@ -108,13 +113,13 @@ def read_json_object(
 def parse_json(
     text: str, *, where: str, expected: str = "JSON", numbers: Numbers = "finite", surrogates: bool = False
 ) -> Any:
-    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't hold,
-    at most `DEEPEST` deep.
+    """The value of a JSON text: strict, so no NaN, no number beyond a float, no key twice, no text that UTF-8 can't
+    hold, at most `DEEPEST` deep.
 
     Arguments:
         expected: what messages call it.
-        numbers: "finite", or what becomes of NaN, infinity and numbers beyond a float, which many programs write: "null"
-            takes them as None, "any" as they are.
+        numbers: "finite", or what becomes of NaN, infinity and numbers beyond a float, which many programs write:
+            "null" takes them as None, "any" as they are.
         surrogates: take halves of surrogate pairs; the caller looks at the texts it takes.
 
     Raises:
@@ -152,8 +157,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {shown(key)} twice")
+            seen.add(key)
     return found
 
 
@@ -301,7 +308,7 @@ _PLAIN = {
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+0123456789."),
     ),
-}  # fmt: skip
+}
 _loaders: list[Any] = []
 
 

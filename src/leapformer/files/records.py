@@ -155,8 +155,8 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a crash,
-    is left out, and it alone.
+    """The rows of a metrics.jsonl in order; none where there is no such file. A row that is damaged, or cut off by a
+    crash, is left out, and it alone.
 
     Raises:
         LeapformerError: the file can't be read.

@@ -35,8 +35,8 @@ def staged_file(target: str | os.PathLike[str], *, shared: bool = False) -> Iter
     A link is followed, and stays. Whatever else lies at `target` than a regular file is left alone.
 
     Arguments:
-        shared: other processes may write the same file at the same time; each then has a staging file of its own, and the
-            last one wins. What a kill leaves behind is then not taken away by the next.
+        shared: other processes may write the same file at the same time; each then has a staging file of its own, and
+            the last one wins. What a kill leaves behind is then not taken away by the next.
 
     Raises:
         LeapformerError: `target` is a folder, a pipe or a device, or can't be written; what was there before still is.
@@ -195,7 +195,7 @@ def remove(path: Path) -> None:
 
 
 def is_disk_fault(error: BaseException) -> bool:
-    """Whether an error says that the disk is full or refuses writes, whoever raised it (torch and safetensors wrap it)."""
+    """Whether an error says that the disk is full or refuses writes; torch and safetensors wrap what they raise."""
     if isinstance(error, OSError):
         return error.errno in DISK_FAULTS
     code = re.search(r"\(os error (\d+)\)", str(error))

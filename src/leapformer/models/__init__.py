@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     raise MissingExtra("lm", package=error.name, purpose="leapformer.models") from error
 
 from leapformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from leapformer.models.blocks import NotCausal
 from leapformer.models.cache import LeapformerCache
 from leapformer.models.classification import LeapformerEncoder, LeapformerForSequenceClassification
 from leapformer.models.configuration import LeapformerConfig
@@ -25,7 +26,6 @@ from leapformer.models.modeling import (
     CheckpointError,
     LeapformerForCausalLM,
     LeapformerModel,
-    NotCausal,
     SequenceTooLong,
 )
 from leapformer.models.translation import LeapformerForConditionalGeneration, SourceStates, TranslationOutput

@@ -17,13 +17,7 @@ from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.inputs import check_rest, read_mask, wanted
 from leapformer.models.loss import IGNORE_INDEX, reduce_losses, token_losses
-from leapformer.models.modeling import (
-    LeapformerPreTrainedModel,
-    build_block,
-    build_embedding,
-    build_positions,
-    choose_leap_hidden,
-)
+from leapformer.models.modeling import LeapformerPreTrainedModel, build_blocks, build_embedding, build_positions
 from leapformer.nn.packing import token_positions
 
 
@@ -48,11 +42,7 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
         self.cls_embedding = nn.Embedding(1, config.hidden_size) if self.symbols_before else None
         self.positions = build_positions(config, longest)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        leap_hidden = choose_leap_hidden(config, LeapformerForSequenceClassification)
-        self.blocks = nn.ModuleList(
-            build_block(config, layer, leap_hidden, causal=False, longest=longest)
-            for layer in range(config.num_hidden_layers)
-        )
+        self.blocks = build_blocks(config, LeapformerForSequenceClassification, causal=False, longest=longest)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()

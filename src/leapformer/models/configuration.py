@@ -1,39 +1,16 @@
 """The configuration of every LeaPformer model, with Hugging Face's standard names where they exist."""
 
-from typing import Any, get_args
-
-from transformers import PreTrainedConfig
+from typing import Literal
 
 from leapformer.files.showing import shown
-from leapformer.models.fields import (
-    MOST_LAYERS,
-    RANGES,
-    WIDEST,
-    check_choice,
-    check_choices,
-    check_common,
-    check_ranges,
-    check_size,
-    check_types,
-    finish,
-    words_that_count,
-)
-from leapformer.models.reading import read_config
-from leapformer.nn import FEATURE_MAPS, KINDS, REWEIGHTINGS
-from leapformer.nn.blocks import ACTIVATIONS
-from leapformer.nn.proportions import Start
-from leapformer.ops.api import Impl
+from leapformer.models.attention_fields import AttentionFields
+from leapformer.models.blocks import attention_arguments
+from leapformer.models.fields import MOST_LAYERS, WIDEST, words_that_count
+from leapformer.nn import KINDS, REGISTRY
 
 ATTENTION_KINDS = KINDS
-VARIANTS = ("paper", "gated")
-POSITIONS = ("sinusoidal", "learned", "none")
-OUTPUT_NORMS = ("sum", "rmsnorm")
-POOLINGS = ("mean", "cls")
-# Of the attention, in every configuration.
-ATTENTION_CHOICES = {
-    "variant": VARIANTS, "output_norm": OUTPUT_NORMS, "leap_start": get_args(Start), "feature_map": tuple(FEATURE_MAPS),
-    "reweighting": tuple(REWEIGHTINGS), "attention_impl": get_args(Impl), "hidden_act": tuple(ACTIVATIONS),
-}  # fmt: skip
+Positions = Literal["sinusoidal", "learned", "none"]
+Pooling = Literal["mean", "cls"]
 OWN_RANGES: dict[str, tuple[float, float]] = {
     "num_hidden_layers": (1, MOST_LAYERS), "max_position_embeddings": (1, 1 << 40), "attention_features": (1, 1 << 20),
     "attention_hashes": (1, 1 << 10), "attention_block": (1, 1 << 20), "attention_random_blocks": (0, 1 << 20),
@@ -43,7 +20,7 @@ OWN_RANGES: dict[str, tuple[float, float]] = {
 MOST_BANDS = 64  # of an adaptive softmax
 
 
-class LeapformerConfig(PreTrainedConfig):
+class LeapformerConfig(AttentionFields):
     r"""Configuration of every LeaPformer model.
 
     Sizes:
@@ -102,58 +79,35 @@ class LeapformerConfig(PreTrainedConfig):
     model_type = "leapformer"
     keys_to_ignore_at_inference = ["past_key_values"]
 
+    own_ranges = OWN_RANGES
+
     vocab_size: int = 256
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     intermediate_size: int | None = None
-    hidden_act: str = "relu"
 
     attention: str | list[str] | tuple[str, ...] = "leap"
-    variant: str = "paper"
-    decay: bool | None = None
-    conv_width: int | None = None
-    output_norm: str | None = None
-    leap_hidden: int | None = None
     leap_share: float | None = None
-    leap_start: str = "default"
-    leap_per_head: bool = False
-    leap_bins: int | None = None
-    feature_map: str = "relu"
-    reweighting: str = "cosine"
-    attention_impl: str = "auto"
-    attention_eps: float = 1e-6
-    attention_bias: bool = True
     attention_features: int = 128
     attention_hashes: int = 2
     attention_block: int = 64
     attention_random_blocks: int = 3
 
-    positions: str = "sinusoidal"
+    positions: Positions = "sinusoidal"
     max_position_embeddings: int = 2048
-    position_scale: float | int = 1.0
 
     hidden_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    activation_dropout: float | int = 0.0
-    layer_norm_eps: float = 1e-5
     final_norm: bool = True
 
-    pooling: str = "mean"
+    pooling: Pooling = "mean"
     paired_inputs: bool = False
     classifier_hidden_size: int = 128
     classifier_dropout: float | int = 0.0
 
-    tie_word_embeddings: bool = True
     adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
     adaptive_factor: int = 4
     adaptive_dropout: float | int = 0.0
-
-    initializer_range: float = 0.02
-    embedding_initializer_range: float | None = None
-    embedding_scale: float | int | None = None
 
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -161,29 +115,19 @@ class LeapformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        return read_config(cls, json_file)  # transformers' own takes any JSON
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The names that each field takes which takes no other ones."""
+        return {"attention": tuple(REGISTRY), **super().choices()}
 
-    def __post_init__(self, **kwargs):
-        check_types(self)
-        check_ranges(self, RANGES | OWN_RANGES)
-        check_common(self)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+    def _fill_in(self) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.embedding_initializer_range is None:
-            self.embedding_initializer_range = self.initializer_range
-        if self.embedding_scale is None:
-            self.embedding_scale = 1 / self.embedding_initializer_range
         if isinstance(self.attention, tuple):
             self.attention = list(self.attention)
-        self._check_choices()
-        self._check_adaptive()
-        check_size(self, self._about_parameters())
-        finish(self, kwargs, super().__post_init__)
+        if isinstance(self.attention, list) and len(self.attention) != self.num_hidden_layers:
+            raise ValueError(
+                f"config attention: expected one kind per block ({self.num_hidden_layers}), found {len(self.attention)}"
+            )
 
     def attention_of(self, layer: int) -> str:
         """The attention kind of block `layer`."""
@@ -196,37 +140,25 @@ class LeapformerConfig(PreTrainedConfig):
 
     def length_limit(self) -> tuple[int, str] | None:
         """The longest sequence that this model takes and why, or None where any length will do."""
-        if "cosformer" in self.attention_kinds:
-            why = "cosFormer's proportion is i / max_position_embeddings and must stay within 1"
-        elif "linformer" in self.attention_kinds:
-            why = "Linformer's projections have the length max_position_embeddings"
-        elif self.positions == "learned":
-            why = "learned positions exist up to max_position_embeddings only"
-        else:
-            return None
-        return self.max_position_embeddings, why
+        field = "max_position_embeddings"
+        for mechanism in REGISTRY.values():
+            if mechanism.limit is not None and mechanism.name in self.attention_kinds:
+                return self.max_position_embeddings, mechanism.limit.format(field=field)
+        if self.positions == "learned":
+            return self.max_position_embeddings, f"learned positions exist up to {field} only"
+        return None
 
     def _about_parameters(self) -> int:
-        """The parameters of the largest model of this configuration, without what is small beside the rest."""
         D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
-        places, features = self.max_position_embeddings, self.attention_features
         block = 2 * D * K * heads + 2 * D * (self.intermediate_size or 0) + (self.conv_width or 0) * D
         block += heads * (self.leap_hidden or 0) * K
-        kinds = self.attention_kinds
-        other = 2 * features * places * kinds.count("linformer") + features * K * kinds.count("performer")
+        weights = [(REGISTRY[kind].weights, attention_arguments(self, kind)) for kind in self.attention_kinds]
+        other = sum(count(arguments) for count, arguments in weights if count is not None)
         words = words_that_count(self.vocab_size, None if self.tie_word_embeddings else self.vocab_size)
-        tables = words + places * (self.positions == "learned")
+        tables = words + self.max_position_embeddings * (self.positions == "learned")
         return self.num_hidden_layers * block + other + tables * D + 4 * D * self.classifier_hidden_size
 
-    def _check_choices(self) -> None:
-        kinds = [self.attention] if isinstance(self.attention, str) else self.attention
-        if not isinstance(self.attention, str) and len(kinds) != self.num_hidden_layers:
-            raise ValueError(
-                f"config attention: expected one kind per block ({self.num_hidden_layers}), found {len(kinds)}"
-            )
-        for kind in kinds:
-            check_choice("attention", kind, ATTENTION_KINDS)
-        check_choices(self, ATTENTION_CHOICES | {"positions": POSITIONS, "pooling": POOLINGS})
+    def _check_rest(self) -> None:
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(
                 f"config hidden_size: expected an even number with sinusoidal positions, found {self.hidden_size}"
@@ -235,6 +167,7 @@ class LeapformerConfig(PreTrainedConfig):
             raise ValueError(f"config leap_share: expected a number between 0 and 1, found {self.leap_share}")
         if self.leap_hidden is not None and self.leap_share is not None:
             raise ValueError("config leap_hidden and leap_share: expected at most one of the two, found both")
+        self._check_adaptive()
 
     def _check_adaptive(self) -> None:
         if self.adaptive_cutoffs is None:

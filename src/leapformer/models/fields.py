@@ -6,7 +6,7 @@ A fault is a ValueError of one line that names the field, what was expected and 
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from transformers import PreTrainedConfig
@@ -33,18 +33,25 @@ RANGES: dict[str, tuple[float, float]] = {
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 
 
+def own_fields(config_class: type) -> dict[str, Any]:
+    """The fields of a configuration that are not transformers', with their annotations."""
+    found: dict[str, Any] = {}
+    for kind in config_class.__mro__:
+        if kind is PreTrainedConfig:
+            break
+        found = {**kind.__dict__.get("__annotations__", {}), **found}
+    return {name: annotation for name, annotation in found.items() if not isinstance(annotation, str)}
+
+
 def check_types(config: PreTrainedConfig) -> None:
     """Every field of our own against its annotation; an integer will do for a number, true and false are no numbers."""
-    for kind in type(config).__mro__:
-        if kind is PreTrainedConfig:
-            return
-        for name, annotation in kind.__dict__.get("__annotations__", {}).items():
-            kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-            value = getattr(config, name, None)
-            if isinstance(annotation, str) or any(_is(value, one) for one in kinds):
-                continue
-            words = list(dict.fromkeys(_word(one) for one in kinds if one is not int or float not in kinds))
-            raise ValueError(f"config {name}: expected {' or '.join(words)}, found {shown(value)}")
+    for name, annotation in own_fields(type(config)).items():
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        value = getattr(config, name, None)
+        if any(_is(value, one) for one in kinds):
+            continue
+        words = list(dict.fromkeys(_word(one) for one in kinds if one is not int or float not in kinds))
+        raise ValueError(f"config {name}: expected {' or '.join(words)}, found {shown(value)}")
 
 
 def check_ranges(config: PreTrainedConfig, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -58,16 +65,12 @@ def check_ranges(config: PreTrainedConfig, ranges: Mapping[str, tuple[float, flo
 
 
 def check_choices(config: PreTrainedConfig, choices: Mapping[str, Iterable[str]]) -> None:
-    """Names that are known, where they are not None."""
+    """Names that are known, where they are not None; a list of them too."""
     for name, known in choices.items():
         value = getattr(config, name)
-        if value is not None:
-            check_choice(name, value, known)
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"config {name}: expected one of {', '.join(known)}, found {shown(value)}")
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one not in known:
+                raise ValueError(f"config {name}: expected one of {', '.join(known)}, found {shown(one)}")
 
 
 def check_common(config: Any) -> None:
@@ -158,6 +161,8 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (list, tuple):
         inner = get_args(kind)[0]
         return isinstance(value, list | tuple) and all(_is(one, inner) for one in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which, is for `check_choices`
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
     if kind is float:
@@ -168,4 +173,4 @@ def _is(value: Any, kind: Any) -> bool:
 def _word(kind: Any) -> str:
     if get_origin(kind) in (list, tuple):
         return f"a list of {'names' if get_args(kind)[0] is str else 'integers'}"
-    return _WORDS[kind]
+    return _WORDS[str if get_origin(kind) is Literal else kind]

@@ -3,7 +3,6 @@
 Letters: B sequences, T tokens, D hidden size, V vocabulary, N packed sequences.
 """
 
-import math
 import os
 from functools import partial
 from typing import Any
@@ -17,38 +16,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import cut
-from leapformer.models.adaptive import START, AdaptiveEmbedding, AdaptiveSoftmax, start_with
+from leapformer.models.adaptive import START, AdaptiveEmbedding, AdaptiveSoftmax
+from leapformer.models.blocks import build_block
 from leapformer.models.cache import LeapformerCache, absorbed_prefix, is_prefix
 from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.inputs import PACKING_NAMES, check_rest, read_layout, wanted
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
 from leapformer.models.reading import CheckpointError, check_folder, check_shapes, weights_of_another
-from leapformer.nn import (
-    Decay,
-    DecoderBlock,
-    EncoderBlock,
-    LeapModule,
-    LearnedPositions,
-    LinformerAttention,
-    RandomFeatures,
-    ShortConvolution,
-    SinusoidalPositions,
-    build_attention,
-    hidden_for_share,
-)
-
-# Modules with a `reset_parameters` that is the start we want.
-OWN_START = (
-    nn.LayerNorm, nn.RMSNorm, LeapModule, Decay, ShortConvolution, LinformerAttention, RandomFeatures
-)  # fmt: skip
+from leapformer.nn import LeapModule, LearnedPositions, SinusoidalPositions, hidden_for_share
 
 
 class SequenceTooLong(LeapformerError, ValueError):
     """A sequence is longer than cosFormer's or learned positions' maximum."""
-
-
-class NotCausal(LeapformerError, ValueError):
-    """A language model was asked for with a mechanism that is bidirectional."""
 
 
 class LeapformerPreTrainedModel(PreTrainedModel):
@@ -108,10 +87,11 @@ class LeapformerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, OWN_START):
+        elif (start := getattr(module, "reset_parameters", None)) is not None:
+            # Norms, and what in `leapformer.nn` starts in a way of its own.
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if not all(getattr(weight, "_is_hf_initialized", False) for weight in own):
-                module.reset_parameters()
+                start()
 
     def _check_length(self, position_ids: Tensor, slots: int | None, *, extra: int = 0) -> None:
         """Refuse positions past the limit and `extra` ones. Counted positions stay below `slots`: mostly nothing is read."""
@@ -149,10 +129,7 @@ class LeapformerModel(LeapformerPreTrainedModel):
         self.embed_tokens = build_embedding(config)
         self.positions = build_positions(config, config.max_position_embeddings)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        leap_hidden = choose_leap_hidden(config, LeapformerForCausalLM)
-        self.blocks = nn.ModuleList(
-            build_block(config, layer, leap_hidden, causal=True) for layer in range(config.num_hidden_layers)
-        )
+        self.blocks = build_blocks(config, LeapformerForCausalLM, causal=True)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -426,57 +403,22 @@ def build_positions(config: LeapformerConfig, longest: int) -> nn.Module | None:
     return None
 
 
-def build_block(
-    config: LeapformerConfig, layer: int, leap_hidden: int, *, causal: bool, longest: int | None = None
-) -> EncoderBlock:
-    """Block number ``layer``; ``longest``: instead of max_position_embeddings.
+def build_blocks(
+    config: LeapformerConfig, model: type[PreTrainedModel], *, causal: bool, longest: int | None = None
+) -> nn.ModuleList:
+    """All blocks of the body of ``model``; ``longest``: instead of max_position_embeddings.
 
-    Raises NotCausal where it should be causal and its attention can't.
+    Raises NotCausal where they should be causal and their attention can't.
     """
-    assert config.intermediate_size is not None
-    kind: Any = config.attention_of(layer)
-    attention = build_attention(
-        kind,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        variant=config.variant,  # type: ignore[arg-type]
-        decay=config.decay if causal else False,  # of a past; in an encoder it would be weights that nothing uses
-        conv_width=config.conv_width,
-        output_norm=None if config.output_norm is None else config.output_norm == "rmsnorm",
-        leap_hidden=leap_hidden,
-        leap_per_head=config.leap_per_head,
-        leap_bins=config.leap_bins,
-        leap_start=config.leap_start,  # type: ignore[arg-type]
-        feature_map=config.feature_map,
-        reweighting=config.reweighting,
-        max_positions=longest or config.max_position_embeddings,
-        num_features=config.attention_features,
-        num_hashes=config.attention_hashes,
-        block_size=config.attention_block,
-        random_blocks=config.attention_random_blocks,
-        seed=layer,
-        bias=config.attention_bias,
-        dropout=config.attention_dropout,
-        eps=config.attention_eps,
-        impl=config.attention_impl,  # type: ignore[arg-type]
+    place = {
+        "leap_hidden": choose_leap_hidden(config, model),
+        "max_positions": longest or config.max_position_embeddings,
+    }
+    parts = 2 * config.num_hidden_layers
+    return nn.ModuleList(
+        build_block(config, kind, causal=causal, parts=parts, place={**place, "seed": layer})
+        for layer, kind in enumerate(config.attention_kinds)
     )
-    if causal and not attention.capabilities.causal:
-        raise NotCausal(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")
-    block = (DecoderBlock if causal else EncoderBlock)(
-        attention,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        activation=config.hidden_act,
-        dropout=config.hidden_dropout,
-        activation_dropout=config.activation_dropout,
-        norm_eps=config.layer_norm_eps,
-    )
-    # 2 L parts are summed into the residual stream.
-    residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-    start_with(residual, block.attention.o_proj, block.feed_forward.down_proj)
-    return block
 
 
 def choose_leap_hidden(config: LeapformerConfig, model: type[PreTrainedModel]) -> int:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,12 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from leapformer.models.adaptive import START, start_with
+from leapformer.models.blocks import build_block
 from leapformer.models.inputs import check_rest, has_other_than_bits, wanted
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.models.modeling import CheckpointError, LeapformerPreTrainedModel, SequenceTooLong
-from leapformer.models.translation_configuration import LeapformerTranslationConfig
-from leapformer.nn import (
-    DecoderBlock,
-    EncoderBlock,
-    LayerState,
-    LinearAttention,
-    PositionProportion,
-    SinusoidalPositions,
-    build_attention,
-)
-from leapformer.nn.attention import AttentionLayer
+from leapformer.models.translation_configuration import OF_SOURCE, OF_TARGET, LeapformerTranslationConfig
+from leapformer.nn import CosformerCrossAttention, DecoderBlock, EncoderBlock, LayerState, SinusoidalPositions
 from leapformer.nn.plain import home_of
 from leapformer.nn.subsampling import ConvSubsampling, subsampled_length
 from leapformer.ops import Staircase
@@ -81,29 +73,6 @@ class TranslationOutput(ModelOutput):
     decoder_hidden_states: tuple[Tensor, ...] | None = None
 
 
-class CosformerCrossAttention(LinearAttention):
-    """cosFormer over a source: P(i) = i / M, with one maximum for the target's tokens and one for the source's states.
-
-    Args: ``max_positions`` and ``max_source_positions``; all else as in ``LinearAttention``.
-
-    Source: arXiv 2202.08791, eq. 9-10.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, *, max_source_positions: int, **rest: Any) -> None:
-        super().__init__(hidden_size, num_heads, proportion="position", **rest)
-        self.source_proportion = PositionProportion(max_source_positions)
-
-    def _factors(
-        self, q: Tensor, k: Tensor, is_self: bool, position_ids: Tensor | None, key_mask: Tensor | None,
-        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, state: LayerState | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        assert position_ids is not None and self.position_proportion is not None and not is_self and cu_seqlens is None
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        p_q = self.position_proportion(position_ids).to(dtype).expand(q.shape[0], -1, -1)
-        p_k = self.source_proportion(torch.arange(k.shape[1], device=k.device)[None]).to(dtype)
-        return self.reweighting.factors_q(p_q), self.reweighting.factors_k(p_k.expand(k.shape[0], -1, -1))
-
-
 class SourceEncoder(nn.Module):
     """Front end, positions and pre-LN blocks in which a position sees its chunk and the past, or all there is."""
 
@@ -124,9 +93,14 @@ class SourceEncoder(nn.Module):
             self.embed_tokens = nn.Embedding(config.source_vocab_size, config.hidden_size)
         self.positions = SinusoidalPositions(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(_encoder_block(config) for _ in range(config.encoder_layers))
+        self.blocks = _blocks(config, config.encoder_layers, config.encoder_attention)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+
+    @property
+    def layers(self) -> list[EncoderBlock]:
+        """The blocks, in order."""
+        return cast(list[EncoderBlock], list(self.blocks))
 
     @property
     def visible(self) -> Visible:
@@ -187,9 +161,14 @@ class TargetDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = SinusoidalPositions(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(_decoder_block(config) for _ in range(config.decoder_layers))
+        self.blocks = _blocks(config, config.decoder_layers, config.decoder_attention, config.cross_attention)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+
+    @property
+    def layers(self) -> list[DecoderBlock]:
+        """The blocks, in order."""
+        return cast(list[DecoderBlock], list(self.blocks))
 
     def embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         """ids int64 [B, T], positions int64 [1 or B, T] -> [B, T, D]."""
@@ -451,86 +430,14 @@ def smoothed_losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[T
     return smoothed.masked_fill(ignored, 0), nll.masked_fill(ignored, 0)
 
 
-def _encoder_block(config: LeapformerTranslationConfig) -> EncoderBlock:
-    attention = build_attention(
-        config.encoder_attention,  # type: ignore[arg-type]
-        decay=False,  # an encoder is no causal sum, so it would be a weight that nothing uses
-        max_positions=config.max_source_positions or 1,
-        **_attention_fields(config),
+def _blocks(config: LeapformerTranslationConfig, layers: int, kind: str, cross: str | None = None) -> nn.ModuleList:
+    """The blocks of the encoder, or with cross-attention those of the decoder."""
+    longest = config.max_source_positions if cross is None else config.max_target_positions
+    place = {"max_positions": longest or 1, "max_source_positions": config.max_source_positions}
+    parts, causal = (2 if cross is None else 3) * layers, cross is not None
+    return nn.ModuleList(
+        build_block(config, kind, causal=causal, parts=parts, place=place, cross=cross) for _ in range(layers)
     )
-    block = EncoderBlock(attention, **_block_fields(config))
-    _start_residuals(config, 2 * config.encoder_layers, block)
-    return block
-
-
-def _decoder_block(config: LeapformerTranslationConfig) -> DecoderBlock:
-    attention = build_attention(
-        config.decoder_attention,  # type: ignore[arg-type]
-        decay=config.decay,
-        max_positions=config.max_target_positions or 1,
-        **_attention_fields(config),
-    )
-    block = DecoderBlock(attention, cross_attention=_cross_attention(config), **_block_fields(config))
-    _start_residuals(config, 3 * config.decoder_layers, block)
-    return block
-
-
-def _cross_attention(config: LeapformerTranslationConfig) -> AttentionLayer:
-    fields = _attention_fields(config)
-    if config.cross_attention != "cosformer":
-        return build_attention(config.cross_attention, decay=False, **fields)  # type: ignore[arg-type]
-    assert config.max_source_positions is not None
-    gated = fields.pop("variant") == "gated"
-    for name in [name for name in fields if name.startswith("leap_")]:
-        del fields[name]
-    if fields["conv_width"] is None:
-        fields["conv_width"] = 4 if gated else 0
-    if fields["output_norm"] is None:
-        fields["output_norm"] = gated
-    return CosformerCrossAttention(
-        max_positions=config.max_target_positions, max_source_positions=config.max_source_positions, **fields
-    )
-
-
-def _attention_fields(config: LeapformerTranslationConfig) -> dict[str, Any]:
-    """What the attention of all three places shares, as flat arguments of ``build_attention``."""
-    return {
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "variant": config.variant,
-        "conv_width": config.conv_width,
-        "output_norm": None if config.output_norm is None else config.output_norm == "rmsnorm",
-        "leap_hidden": config.leap_hidden,
-        "leap_per_head": config.leap_per_head,
-        "leap_bins": config.leap_bins,
-        "leap_start": config.leap_start,
-        "feature_map": config.feature_map,
-        "reweighting": config.reweighting,
-        "bias": config.attention_bias,
-        "dropout": config.attention_dropout,
-        "eps": config.attention_eps,
-        "impl": config.attention_impl,
-    }
-
-
-def _block_fields(config: LeapformerTranslationConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "activation": config.hidden_act,
-        "dropout": config.hidden_dropout,
-        "activation_dropout": config.activation_dropout,
-        "norm_eps": config.layer_norm_eps,
-    }
-
-
-def _start_residuals(config: LeapformerTranslationConfig, parts: int, block: EncoderBlock) -> None:
-    """The projections that write into the residual stream, a sum of so many ``parts``, start smaller."""
-    layers = [block.attention, block.cross_attention]
-    outputs = [layer.o_proj for layer in layers if layer is not None]
-    start_with(config.initializer_range / math.sqrt(parts), *outputs, block.feed_forward.down_proj)
 
 
 def _lengths(mask: Tensor | None, batch: int, slots: int) -> Tensor | None:
@@ -558,17 +465,30 @@ def _check_right(name: str, real: Tensor) -> None:
 
 def check_source_length(states: int, config: LeapformerTranslationConfig) -> None:
     """Raises SequenceTooLong where cosFormer's maximum is below ``states``."""
-    _check_length("source states", states, config.source_limit(), "max_source_positions")
+    _check_length("source states", states, config, "max_source_positions", OF_SOURCE)
 
 
 def check_target_length(tokens: int, config: LeapformerTranslationConfig) -> None:
     """Raises SequenceTooLong where cosFormer's maximum is below ``tokens``."""
-    _check_length("target tokens", tokens, config.target_limit(), "max_target_positions")
+    _check_length("target tokens", tokens, config, "max_target_positions", OF_TARGET)
 
 
-def _check_length(what: str, found: int, limit: int | None, field: str) -> None:
-    if limit is not None and found > limit:
+def _check_length(
+    what: str, found: int, config: LeapformerTranslationConfig, field: str, places: tuple[str, ...]
+) -> None:
+    limited = config.limited(places)
+    if limited is not None and found > getattr(config, field):
+        why = (limited[1].limit or "").format(field=field)
         raise SequenceTooLong(
-            f"{what}: expected at most {field}={limit}, found {found}; cosFormer's proportion is i / {field} and must stay "
-            "within 1 ('leap' takes any length)"
+            f"{what}: expected at most {field}={getattr(config, field)}, found {found}; {why} ('leap' takes any length)"
         )
+
+
+__all__ = [
+    "CosformerCrossAttention",
+    "LeapformerForConditionalGeneration",
+    "SourceEncoder",
+    "SourceStates",
+    "TargetDecoder",
+    "TranslationOutput",
+]

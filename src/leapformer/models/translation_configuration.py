@@ -1,27 +1,16 @@
 """The configuration of the simultaneous translation model."""
 
-from typing import Any
+from typing import Literal
 
-from transformers import PreTrainedConfig
+from leapformer.models.attention_fields import AttentionFields
+from leapformer.models.fields import MOST_LAYERS, words_that_count
+from leapformer.nn import REGISTRY, Mechanism
 
-from leapformer.models.configuration import ATTENTION_CHOICES
-from leapformer.models.fields import (
-    MOST_LAYERS,
-    RANGES,
-    check_choices,
-    check_common,
-    check_ranges,
-    check_size,
-    check_types,
-    finish,
-    words_that_count,
-)
-from leapformer.models.reading import read_config
-
-SOURCES = ("speech", "text")
-CONTEXTS = ("chunk", "full")
-TRANSLATION_KINDS = ("leap", "cosformer", "linear", "softmax")
+Source = Literal["speech", "text"]
+Context = Literal["chunk", "full"]
 PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
+# Where a mechanism with a longest length needs one: of the source's states, of the target's tokens.
+OF_SOURCE, OF_TARGET = ("encoder_attention", "cross_attention"), ("decoder_attention", "cross_attention")
 OWN_RANGES: dict[str, tuple[float, float]] = {
     "num_features": (1, 1 << 16), "conv_channels": (1, 1 << 16), "pre_decision": (1, 1 << 20),
     "encoder_layers": (1, MOST_LAYERS), "decoder_layers": (1, MOST_LAYERS), "source_vocab_size": (1, 1 << 31),
@@ -30,7 +19,7 @@ OWN_RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
-class LeapformerTranslationConfig(PreTrainedConfig):
+class LeapformerTranslationConfig(AttentionFields):
     r"""Configuration of `LeapformerForConditionalGeneration`; the defaults are the paper's sizes (arXiv 2405.13046, sec. 4.3).
 
     Source:
@@ -75,55 +64,33 @@ class LeapformerTranslationConfig(PreTrainedConfig):
     attribute_map = {"num_hidden_layers": "decoder_layers"}
     keys_to_ignore_at_inference = ["nll", "ctc_loss", "encoder_last_hidden_state"]
 
-    source: str = "speech"
+    own_ranges = OWN_RANGES
+
+    source: Source = "speech"
     num_features: int = 80
     conv_channels: int = 256
     source_vocab_size: int | None = None
     pre_decision: int = 9
-    context: str = "chunk"
+    context: Context = "chunk"
 
     vocab_size: int = 10_000
     hidden_size: int = 256
     encoder_layers: int = 12
     decoder_layers: int = 6
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     intermediate_size: int = 2048
-    hidden_act: str = "relu"
 
     encoder_attention: str = "leap"
     decoder_attention: str = "leap"
     cross_attention: str = "leap"
     max_source_positions: int | None = None
     max_target_positions: int | None = None
-    variant: str = "paper"
-    decay: bool | None = None
-    conv_width: int | None = None
-    output_norm: str | None = None
-    leap_hidden: int | None = None
-    leap_start: str = "default"
-    leap_per_head: bool = False
-    leap_bins: int | None = None
-    feature_map: str = "relu"
-    reweighting: str = "cosine"
-    attention_impl: str = "auto"
-    attention_eps: float = 1e-6
-    attention_bias: bool = True
 
     label_smoothing: float | int = 0.1
     ctc_weight: float | int = 0.0
     ctc_vocab_size: int | None = None
 
-    position_scale: float | int = 1.0
     hidden_dropout: float | int = 0.1
-    attention_dropout: float | int = 0.0
-    activation_dropout: float | int = 0.0
-    layer_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    embedding_initializer_range: float | None = None
-    embedding_scale: float | int | None = None
 
     is_encoder_decoder: bool = True
     pad_token_id: int | None = 0
@@ -131,42 +98,34 @@ class LeapformerTranslationConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        return read_config(cls, json_file)  # transformers' own takes any JSON
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The names that each field takes which takes no other ones."""
+        kinds = tuple(mechanism.name for mechanism in REGISTRY.values() if mechanism.translates)
+        return {**dict.fromkeys(PLACES, kinds), **super().choices()}
 
-    def __post_init__(self, **kwargs):
-        check_types(self)
-        check_ranges(self, RANGES | OWN_RANGES)
-        self._check_sizes()
-        check_common(self)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+    def _fill_in(self) -> None:
         if self.leap_hidden is None:
-            self.leap_hidden = max(1, self.head_dim // 4)
+            self.leap_hidden = max(1, (self.head_dim or 0) // 4)
         if self.source_vocab_size is None:
             self.source_vocab_size = self.vocab_size
         if self.ctc_vocab_size is None:
             self.ctc_vocab_size = self.vocab_size
-        if self.embedding_initializer_range is None:
-            self.embedding_initializer_range = self.initializer_range
-        if self.embedding_scale is None:
-            self.embedding_scale = 1 / self.embedding_initializer_range
-        self._check_choices()
-        self._check_maxima()
-        check_size(self, self._about_parameters())
-        finish(self, kwargs, super().__post_init__)
 
     def source_limit(self) -> int | None:
         """The most source states that this model takes: cosFormer's maximum, or None where any length will do."""
-        has_cosformer = "cosformer" in (self.encoder_attention, self.cross_attention)
-        return self.max_source_positions if has_cosformer else None
+        return self.max_source_positions if self.limited(OF_SOURCE) else None
 
     def target_limit(self) -> int | None:
         """The most target tokens that this model takes, or None where any length will do."""
-        has_cosformer = "cosformer" in (self.decoder_attention, self.cross_attention)
-        return self.max_target_positions if has_cosformer else None
+        return self.max_target_positions if self.limited(OF_TARGET) else None
+
+    def limited(self, places: tuple[str, ...]) -> tuple[str, Mechanism] | None:
+        """The first of ``places`` whose attention has a longest length, and that mechanism."""
+        for place in places:
+            mechanism = REGISTRY[getattr(self, place)]
+            if mechanism.limit is not None:
+                return place, mechanism
+        return None
 
     def _check_sizes(self) -> None:
         if self.hidden_size % 2:
@@ -177,7 +136,6 @@ class LeapformerTranslationConfig(PreTrainedConfig):
             )
 
     def _about_parameters(self) -> int:
-        """The parameters of the model, without what is small beside the rest."""
         D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
         attention = 2 * D * K * heads + (self.conv_width or 0) * D + heads * (self.leap_hidden or 0) * K
         layers, C = self.encoder_layers + self.decoder_layers, self.conv_channels
@@ -187,23 +145,15 @@ class LeapformerTranslationConfig(PreTrainedConfig):
         blocks = layers * (attention + 2 * D * self.intermediate_size) + self.decoder_layers * attention
         return blocks + tables * D + front
 
-    def _check_choices(self) -> None:
-        own = {"source": SOURCES, "context": CONTEXTS, **dict.fromkeys(PLACES, TRANSLATION_KINDS)}
-        check_choices(self, ATTENTION_CHOICES | own)
+    def _check_rest(self) -> None:
         for name in ("pad_token_id", "bos_token_id"):
             value = getattr(self, name)
             if value is None or not 0 <= value < self.vocab_size:
                 raise ValueError(f"config {name}: expected an id below vocab_size={self.vocab_size}, found {value}")
-
-    def _check_maxima(self) -> None:
-        needs = {
-            "max_source_positions": ("encoder_attention", "cross_attention"),
-            "max_target_positions": ("decoder_attention", "cross_attention"),
-        }
-        for name, places in needs.items():
-            using = [place for place in places if getattr(self, place) == "cosformer"]
-            if using and getattr(self, name) is None:
+        for name, places in (("max_source_positions", OF_SOURCE), ("max_target_positions", OF_TARGET)):
+            found = self.limited(places)
+            if found is not None and getattr(self, name) is None:
                 raise ValueError(
-                    f"config {name}: expected a number, since {using[0]}='cosformer' needs the length beforehand, "
+                    f"config {name}: expected a number, since {found[0]}={found[1].name!r} needs the length beforehand, "
                     "found None"
                 )

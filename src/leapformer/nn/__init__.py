@@ -1,16 +1,18 @@
 """Layers: proportions, re-weightings, attention, blocks and their state. See docs/nn.md."""
 
-from leapformer.nn.attention import KINDS, AttentionLayer, Capabilities, Decay, LinearAttention, build_attention
 from leapformer.nn.bigbird import BigBirdAttention
 from leapformer.nn.blocks import DecoderBlock, EncoderBlock, FeedForward
+from leapformer.nn.build import KINDS, MECHANISMS, REGISTRY, build_attention
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS, elu_plus_one
 from leapformer.nn.informer import InformerAttention
+from leapformer.nn.layer import AttentionLayer, Call, Capabilities, Mechanism
+from leapformer.nn.linear import CosformerCrossAttention, Decay, LinearAttention
 from leapformer.nn.linformer import LinformerAttention
 from leapformer.nn.nystromformer import NystromformerAttention
 from leapformer.nn.performer import PerformerAttention, RandomFeatures
 from leapformer.nn.positions import LearnedPositions, SinusoidalPositions
-from leapformer.nn.proportions import LeapModule, PositionProportion, hidden_for_share, leap_parameters
+from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion, hidden_for_share, leap_parameters
 from leapformer.nn.reformer import ReformerAttention
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Quadratic, Reweighting
 from leapformer.nn.skyformer import SkyformerAttention
@@ -20,6 +22,8 @@ from leapformer.nn.subsampling import ConvSubsampling, SubsamplingCache, subsamp
 
 __all__ = [
     "KINDS",
+    "MECHANISMS",
+    "REGISTRY",
     "SkyformerAttention",
     "ReformerAttention",
     "RandomFeatures",
@@ -31,8 +35,10 @@ __all__ = [
     "FEATURE_MAPS",
     "REWEIGHTINGS",
     "AttentionLayer",
+    "Call",
     "Capabilities",
     "ConvSubsampling",
+    "CosformerCrossAttention",
     "Cosine",
     "Decay",
     "DecoderBlock",
@@ -42,7 +48,9 @@ __all__ = [
     "LeapModule",
     "LearnedPositions",
     "LinearAttention",
+    "Mechanism",
     "PositionProportion",
+    "Proportion",
     "Quadratic",
     "Reweighting",
     "ShortConvolution",

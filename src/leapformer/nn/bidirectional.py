@@ -10,7 +10,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from leapformer.nn.attention import AttentionLayer, Shared
+from leapformer.nn.layer import AttentionLayer, Call, Shared
 from leapformer.nn.state import LayerState
 from leapformer.ops.api import Visible
 
@@ -45,12 +45,9 @@ class BidirectionalAttention(AttentionLayer):
         super().__init__(hidden_size, num_heads, share_qk=share_qk, **shared)
         self.seed = seed
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
-        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
-        state: LayerState | None, return_state: bool,
-    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
-        self._refuse(is_self, visible, state is not None or return_state)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
+        self._refuse(call)
+        is_self, key_mask = call.is_self, call.key_mask
         repeats = self.num_heads // self.num_kv_heads
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
@@ -85,16 +82,16 @@ class BidirectionalAttention(AttentionLayer):
     ) -> None:
         raise ValueError(f"{self.name} attention: expected a key_mask for sequences of several lengths, got cu_seqlens")
 
-    def _refuse(self, is_self: bool, visible: Visible, stateful: bool) -> None:
-        if not (isinstance(visible, str) and visible == "all"):
+    def _refuse(self, call: Call) -> None:
+        if not (isinstance(call.visible, str) and call.visible == "all"):
             raise ValueError(
-                f"{self.name} attention: expected visible='all' (it is bidirectional), got {_shown(visible)}"
+                f"{self.name} attention: expected visible='all' (it is bidirectional), got {_shown(call.visible)}"
             )
-        if stateful:
+        if call.stateful:
             raise ValueError(
                 f"{self.name} attention: expected no state (it doesn't stream), got one or return_state=True"
             )
-        if not is_self and not self.capabilities.cross:
+        if not call.is_self and not self.capabilities.cross:
             raise ValueError(
                 f"{self.name} attention: expected self-attention, got a context (it has no cross-attention)"
             )

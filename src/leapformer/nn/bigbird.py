@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
+from leapformer.nn.layer import Capabilities, Mechanism
 
 WINDOW = (-1, 0, 1)
 
@@ -104,6 +104,14 @@ class BigBirdAttention(BidirectionalAttention):
                 scores[:, n, : n + 1], scores[:, :n, n] = ring[:, : n + 1], ring[:, n + 1 :]
             self._scores = scores
         return self._scores[:, :C, :C]
+
+
+MECHANISM = Mechanism(
+    name=BigBirdAttention.name,
+    layer=BigBirdAttention,
+    label="BigBird",
+    options={"block_size": "attention_block", "random_blocks": "attention_random_blocks", "seed": None},
+)
 
 
 def _blocks_of(x: Tensor, blocks: Tensor, W: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.attention import AttentionLayer
+from leapformer.nn.layer import AttentionLayer
 from leapformer.nn.state import LayerState
 from leapformer.ops.api import Visible
 
@@ -106,3 +106,27 @@ class DecoderBlock(EncoderBlock):
     """An ``EncoderBlock`` that is causal unless told otherwise."""
 
     default_visible: Visible = "causal"
+
+    def step(
+        self, x: Tensor, own: LayerState, source: LayerState, *, position_ids: Tensor, mass_of: int | None = None
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
+        """One token x [B, 1, D] in evaluation, with the source behind a state: what ``forward`` computes.
+
+        Args:
+            own: the state of the self-attention. source: that of the cross-attention, after ``absorb``; it goes on in place.
+            position_ids: int64 [B, 1]. mass_of: places of a chunk of the source; None: no mass.
+
+        Returns:
+            (y [B, 1, D], the new ``own``, the share of the attention that each chunk of the source has [B, H, chunks] or None).
+        """
+        assert self.cross_attention is not None and self.cross_norm is not None
+        y, kept = self.attention(
+            self.attention_norm(x), visible="causal", position_ids=position_ids, state=own, return_state=True
+        )
+        assert kept is not None
+        x = x + y
+        y, mass = self.cross_norm(x), None
+        if mass_of is not None:
+            mass = self.cross_attention.mass(y, source, position_ids=position_ids, chunk=mass_of)
+        x = x + self.cross_attention.read(y, source, position_ids=position_ids)
+        return x + self.feed_forward(self.feed_forward_norm(x)), kept, mass

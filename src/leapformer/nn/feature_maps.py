@@ -14,4 +14,5 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return F.elu(x) + 1
 
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "elu": elu_plus_one}
+FeatureMap = Callable[[Tensor], Tensor]
+FEATURE_MAPS: dict[str, FeatureMap] = {"relu": torch.relu, "elu": elu_plus_one}

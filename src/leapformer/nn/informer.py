@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
+from leapformer.nn.layer import Capabilities, Mechanism
 
 
 class InformerAttention(BidirectionalAttention):
@@ -67,6 +67,14 @@ class InformerAttention(BidirectionalAttention):
         if mask is not None:
             telling = telling.masked_fill(~mask[:, None], -torch.inf)
         return telling.topk(len(most), dim=-1).indices, used
+
+
+MECHANISM = Mechanism(
+    name=InformerAttention.name,
+    layer=InformerAttention,
+    label="Informer",
+    options={"num_features": "attention_features", "max_positions": "max_position_embeddings", "seed": None},
+)
 
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional
+from leapformer.nn.layer import Capabilities, Mechanism
 
 
 class LinformerAttention(BidirectionalAttention):
@@ -58,3 +58,13 @@ class LinformerAttention(BidirectionalAttention):
         v = torch.einsum("ms,bshk->bhmk", self.value_projection[:, :S], v)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=dropout).transpose(1, 2)
+
+
+MECHANISM = Mechanism(
+    name=LinformerAttention.name,
+    layer=LinformerAttention,
+    label="Linformer",
+    options={"num_features": "attention_features", "max_positions": "max_position_embeddings", "seed": None},
+    limit="Linformer's projections have the length {field}",
+    weights=lambda given: 2 * given["num_features"] * given["max_positions"],
+)

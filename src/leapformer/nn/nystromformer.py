@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
+from leapformer.nn.layer import Capabilities, Mechanism
 from leapformer.ops.autocast import without_autocast
 
 
@@ -79,6 +79,14 @@ class NystromformerAttention(BidirectionalAttention):
         counts = x.new_zeros(x.shape[0], M).scatter_add(1, segments, weights)
         sums = x.new_zeros(x.shape[0], M, *x.shape[2:]).scatter_add(1, segments[..., None, None].expand_as(x), x)
         return (sums / counts.clamp(min=1)[..., None, None]).transpose(1, 2), counts > 0
+
+
+MECHANISM = Mechanism(
+    name=NystromformerAttention.name,
+    layer=NystromformerAttention,
+    label="Nystromformer",
+    options={"num_features": "attention_features", "seed": None},
+)
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:

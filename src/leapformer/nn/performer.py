@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.attention import AttentionLayer, Capabilities, Shared
+from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
 from leapformer.nn.state import LayerState
-from leapformer.ops import linear_attention, linear_state
-from leapformer.ops.api import Impl, Visible
+from leapformer.nn.sums import SummingAttention
+from leapformer.ops import linear_attention
+from leapformer.ops.api import Impl
 from leapformer.ops.autocast import without_autocast
 
 # Features are taken relative to the largest one, so a normaliser may be small and yet exact.
 EPS = 1e-30
 
 
-class PerformerAttention(AttentionLayer):
+class PerformerAttention(SummingAttention):
     """Linear attention with FAVOR+ features, an unbiased estimate of softmax attention (arXiv 2009.14794, sec. 2.2 to 2.4).
 
     Padding changes nothing. Dropout is on the output.
@@ -42,25 +43,40 @@ class PerformerAttention(AttentionLayer):
         super().__init__(hidden_size, num_heads, **shared)
         self.features = RandomFeatures(self.head_dim, num_features)
         self.impl: Impl = impl
+        self.feature_width, self.eps = num_features, EPS
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
-        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
-        state: LayerState | None, return_state: bool,
-    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         # A state outlives the call, so its features have a scale that doesn't depend on what else is in the call.
-        stateful = state is not None or return_state
         output, linear = linear_attention(
-            self.features(q), self.features(k, key_mask, keys=True, relative=not stateful), v, visible=visible,
-            key_mask=key_mask, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
-            initial_state=None if state is None else state.linear, return_state=return_state, eps=EPS, impl=self.impl,
-        )  # fmt: skip
+            self.features(q),
+            self.features(k, call.key_mask, keys=True, relative=not call.stateful),
+            v,
+            visible=call.visible,
+            key_mask=call.key_mask,
+            cu_seqlens=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens_k,
+            initial_state=None if call.state is None else call.state.linear,
+            return_state=call.return_state,
+            eps=EPS,
+            impl=self.impl,
+        )
         output = F.dropout(output, self.dropout, self.training)
         return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
 
-    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
-        linear = linear_state(self.features(k, None, keys=True, relative=False), v)
-        return LayerState(length=k.new_zeros(0), linear=linear)
+    def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.features(k, None, keys=True, relative=False), None
+
+    def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.features(q), None
+
+
+MECHANISM = Mechanism(
+    name="performer",
+    layer=PerformerAttention,
+    label="Performer",
+    options={"num_features": "attention_features", "impl": "attention_impl"},
+    weights=lambda given: given["num_features"] * given["head_dim"],
+)
 
 
 class RandomFeatures(nn.Module):

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, H heads, K head width, r hidden size of the LeaP mod
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ Start = Literal["default", "spread"]
 # The cosine is flat where all proportions are near 1/2. "spread" multiplies the usual standard deviation of every layer
 # by this, so that proportions differ between tokens from the first step on.
 SPREAD_GAIN = 4.0
+
+
+class Proportion(Protocol):
+    """Features [B, T, H, K] in, proportions [B, T, H or 1] out, between 0 and 1: such as a ``LeapModule``."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class LeapModule(nn.Module):

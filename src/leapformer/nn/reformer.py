@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
+from leapformer.nn.layer import Capabilities, Mechanism
 
 NORM_EPS = 1e-6
 ALONE = -1e5  # a token looks at itself only where nothing else is seen
@@ -92,6 +92,14 @@ class ReformerAttention(BidirectionalAttention):
         place = torch.arange(T, device=q.device)
         bucket = turned.argmax(-1).masked_fill(place >= real[:, None, None, None], 2 * most)
         return (bucket * T + place).argsort(-1)
+
+
+MECHANISM = Mechanism(
+    name=ReformerAttention.name,
+    layer=ReformerAttention,
+    label="Reformer",
+    options={"num_hashes": "attention_hashes", "block_size": "attention_block", "seed": None},
+)
 
 
 def _chunks(x: Tensor, order: Tensor, W: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.nn.attention import Capabilities
 from leapformer.nn.bidirectional import BidirectionalAttention, SharedBidirectional, lengths
+from leapformer.nn.layer import Capabilities, Mechanism
 from leapformer.nn.nystromformer import pseudo_inverse
 from leapformer.ops.autocast import without_autocast
 
@@ -74,6 +74,14 @@ class SkyformerAttention(BidirectionalAttention):
         scale = c.sum(-1, keepdim=True).masked_fill(~seen, 1).rsqrt()
         scale = scale * scale.transpose(-1, -2)
         return pseudo_inverse(c * scale, self.iterations) * scale
+
+
+MECHANISM = Mechanism(
+    name=SkyformerAttention.name,
+    layer=SkyformerAttention,
+    label="Skyformer",
+    options={"num_features": "attention_features", "seed": None},
+)
 
 
 def gaussian(a: Tensor, b: Tensor) -> Tensor:

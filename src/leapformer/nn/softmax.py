@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.nn.attention import AttentionLayer, Capabilities
+from leapformer.nn.layer import AttentionLayer, Call, Capabilities, Mechanism
 from leapformer.nn.packing import sequence_of
 from leapformer.nn.state import LayerState
 from leapformer.ops import Staircase
-from leapformer.ops.api import Visible
 
 
 class SoftmaxAttention(AttentionLayer):
@@ -25,12 +24,9 @@ class SoftmaxAttention(AttentionLayer):
 
     capabilities = Capabilities(causal=True, cross=True, streaming=False, arbitrary_length=True)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, is_self: bool, visible: Visible, key_mask: Tensor | None,
-        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, position_ids: Tensor | None,
-        state: LayerState | None, return_state: bool,
-    ) -> tuple[Tensor, LayerState | None]:  # fmt: skip
-        if cu_seqlens is not None and (state is not None or return_state):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
+        state, visible, key_mask = call.state, call.visible, call.key_mask
+        if call.cu_seqlens is not None and call.stateful:
             raise ValueError("softmax attention: expected no state with cu_seqlens (its cache has one row a sequence)")
         past, new_keys, B = 0, k.shape[1], k.shape[0]
         if state is not None and state.keys is not None and state.values is not None:
@@ -43,8 +39,8 @@ class SoftmaxAttention(AttentionLayer):
         plain_causal = named == "causal" and past == 0
         sees_all = named == "all" or (named == "causal" and q.shape[1] == new_keys == 1)
         mask = None
-        if key_mask is not None or cu_seqlens is not None or not (plain_causal or sees_all):
-            mask = _visible_mask(q, k, visible, past, key_mask, cu_seqlens, cu_seqlens_k)
+        if key_mask is not None or call.cu_seqlens is not None or not (plain_causal or sees_all):
+            mask = _visible_mask(q, k, call._replace(key_mask=key_mask), past)
         output = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -56,23 +52,45 @@ class SoftmaxAttention(AttentionLayer):
         ).transpose(1, 2)
         if mask is not None:
             output = output.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
-        if not return_state:
+        if not call.return_state:
             return output, None
         return output, LayerState(length=q.new_zeros(0), keys=k, values=v, key_mask=key_mask)
 
     def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
         return LayerState(length=k.new_zeros(0), keys=k, values=v)
 
+    def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
+        keys, values = (rows.new_zeros(len(rows), 0, self.num_kv_heads, self.head_dim) for _ in range(2))
+        return LayerState(length=rows.new_zeros(0), keys=keys, values=values)
+
+    def _absorb(
+        self, k: Tensor, v: Tensor, state: LayerState, *, first: Tensor, key_mask: Tensor | None, chunk: int
+    ) -> None:
+        state.append(k, v, key_mask)
+
+    def _mass(self, q: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:
+        """The weights summed up over each chunk."""
+        assert state.keys is not None
+        k = state.keys.repeat_interleave(self.num_heads // self.num_kv_heads, 2)
+        scores = torch.einsum("bhk,bshk->bhs", q[:, 0], k) * self.head_dim**-0.5
+        real = torch.ones_like(scores[:, 0], dtype=torch.bool) if state.key_mask is None else state.key_mask
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~real[:, None], -torch.inf)
+        weights = scores.softmax(-1).nan_to_num(0)  # a row that has seen nothing
+        place = (real.long().cumsum(1) - 1).clamp(min=0) // chunk
+        chunks = int(place.max()) + 1 if place.numel() else 0
+        return weights.new_zeros(*weights.shape[:2], chunks).scatter_add(2, place[:, None].expand_as(weights), weights)
+
+
+MECHANISM = Mechanism(name="softmax", layer=SoftmaxAttention, label="softmax", row=0, translates=True)
+
 
 def _all_real(B: int, S: int, like: Tensor) -> Tensor:
     return torch.ones(B, S, dtype=torch.bool, device=like.device)
 
 
-def _visible_mask(
-    q: Tensor, k: Tensor, visible: Visible, past: int, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _visible_mask(q: Tensor, k: Tensor, call: Call, past: int) -> Tensor:
     """bool [B or 1, 1, T, S], True where the query sees the key; every query sees the ``past`` keys of the state."""
+    visible, key_mask, cu_seqlens, cu_seqlens_k = call.visible, call.key_mask, call.cu_seqlens, call.cu_seqlens_k
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     queries, keys = torch.arange(T, device=q.device), torch.arange(S - past, device=q.device)
     mask = torch.ones(1, T, S - past, dtype=torch.bool, device=q.device)

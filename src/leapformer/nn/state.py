@@ -1,16 +1,21 @@
-"""What an attention layer keeps between calls. Letters: B batch, S tokens kept, G heads, K, V widths, W convolution width."""
+"""What an attention layer keeps between calls.
+
+Letters: B batch, S tokens kept, G heads, K, V widths, W convolution width, M chunks of a source, R rank of the re-weighting.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.nn.packing import sequence_of
 from leapformer.ops import LinearState
 
-TENSORS = ("length", "keys", "values", "key_mask", "conv")
+TENSORS = ("length", "keys", "values", "key_mask", "conv", "chunk_keys")
 
 
 @dataclass
@@ -23,6 +28,7 @@ class LayerState:
         keys, values: [B, S, G, K], [B, S, G, V] of softmax attention, growing; None for linear attention.
         key_mask: bool [B, S] for keys and values.
         conv: [B, W - 1, D], the last inputs of the short convolution; None without one.
+        chunk_keys: [B, M, G, R, K], the sum of the key features of every chunk of a source, where its mass is asked for.
     """
 
     length: Tensor
@@ -31,6 +37,7 @@ class LayerState:
     values: Tensor | None = None
     key_mask: Tensor | None = None
     conv: Tensor | None = None
+    chunk_keys: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +69,69 @@ class LayerState:
         linear = None if self.linear is None else self.linear.reorder(index)
         return replace(self, linear=linear, **{name: t.index_select(0, index) for name, t in self._tensors().items()})
 
+    def take(self, index: Tensor) -> LayerState:
+        """``reorder``, without the masked keys that the company of longer rows gave these."""
+        state = self.reorder(index)
+        state.compact()
+        return state
+
+    @staticmethod
+    def join(states: Sequence[LayerState]) -> LayerState:
+        """The rows of several states of one layer behind one another; shorter rows get masked keys and empty chunks."""
+        keys, values, key_mask = None, None, None
+        if states[0].keys is not None:
+            keys, values, masks = (torch.cat(part) for part in _aligned(states))
+            key_mask = None if bool(masks.all()) else masks
+        return LayerState(
+            length=torch.cat([state.length for state in states]),
+            linear=_join_linear([state.linear for state in states if state.linear is not None]),
+            keys=keys,
+            values=values,
+            key_mask=key_mask,
+            conv=_join_rows([state.conv for state in states if state.conv is not None]),
+            chunk_keys=_join_rows(_as_long([state.chunk_keys for state in states if state.chunk_keys is not None])),
+        )
+
+    def put(self, index: Tensor, part: LayerState) -> None:
+        """Row b of ``part`` takes the place of row index[b]; at fixed addresses, except for what grows."""
+        self.length.index_copy_(0, index, part.length)
+        if self.conv is not None and part.conv is not None:
+            self.conv.index_copy_(0, index, part.conv)
+        if self.linear is not None and part.linear is not None:
+            for own, new in zip(self.linear, part.linear, strict=True):
+                if own is not None and new is not None:
+                    own.index_copy_(0, index, new)
+        if self.keys is not None:
+            self.keys, self.values, self.key_mask = (
+                own.index_copy(0, index, new) for own, new in _aligned([self, part])
+            )
+            self.compact()
+        if self.chunk_keys is not None and part.chunk_keys is not None:
+            own, new = _as_long([self.chunk_keys, part.chunk_keys])
+            self.chunk_keys = own.index_copy(0, index, new)
+
+    def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+        """Keys and values [B, n, G, K], [B, n, G, V] behind those that are there; ``key_mask`` bool [B, n], True = real."""
+        assert self.keys is not None and self.values is not None
+        if key_mask is not None or self.key_mask is not None:
+            self.key_mask = torch.cat([_mask_of(self.keys, self.key_mask), _mask_of(k, key_mask)], dim=1)
+        self.keys, self.values = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
+        self.compact()
+
+    def compact(self) -> None:
+        """As many slots for keys as the row with the most real ones has, and no mask where all have as many."""
+        if self.key_mask is None or self.keys is None or self.values is None:
+            return
+        most = int(self.key_mask.sum(1).max()) if len(self.key_mask) else 0
+        if most < self.key_mask.shape[1]:
+            order = self.key_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            self.keys, self.values = (
+                x.gather(1, order[..., None, None].expand(-1, -1, *x.shape[2:])) for x in (self.keys, self.values)
+            )
+            self.key_mask = self.key_mask.gather(1, order)
+        if bool(self.key_mask.all()):
+            self.key_mask = None
+
     def update(self, new: LayerState) -> LayerState:
         """The state after one more call: without gradients it is written into this one's tensors, at fixed addresses."""
         if not self.updates_in_place or new.keys is not None:
@@ -77,6 +147,35 @@ class LayerState:
     def _tensors(self) -> dict[str, Tensor]:
         fields = {name: getattr(self, name) for name in TENSORS}
         return {name: t for name, t in fields.items() if t is not None}
+
+
+def _mask_of(keys: Tensor, key_mask: Tensor | None) -> Tensor:
+    return keys.new_ones(keys.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
+
+
+def _aligned(states: Sequence[LayerState]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Keys, values and masks of each state, with masked slots up to the number of the longest."""
+    keys = [state.keys for state in states if state.keys is not None]
+    values = [state.values for state in states if state.values is not None]
+    masks = [_mask_of(k, state.key_mask) for k, state in zip(keys, states, strict=True)]
+    return _as_long(keys), _as_long(values), _as_long(masks)
+
+
+def _as_long(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Each [B, n, ...] with zeros up to the same n."""
+    most = max((x.shape[1] for x in parts), default=0)
+    return [F.pad(x, [0, 0] * (x.dim() - 2) + [0, most - x.shape[1]]) for x in parts]
+
+
+def _join_rows(parts: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat([*parts]) if parts else None
+
+
+def _join_linear(states: Sequence[LinearState]) -> LinearState | None:
+    if not states:
+        return None
+    decay = _join_rows([state.log_decay for state in states if state.log_decay is not None])
+    return LinearState(torch.cat([state.kv for state in states]), torch.cat([state.z for state in states]), decay)
 
 
 def real_tokens(

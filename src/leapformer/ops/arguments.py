@@ -6,8 +6,9 @@ module, K key width, V value width, N packed sequences.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -28,36 +29,45 @@ class Arguments(NamedTuple):
     """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], log_decay [B,T,H] (then G = H),
     kv [N,G,R,K,V] and z [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no factors),
     key_mask [B,S] (True = real), counts int64 [B or 1,T] of the keys each query sees (None: all, or ``causal``), cu_seqlens
-    and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k)."""
+    and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k).
+
+    Tensors come first, and of them those that may have a gradient, in the order of ``Gradients``; then numbers. What is not
+    given has its default, and only implementations that take a field are ever given another value of it."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-    q_w1: Tensor | None
-    q_b1: Tensor | None
-    q_w2: Tensor | None
-    q_b2: Tensor | None
-    k_w1: Tensor | None
-    k_b1: Tensor | None
-    k_w2: Tensor | None
-    k_b2: Tensor | None
-    key_mask: Tensor | None
-    counts: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    causal: bool
-    normalize: bool
-    eps: float
-    relu: bool
+    q_factors: Tensor | None = None
+    k_factors: Tensor | None = None
+    log_decay: Tensor | None = None
+    kv: Tensor | None = None
+    z: Tensor | None = None
+    q_w1: Tensor | None = None
+    q_b1: Tensor | None = None
+    q_w2: Tensor | None = None
+    q_b2: Tensor | None = None
+    k_w1: Tensor | None = None
+    k_b1: Tensor | None = None
+    k_w2: Tensor | None = None
+    k_b2: Tensor | None = None
+    key_mask: Tensor | None = None
+    counts: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    causal: bool = False
+    normalize: bool = True
+    eps: float = 1e-6
+    relu: bool = False
+
+    def but(self, **changes: Any) -> Arguments:
+        """A copy with other values in some fields: ``_replace`` in words that torch.compile follows."""
+        fields: dict[str, Any] = dict(zip(FIELDS, self, strict=True))
+        fields.update(changes)
+        return Arguments(**fields)
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The first sixteen, which may have a gradient."""
+        """The fields that may have a gradient."""
         return self[:DIFFERENTIABLE]
 
     @property
@@ -73,6 +83,11 @@ class Arguments(NamedTuple):
         )
 
     @property
+    def hidden(self) -> int:
+        """The hidden units of the larger LeaP module; 0 where there are none."""
+        return max(0 if w1 is None else w1.shape[1] for w1 in (self.q_w1, self.k_w1))
+
+    @property
     def sequences(self) -> int:
         """N, which is B where nothing is packed."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -84,11 +99,48 @@ class Arguments(NamedTuple):
         return 1 if self.q_factors is None else self.q_factors.shape[-1]
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which sums are taken where the inputs' own dtype is too small for them."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
     def is_step(self) -> bool:
         """Whether this is one token after another's state."""
         return self.q.shape[1] == self.k.shape[1] == 1 and self.counts is None and self.cu_seqlens is None
 
 
-NO_MODULE = (None, None, None, None)  # in place of the four weights of a LeaP module
-DIFFERENTIABLE = 16
+class Incoming(NamedTuple):
+    """The gradients of a call's results: output [B,T,H,V], and the final kv and z, None where nothing depends on them."""
+
+    output: Tensor
+    kv: Tensor | None
+    z: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """The gradient of each differentiable field of ``Arguments``; None where the field has none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_factors: Tensor | None = None
+    k_factors: Tensor | None = None
+    log_decay: Tensor | None = None
+    kv: Tensor | None = None
+    z: Tensor | None = None
+    q_w1: Tensor | None = None
+    q_b1: Tensor | None = None
+    q_w2: Tensor | None = None
+    q_b2: Tensor | None = None
+    k_w1: Tensor | None = None
+    k_b1: Tensor | None = None
+    k_w2: Tensor | None = None
+    k_b2: Tensor | None = None
+
+
+FIELDS = Arguments._fields
+DIFFERENTIABLE = 16  # of the fields
 TENSORS = 20  # of the fields; the others are numbers
+NUMBERS = {name: kind for name, kind in get_type_hints(Arguments).items() if name in FIELDS[TENSORS:]}
+FACTORS = frozenset(("q_factors", "k_factors"))
+MODULES = frozenset(f"{side}_{weight}" for side in "qk" for weight in LeapWeights._fields)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import numbers
 from itertools import pairwise
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import LeapWeights
+from leapformer.ops.arguments import FIELDS, MODULES, TENSORS, Arguments, LeapWeights
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase, Visible
 
@@ -24,22 +23,15 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDINARY = frozenset((Tensor, torch.nn.Parameter))  # types whose bytes are where and what they seem
 
 _place = attrgetter("device", "layout")
-_TENSORS = (
-    "q", "k", "v", "q_factors", "k_factors", "key_mask", "cu_seqlens", "cu_seqlens_k", "log_decay", "initial_state.kv",
-    "initial_state.z", "initial_state.log_decay", "visible",
-)  # fmt: skip
-_NO_STATE = (None, None, None)
-_WITH_LEAPS = _TENSORS + tuple(f"{side}_leap.{field}" for side in "qk" for field in ("w1", "b1", "w2", "b2"))
-
-
-class Call(NamedTuple):
-    """What an implementation may refuse a call for: tensors, rank, hidden size of the LeaP modules in it, and state."""
-
-    q: Tensor
-    v: Tensor
-    rank: int = 1
-    hidden: int = 0
-    state: LinearState | None = None
+# How the tensors of ``Arguments`` are called at the doors, and two that are not among them.
+_NAMES = (
+    *(
+        f"initial_state.{name}" if name in ("kv", "z") else name.replace("_", "_leap.") if name in MODULES else name
+        for name in FIELDS[:TENSORS]
+    ),
+    "initial_state.log_decay",
+    "visible",
+)
 
 
 def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> None:
@@ -49,56 +41,59 @@ def expect(ok: bool, what: str, expected: str, got: object, *sizes: object) -> N
         raise ValueError(f"{what}: expected {expected.format(*sizes)}, got {shown}")
 
 
+def state_tensors(state: LinearState | None) -> tuple[Tensor | None, Tensor | None]:
+    """kv and z of a state that may be missing."""
+    if state is None:
+        return None, None
+    if not isinstance(state, LinearState):
+        expect(False, "initial_state", "a LinearState", type(state).__name__)
+    return state.kv, state.z
+
+
+def module_weights(name: str, weights: LeapWeights) -> LeapWeights:
+    """The weights of a LeaP module, if they are that: without w2 and b2 it is none."""
+    if not (isinstance(weights, tuple) and len(weights) == 4):
+        expect(False, name, "LeapWeights(w1, b1, w2, b2)", type(weights).__name__)
+    if weights[2] is None or weights[3] is None:
+        expect(False, name, "w2 and b2", "None")
+    return weights
+
+
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, visible: Visible,
-    key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, log_decay: Tensor | None,
-    initial_state: LinearState | None, eps: float, *, normalize: bool = True, relu: bool = False,
-    update_state: bool = False, leaps: tuple[LeapWeights, LeapWeights] | None = None,
-) -> None:  # fmt: skip
+    x: Arguments, visible: Visible, initial_state: LinearState | None, update_state: bool = False
+) -> None:
     """Everything that the doors take; what only the values could tell (they may be on a GPU) is trusted.
 
-    ``leaps``: the LeaP modules of queries and keys, where they stand for factors.
+    x: as it was given: ``counts`` and, where ``visible`` is no word, ``causal`` are yet to be made of ``visible``.
     """
-    state = _NO_STATE
-    if initial_state is not None:
-        expect(isinstance(initial_state, LinearState), "initial_state", "a LinearState", type(initial_state).__name__)
-        state = initial_state
-    given = visible if isinstance(visible, Tensor) else None
-    tensors = (q, k, v, q_factors, k_factors, key_mask, cu_seqlens, cu_seqlens_k, log_decay, *state, given)
-    if leaps is None:
-        check_tensors(_TENSORS, tensors, q, 3)
-    else:
-        for name, weights in zip(("q_leap", "k_leap"), leaps, strict=True):
-            if not (isinstance(weights, tuple) and len(weights) == 4):
-                expect(False, name, "LeapWeights(w1, b1, w2, b2)", type(weights).__name__)
-        check_tensors(_WITH_LEAPS, (*tensors, *leaps[0], *leaps[1]), q, 3)
+    q, k, v = x[:3]
+    decay = None if initial_state is None else initial_state.log_decay
+    check_tensors(_NAMES, (*x[:TENSORS], decay, visible if isinstance(visible, Tensor) else None), q, 3)
     _check_main(q, k, v)
-    if leaps is not None:
-        _check_module("q_leap", q, leaps[0])
-        _check_module("k_leap", k, leaps[1])
-    B, T, H, K = q.shape
-    _, S, G, V = v.shape
-    if not (isinstance(eps, numbers.Real | torch.SymFloat) and eps > 0):
-        expect(False, "eps", "a number above 0", eps)
-    for name, option in (("normalize", normalize), ("relu", relu)):
+    if x.q_w2 is not None:
+        _check_module("q_leap", q, x.q_w1, x.q_b1, x.q_w2, x.q_b2)
+        _check_module("k_leap", k, x.k_w1, x.k_b1, x.k_w2, x.k_b2)
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    if not (type(x.eps) is float or isinstance(x.eps, numbers.Real | torch.SymFloat)) or not x.eps > 0:
+        expect(False, "eps", "a number above 0", x.eps)
+    for name, option in (("normalize", x.normalize), ("relu", x.relu)):
         if not isinstance(option, bool):
             expect(False, name, "True or False", option)
-    if q_factors is not None or k_factors is not None:
-        _check_factors(q, k, q_factors, k_factors)
-    if key_mask is not None:
-        expect(key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", key_mask.dtype)
-        expect(key_mask.shape == k.shape[:2], "key_mask", "shape [{}, {}]", key_mask.shape, B, S)
-    N = B
-    if cu_seqlens is not None or cu_seqlens_k is not None:
-        N = _check_packing(B, T, S, cu_seqlens, cu_seqlens_k)
-    _check_visible(visible, B, T, S, N, q.device)
-    if log_decay is not None:
+    if x.q_factors is not None or x.k_factors is not None:
+        _check_factors(q, k, x.q_factors, x.k_factors)
+    if x.key_mask is not None:
+        expect(x.key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", x.key_mask.dtype)
+        expect(x.key_mask.shape == k.shape[:2], "key_mask", "shape [{}, {}]", x.key_mask.shape, B, S)
+    if x.cu_seqlens is not None or x.cu_seqlens_k is not None:
+        _check_packing(B, T, S, x.cu_seqlens, x.cu_seqlens_k)
+    _check_visible(visible, x)
+    if x.log_decay is not None:
         expect(isinstance(visible, str) and visible == "causal", "visible with log_decay", "'causal'", visible)
-        expect(log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", log_decay.shape, B, T, H)
-        expect(log_decay.dtype in FLOATING, "log_decay", "a floating dtype", log_decay.dtype)
+        expect(x.log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", x.log_decay.shape, B, T, H)
+        expect(x.log_decay.dtype in FLOATING, "log_decay", "a floating dtype", x.log_decay.dtype)
     if initial_state is not None:
-        R = 2 if leaps is not None else 1 if q_factors is None else q_factors.shape[-1]
-        _check_state(initial_state, N, G if log_decay is None else H, H, R, K, V)
+        _check_state(x, initial_state)
     if update_state:
         expect(initial_state is not None, "update_state", "an initial_state to update", None)
         if torch.is_grad_enabled():
@@ -130,11 +125,10 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...], q: Tensor
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _check_module(name: str, x: Tensor, weights: LeapWeights) -> None:
-    """The weights of a LeaP module against the q or k [B, T, H, K] that it reads."""
+def _check_module(name: str, x: Tensor, *weights: Tensor | None) -> None:
+    """The weights w1, b1, w2 and b2 of a LeaP module against the q or k [B, T, H, K] that it reads."""
     w1, b1, w2, b2 = weights
-    if w2 is None or b2 is None:
-        expect(False, name, "w2 and b2", "None")
+    assert w2 is not None and b2 is not None
     (_, _, H, K), last = x.shape, w2.shape
     r = K
     if w1 is not None:
@@ -176,10 +170,13 @@ def _check_main(q: Tensor, k: Tensor, v: Tensor) -> None:
         expect(False, "heads of q", "a multiple of the {} heads of k", H, G)
 
 
-def _check_state(state: LinearState, N: int, heads: int, decay_heads: int, R: int, K: int, V: int) -> None:
+def _check_state(x: Arguments, state: LinearState) -> None:
+    """kv [N, heads, R, K, V], z [N, heads, R, K] and log_decay [N, H] or None."""
     kv, z, decay = state
     if kv is None or z is None:
         expect(False, "initial_state", "kv and z", "None")
+    N, R, K, V, H = x.sequences, x.rank, x.q.shape[3], x.v.shape[3], x.q.shape[2]
+    heads = x.k.shape[2] if x.log_decay is None else H
     if kv.shape != (N, heads, R, K, V):
         expect(False, "initial_state.kv", "shape [{}, {}, {}, {}, {}]", kv.shape, N, heads, R, K, V)
     if z.shape != (N, heads, R, K):
@@ -187,9 +184,9 @@ def _check_state(state: LinearState, N: int, heads: int, decay_heads: int, R: in
     if not (kv.dtype in FLOATING and z.dtype in FLOATING):
         expect(False, "initial_state", "floating dtypes", f"{kv.dtype} and {z.dtype}")
     if decay is not None:
-        fits = decay.shape == (N, decay_heads) and decay.dtype in FLOATING
+        fits = decay.shape == (N, H) and decay.dtype in FLOATING
         expect(fits, "initial_state.log_decay", "floating numbers [{}, {}]", f"{decay.dtype} {tuple(decay.shape)}",
-               N, decay_heads)  # fmt: skip
+               N, H)  # fmt: skip
 
 
 def _check_written(state: LinearState) -> None:
@@ -254,7 +251,8 @@ def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Te
     expect(q_factors.shape[3] == k_factors.shape[3], "rank of k_factors", "{}", k_factors.shape[3], q_factors.shape[3])
 
 
-def _check_visible(visible: Visible, B: int, T: int, S: int, N: int, device: torch.device) -> None:
+def _check_visible(visible: Visible, x: Arguments) -> None:
+    B, T, S, device = *x.q.shape[:2], x.k.shape[1], x.q.device
     forms = "'all', 'causal', a Staircase or integers [B, T]"
     if isinstance(visible, str):
         if visible == "causal":
@@ -266,6 +264,7 @@ def _check_visible(visible: Visible, B: int, T: int, S: int, N: int, device: tor
         for name, field in zip(Staircase._fields, visible, strict=True):
             if isinstance(field, Tensor):
                 expect(field.dtype in INTEGERS, f"visible.{name}", "an integer dtype", field.dtype)
+                N = x.sequences
                 fits = field.dim() <= 1 and field.numel() in (1, N)
                 expect(fits, f"visible.{name}", "shape [{}]", field.shape, N)
                 near = field.device == device or field.device.type == "cpu"
@@ -287,8 +286,7 @@ def _check_visible(visible: Visible, B: int, T: int, S: int, N: int, device: tor
         raise ValueError(f"visible: expected {forms}, got {type(visible).__name__}")
 
 
-def _check_packing(B: int, T: int, S: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
-    """The number of states: N packed sequences."""
+def _check_packing(B: int, T: int, S: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
     if cu_seqlens is None:
         raise ValueError("cu_seqlens_k: expected None without cu_seqlens, got a tensor")
     expect(B == 1, "batch with cu_seqlens", "1", B)
@@ -302,7 +300,6 @@ def _check_packing(B: int, T: int, S: int, cu_seqlens: Tensor | None, cu_seqlens
     else:
         same = cu_seqlens_k.shape == cu_seqlens.shape
         expect(same, "cu_seqlens_k", "shape [{}]", cu_seqlens_k.shape, cu_seqlens.shape[0])
-    return cu_seqlens.shape[0] - 1
 
 
 def boundaries(

@@ -16,67 +16,20 @@ of the values, but products 65 wide take a quarter longer than those 64 wide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from leapformer.ops.arguments import Arguments, Gradients, Incoming
+from leapformer.ops.blocking import Block, causal_blocks, rows_of, view, wide_blocks
+from leapformer.ops.buffers import Room, State, Workspace
 from leapformer.ops.decay import running_sum
 from leapformer.ops.memory import new_empty
 
-CHUNK = 64
-MOST_CHUNKS = 16  # of a block
-# Elements of a block's features: on the CPU about what keeps its temporaries in cache, elsewhere enough to be busy.
-BLOCK_ELEMENTS = {"cpu": 2**17}
-BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
-
-class Inputs(NamedTuple):
-    """What one call attends over. q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R],
-    log_decay [B,T,H] (then G = H), kv [B,G,R,K,V] and z [B,G,R,K] the initial state, key_mask [B,S] (True = real).
-    relu: features are those of relu(q) and relu(k)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-    key_mask: Tensor | None
-    relu: bool = False
-
-    @property
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        return self[:8]
-
-    @property
-    def rank(self) -> int:
-        return 1 if self.q_factors is None else self.q_factors.shape[-1]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.q.dtype, torch.float32)
-
-
-class Gradients(NamedTuple):
-    """One gradient for each differentiable field of ``Inputs``, in its order; those of factors in the compute dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_factors: Tensor | None
-    k_factors: Tensor | None
-    log_decay: Tensor | None
-    kv: Tensor | None
-    z: Tensor | None
-
-
-class Forward(NamedTuple):
+class Result(NamedTuple):
     """output [B,T,H,V] in the input dtype; at least float32: kv, z the final state, normaliser [B,T,H] unclamped, [B,0,H]
     where nothing is normalised."""
 
@@ -86,75 +39,42 @@ class Forward(NamedTuple):
     normaliser: Tensor
 
 
-class Block(NamedTuple):
-    """B samples from ``sample`` on, G key/value heads from ``group`` on, n chunks of C tokens from ``start`` on."""
-
-    sample: int
-    B: int
-    group: int
-    G: int
-    start: int
-    n: int
-    C: int
-
-    @property
-    def states(self) -> tuple[slice, slice]:
-        """Where its samples and heads are in [B, G, ...]."""
-        return slice(self.sample, self.sample + self.B), slice(self.group, self.group + self.G)
-
-
-class State(NamedTuple):
-    """kv [B G, F, V] and z [B G, 1, F], or their gradients, in the compute dtype; z None where nothing depends on it."""
-
-    kv: Tensor
-    z: Tensor | None
-
-
-def forward(x: Inputs, *, causal: bool, normalize: bool, eps: float) -> Forward:
+def forward(x: Arguments) -> Result:
     """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
-    assert not causal or x.q.shape[1] == x.k.shape[1], (
+    assert x.counts is None and x.cu_seqlens is None, "what is laid out otherwise is for layouts.py"
+    assert not x.causal or x.q.shape[1] == x.k.shape[1], (
         "a causal block is a view of queries and of keys by the same slots"
     )
-    result, rooms = _empty_result(x, normalize), Workspace(x)
-    for rows in _rows(x):
+    result, rooms = _empty_result(x), Workspace(x)
+    for rows in rows_of(x):
         state = _state(x, rows, x.kv, x.z)
-        if causal:
+        if x.causal:
             for block in causal_blocks(rows, x.q.shape[1]):
-                _causal_block(x, block, state, result, eps, rooms[block])
+                _causal_block(x, block, state, result, rooms[block])
         else:
             for block in wide_blocks(rows, x.k.shape[1]):
                 _absorb(x, block, state, rooms[block])
             for block in wide_blocks(rows, x.q.shape[1]):
-                _read(x, block, state, result, eps, rooms[block])
+                _read(x, block, state, result, rooms[block])
         _store(state, rows, result.kv, result.z)
     return result
 
 
-def backward(
-    x: Inputs,
-    saved: Forward,
-    grad: Tensor,
-    grad_kv: Tensor | None,
-    grad_z: Tensor | None,
-    *,
-    causal: bool,
-    normalize: bool,
-    eps: float,
-) -> Gradients:
-    """Gradients of ``forward``; ``saved`` is its result, ``grad`` [B,T,H,V] and grad_kv, grad_z those of its outputs."""
-    grads, rooms, with_z = _empty_gradients(x), Workspace(x), normalize or grad_z is not None
-    incoming = _incoming(grad, saved, normalize, eps)
-    for rows in _rows(x):
-        grad_state = _state(x, rows, grad_kv, grad_z, with_z)
-        if causal:
+def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
+    """Gradients of ``forward``, whose result is ``saved``; those of factors are in the compute dtype."""
+    grads, rooms, with_z = _empty_gradients(x), Workspace(x), x.normalize or incoming.z is not None
+    quotient = _quotient(x, saved, incoming.output)
+    for rows in rows_of(x):
+        grad_state = _state(x, rows, incoming.kv, incoming.z, with_z)
+        if x.causal:
             blocks = list(causal_blocks(rows, x.q.shape[1]))
             starts = _block_starts(x, rows, blocks, with_z, rooms)
             for block, start in zip(reversed(blocks), reversed(starts), strict=True):
-                _causal_block_backward(x, block, start, incoming, grad_state, grads, rooms[block])
+                _causal_block_backward(x, block, start, quotient, grad_state, grads, rooms[block])
         else:
             state = _state(x, rows, saved.kv, saved.z)
             for block in wide_blocks(rows, x.q.shape[1]):
-                _read_backward(x, block, state, incoming, grad_state, grads, rooms[block])
+                _read_backward(x, block, state, quotient, grad_state, grads, rooms[block])
             for block in wide_blocks(rows, x.k.shape[1]):
                 _absorb_backward(x, block, grad_state, grads, rooms[block])
         if grads.kv is not None and grads.z is not None:
@@ -166,120 +86,6 @@ def backward(
     return grads
 
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------
-
-
-def _rows(x: Inputs) -> Iterator[Block]:
-    """For each set of samples and heads that go through the sequence together, the largest block that they may form.
-
-    Many tokens of few heads: few states at block starts have then to be kept, and slices of [B, T, H, D] run far. At most
-    about an eighth of all, so that the temporaries of a short sequence are not larger than the gradients of its inputs.
-    """
-    (B, T, H, K), (S, G) = x.q.shape, x.k.shape[1:3]
-    r, T, width = max(1, H // max(1, G)), max(1, T, S), max(1, x.rank * K, x.v.shape[3])
-    most = BLOCK_ELEMENTS.get(x.q.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    token_heads = min(most, max(most // 2, B * T * H * width // 8)) // width // r
-    chunks = max(1, min(MOST_CHUNKS, token_heads // CHUNK))
-    samples = max(1, min(B, token_heads // min(T, chunks * CHUNK)))
-    groups = max(1, min(G, token_heads // (min(T, chunks * CHUNK) * samples)))
-    for b in range(0, B, samples):
-        for g in range(0, G, groups):
-            yield Block(b, min(samples, B - b), g, min(groups, G - g), 0, chunks, CHUNK)
-
-
-def causal_blocks(rows: Block, T: int) -> Iterator[Block]:
-    """Blocks of whole chunks, then the tail of fewer than CHUNK tokens as a chunk of its own size."""
-    whole = T // CHUNK * CHUNK
-    for start in range(0, whole, rows.n * CHUNK):
-        yield rows._replace(start=start, n=min(rows.n, (whole - start) // CHUNK))
-    if whole < T:
-        yield rows._replace(start=whole, n=1, C=T - whole)
-
-
-def wide_blocks(rows: Block, T: int) -> Iterator[Block]:
-    """Blocks of one chunk each: for attention that sees everything."""
-    size = rows.n * rows.C
-    for start in range(0, T, size):
-        yield rows._replace(start=start, n=1, C=min(size, T - start))
-
-
-def _view(x: Tensor, block: Block, groups: int) -> Tensor:
-    """Of x [B, T, heads(, D)] that has a head or more for each of ``groups``, or one for all, a view
-    [n, B, G, heads / groups, C, D or 1] of the block (one head for all: both head axes are 1)."""
-    _, B, _, G, start, n, C = block
-    sample, token, head, *width = x.stride()
-    offset = x.storage_offset() + block.sample * sample + start * token
-    if x.shape[2] == 1:
-        G = r = 1
-    else:
-        r = x.shape[2] // groups
-        offset += block.group * r * head
-    D = x.shape[3] if width else 1
-    # One call in place of a slice, a view and a permutation: blocks are small, and views are a good part of their cost.
-    return x.as_strided((n, B, G, r, C, D), (C * token, sample, r * head, head, token, *(width or (1,))), offset)
-
-
-class Room:
-    """Where blocks of one shape are computed: buffers in the compute dtype, made when first used, as attributes.
-
-    Their memory is that of all other blocks too. The name of a buffer with _T behind it is its transpose.
-    """
-
-    def __init__(self, x: Inputs, block: Block, memory: dict[str, Tensor]) -> None:
-        self._x, self._block, self._memory = x, block, memory
-        _, B, _, G, _, n, C = block
-        r, F, V, m, rows = x.q.shape[2] // x.k.shape[2], x.rank * x.k.shape[3], x.v.shape[3], n * B * G, B * G
-        self._shapes = {
-            "phi_q": (m, r * C, F), "grad_phi_q": (m, r * C, F),
-            "phi_k": (m, C, F), "grad_phi_k": (m, C, F),
-            "v": (m, C, V), "weighted_v": (m, C, V), "grad_v": (m, C, V),
-            "g": (m, r * C, V), "read": (m, r * C, V), "out": (m, r * C, V), "scores": (m, r * C, C), "between": (m, C, C),
-            "product_q": (n, B, G, r, C, x.k.shape[3]), "product_k": (n, B, G, 1, C, x.k.shape[3]),
-            "relu_q": (n, B, G, r, C, x.k.shape[3]), "relu_k": (n, B, G, 1, C, x.k.shape[3]),
-        }  # fmt: skip
-        self.ones = x.q.new_ones(C, 1, dtype=x.compute_dtype).expand(m, C, 1)
-        self._boundaries = {"": (n + 1, rows, F, V), "_z": (n + 1, rows, 1, F)}
-
-    @cached_property
-    def states(self) -> Boundaries:
-        return Boundaries(*(self._new("states" + part, shape) for part, shape in self._boundaries.items()))
-
-    @cached_property
-    def grad_states(self) -> Boundaries:
-        return Boundaries(*(self._new("grad_states" + part, shape) for part, shape in self._boundaries.items()))
-
-    def _new(self, name: str, shape: Sequence[int]) -> Tensor:
-        size = torch.Size(shape).numel()
-        buffer = self._memory.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._memory[name] = self._x.q.new_empty(size, dtype=self._x.compute_dtype)
-        return buffer[:size].view(shape)
-
-    def __getattr__(self, name: str) -> Tensor:
-        """Only asked for what is not there yet."""
-        if name.endswith("_T"):
-            value = getattr(self, name[:-2]).transpose(-1, -2)
-        else:
-            value = self._new(name, self._shapes[name])
-        setattr(self, name, value)
-        return value
-
-
-class Workspace:
-    """The rooms of a call, one for each shape of block. Fresh memory for every block would cost page faults."""
-
-    def __init__(self, x: Inputs) -> None:
-        self._x = x
-        self._rooms: dict[tuple[int, ...], Room] = {}
-        self._memory: dict[str, Tensor] = {}
-
-    def __getitem__(self, block: Block) -> Room:
-        shape = (block.B, block.G, block.n, block.C)
-        if shape not in self._rooms:
-            self._rooms[shape] = Room(self._x, block, self._memory)
-        return self._rooms[shape]
-
-
 # ---- features, values, states ----------------------------------------------------------------------------------------
 
 
@@ -287,7 +93,7 @@ def _features(
     x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor, relu: Tensor | None = None
 ) -> Tensor:
     """phi = factors (x) x into out [m, r C, F]; of relu(x), which is left in ``relu`` [n, B, G, r, C, K], where given."""
-    tokens = _view(x, block, groups)
+    tokens = view(x, block, groups)
     if relu is not None:
         same = tokens.dtype == relu.dtype
         tokens = torch.clamp(tokens, min=0, out=relu) if same else relu.copy_(tokens).clamp_(min=0)
@@ -295,29 +101,29 @@ def _features(
         out.view(tokens.shape).copy_(tokens)
         return out
     phi = out.view(*tokens.shape[:-1], factors.shape[-1], tokens.shape[-1])
-    by_rank = _view(factors, block, groups).split(1, dim=-1)
+    by_rank = view(factors, block, groups).split(1, dim=-1)
     for rank, f in enumerate(by_rank):  # three times as fast as one product that broadcasts over both
         torch.mul(tokens, f, out=phi[..., rank, :])
     return out
 
 
-def _query_features(x: Inputs, block: Block, room: Room) -> Tensor:
+def _query_features(x: Arguments, block: Block, room: Room) -> Tensor:
     return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q, room.relu_q if x.relu else None)
 
 
-def _keys_and_values(x: Inputs, block: Block, room: Room) -> tuple[Tensor, Tensor]:
+def _keys_and_values(x: Arguments, block: Block, room: Room) -> tuple[Tensor, Tensor]:
     """phi_k [m, C, F] and v [m, C, V], zero where masked."""
     G = x.k.shape[2]
     phi = _features(x.k, x.k_factors, block, G, room.phi_k, room.relu_k if x.relu else None)
     v = _features(x.v, None, block, G, room.v)
     if x.key_mask is not None:
-        hidden = ~_view(x.key_mask[..., None], block, G).squeeze(3)
+        hidden = ~view(x.key_mask[..., None], block, G).squeeze(3)
         for keys in (phi, v):
             keys.view(block.n, block.B, block.G, *keys.shape[1:]).masked_fill_(hidden, 0)
     return phi, v
 
 
-def _state(x: Inputs, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
+def _state(x: Arguments, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
     """A state of its own with the rows' values of kv [B,G,R,K,V] and z [B,G,R,K]; zeros for None."""
     shape = (rows.B * rows.G, x.rank * x.k.shape[3], x.v.shape[3])
     state = State(
@@ -337,31 +143,6 @@ def _store(state: State, rows: Block, kv: Tensor, z: Tensor) -> None:
         part.zero_() if field is None else part.copy_(field.view(part.shape))
 
 
-class Boundaries:
-    """States, or their gradients, at the start of a block, between its chunks and at its end: kv [n + 1, B G, F, V] and
-    z [n + 1, B G, 1, F], and views of them. ``before`` [m, ...] are those at the start of each chunk."""
-
-    def __init__(self, kv: Tensor, z: Tensor) -> None:
-        self.steps = kv.unbind(), z.unbind()
-        self.before = State(kv[:-1].flatten(0, 1), z[:-1].flatten(0, 1))
-        self.after = State(kv[1:].flatten(0, 1), z[1:].flatten(0, 1))
-        self.before_T = self.before.kv.transpose(-1, -2)
-        self.after_T = self.after.kv.transpose(-1, -2)
-
-    def run(self, carry: State, decay: Decay | None, backwards: bool = False) -> None:
-        """``after`` (``before``) holds what each chunk adds: make running sums of it from ``carry`` on, which moves to
-        their end."""
-        for total, steps in zip(carry, self.steps, strict=True):
-            if total is None:
-                continue
-            order = steps[::-1] if backwards else steps
-            order[0].copy_(total)
-            whole = None if decay is None else decay.whole[::-1] if backwards else decay.whole
-            for c, (old, new) in enumerate(pairwise(order)):
-                new.add_(old) if whole is None else new.addcmul_(old, whole[c])
-            total.copy_(order[-1])
-
-
 # ---- decay inside a chunk --------------------------------------------------------------------------------------------
 
 
@@ -374,10 +155,10 @@ class Decay(NamedTuple):
     between: Tensor
 
 
-def _decay(x: Inputs, block: Block, room: Room) -> Decay | None:
+def _decay(x: Arguments, block: Block, room: Room) -> Decay | None:
     if x.log_decay is None:
         return None
-    steps = _view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
+    steps = view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
     total = running_sum(steps, -2, x.compute_dtype)
     # Between a key and an earlier query the difference is positive; what it becomes is cut off.
     between = room.between.copy_(total - total.transpose(-1, -2)).exp_().tril_()
@@ -397,18 +178,18 @@ def _apply_causal(P: Tensor, decay: Decay | None) -> Tensor:
 # ---- attention that sees everything ----------------------------------------------------------------------------------
 
 
-def _absorb(x: Inputs, block: Block, state: State, room: Room) -> None:
+def _absorb(x: Arguments, block: Block, state: State, room: Room) -> None:
     phi_k, v = _keys_and_values(x, block, room)
     state.kv.baddbmm_(room.phi_k_T, v)
     if state.z is not None:
         state.z.add_(phi_k.sum(-2, keepdim=True))
 
 
-def _read(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+def _read(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
     phi_q = _query_features(x, block, room)
     torch.bmm(phi_q, state.kv, out=room.out)
     normaliser = _read_normaliser(state, room) if result.normaliser.shape[1] else None
-    _finish(room.out, normaliser, block, x, result, eps)
+    _finish(room.out, normaliser, block, x, result)
 
 
 def _read_normaliser(state: State, room: Room) -> Tensor:
@@ -418,10 +199,10 @@ def _read_normaliser(state: State, room: Room) -> Tensor:
 
 
 def _read_backward(
-    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+    x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
 ) -> None:
     phi_q = _query_features(x, block, room)
-    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
     torch.bmm(g, state.kv.transpose(-1, -2), out=room.grad_phi_q)
     grad_state.kv.baddbmm_(room.phi_q_T, g)
     if g_z is not None and grad_state.z is not None and state.z is not None:
@@ -430,7 +211,7 @@ def _read_backward(
     _write_query_gradient(x, block, grads, room)
 
 
-def _absorb_backward(x: Inputs, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
+def _absorb_backward(x: Arguments, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
     phi_k, v = _keys_and_values(x, block, room)
     torch.bmm(phi_k, grad_state.kv, out=room.grad_v)
     torch.bmm(v, grad_state.kv.transpose(-1, -2), out=room.grad_phi_k)
@@ -452,7 +233,7 @@ class Keys(NamedTuple):
     weighted_v: Tensor
 
 
-def _keys(x: Inputs, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
+def _keys(x: Arguments, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
     """The keys, and in ``room.states`` the states that they make from ``state`` on, which moves to the block's end."""
     phi, v = _keys_and_values(x, block, room)
     if decay is None:
@@ -463,7 +244,7 @@ def _keys(x: Inputs, block: Block, decay: Decay | None, state: State, room: Room
     torch.bmm(room.phi_k_T, keys.weighted_v, out=after.kv)
     if state.z is not None:
         torch.bmm(keys.weights.transpose(-1, -2), phi, out=after.z)
-    room.states.run(state, decay)
+    room.states.run(state, None if decay is None else decay.whole)
     return keys
 
 
@@ -484,7 +265,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) ->
         total.addcmul_(torch.bmm(a, b), weights)
 
 
-def _causal_block(x: Inputs, block: Block, state: State, result: Forward, eps: float, room: Room) -> None:
+def _causal_block(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
     """Writes the block's results and moves ``state`` to its end."""
     decay = _decay(x, block, room)
     phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
@@ -497,10 +278,10 @@ def _causal_block(x: Inputs, block: Block, state: State, result: Forward, eps: f
     if result.normaliser.shape[1]:
         old = _read_normaliser(before, room)
         normaliser = P.sum(-1, keepdim=True).add_(old if since_start is None else old.mul_(since_start))
-    _finish(numerator, normaliser, block, x, result, eps)
+    _finish(numerator, normaliser, block, x, result)
 
 
-def _block_starts(x: Inputs, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
+def _block_starts(x: Arguments, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
     """The state before every block, found again by a sweep over the keys."""
     state, starts = _state(x, rows, x.kv, x.z, with_z), []
     for i, block in enumerate(blocks):
@@ -511,13 +292,13 @@ def _block_starts(x: Inputs, rows: Block, blocks: list[Block], with_z: bool, roo
 
 
 def _causal_block_backward(
-    x: Inputs, block: Block, state: State, incoming: Incoming, grad_state: State, grads: Gradients, room: Room
+    x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
 ) -> None:
     """Writes the block's gradients and moves ``grad_state``, that of the state after the block, to that before it;
     ``state`` is the state before the block."""
     decay = _decay(x, block, room)
     phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
-    g, g_z = _numerator_gradient(incoming, block, x, grad_state.z is not None, room)
+    g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
     read, read_z, until_end = g, g_z, None
     if decay is not None:
         until_end = decay.until_end
@@ -527,7 +308,7 @@ def _causal_block_backward(
     torch.bmm(room.phi_q_T, read, out=grad_states.before.kv)
     if read_z is not None:
         torch.bmm(read_z.transpose(-1, -2), phi_q, out=grad_states.before.z)
-    grad_states.run(grad_state, decay, backwards=True)
+    grad_states.run(grad_state, None if decay is None else decay.whole, backwards=True)
 
     _scores(phi_q, room.phi_k_T, decay, room)
     torch.bmm(room.scores_T, g, out=room.grad_v)
@@ -541,7 +322,7 @@ def _causal_block_backward(
         grad_phi_k.addcmul_(keys.weights, grad_states.after.z)
     if grads.log_decay is not None:
         steps = _decay_gradient(room, read_z is not None)
-        target = _view(grads.log_decay, block, x.k.shape[2])
+        target = view(grads.log_decay, block, x.k.shape[2])
         target.copy_(steps.view(target.shape))
     _write_query_gradient(x, block, grads, room)
     _write_key_gradient(x, block, grads, room)
@@ -564,18 +345,18 @@ def _decay_gradient(room: Room, with_z: bool) -> Tensor:
 # ---- outputs and gradients, block by block ---------------------------------------------------------------------------
 
 
-def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Inputs, result: Forward, eps: float) -> None:
+def _finish(numerator: Tensor, normaliser: Tensor | None, block: Block, x: Arguments, result: Result) -> None:
     """Divide by the clamped normaliser [m, r C, 1], if there is one, and write output and normaliser of the block."""
-    out = _view(result.output, block, x.k.shape[2])
+    out = view(result.output, block, x.k.shape[2])
     if normaliser is None:
         out.copy_(numerator.view(out.shape))
         return
-    kept = _view(result.normaliser, block, x.k.shape[2])
+    kept = view(result.normaliser, block, x.k.shape[2])
     kept.copy_(normaliser.view(kept.shape))
-    torch.div(numerator.view(out.shape), kept.clamp(min=eps), out=out)
+    torch.div(numerator.view(out.shape), kept.clamp(min=x.eps), out=out)
 
 
-class Incoming(NamedTuple):
+class Quotient(NamedTuple):
     """The gradient of the output [B,T,H,V]; where it was normalised also the output, 1 / clamped normaliser and, to be
     multiplied with, -1 where it was not clamped and 0 where it was [B,T,H]."""
 
@@ -585,39 +366,39 @@ class Incoming(NamedTuple):
     passes: Tensor | None
 
 
-def _incoming(grad: Tensor, saved: Forward, normalize: bool, eps: float) -> Incoming:
-    if not normalize:
-        return Incoming(grad, saved.output, None, None)
-    passes = (saved.normaliser >= eps).to(saved.normaliser.dtype).neg_()
-    return Incoming(grad, saved.output, saved.normaliser.clamp(min=eps).reciprocal_(), passes)
+def _quotient(x: Arguments, saved: Result, grad: Tensor) -> Quotient:
+    if not x.normalize:
+        return Quotient(grad, saved.output, None, None)
+    passes = (saved.normaliser >= x.eps).to(saved.normaliser.dtype).neg_()
+    return Quotient(grad, saved.output, saved.normaliser.clamp(min=x.eps).reciprocal_(), passes)
 
 
 def _numerator_gradient(
-    incoming: Incoming, block: Block, x: Inputs, with_z: bool, room: Room
+    quotient: Quotient, block: Block, x: Arguments, with_z: bool, room: Room
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of numerators [m, r C, V] and normalisers [m, r C, 1]; a clamped normaliser gets none."""
     G = x.k.shape[2]
-    grad, g = _view(incoming.grad, block, G), room.g
+    grad, g = view(quotient.grad, block, G), room.g
     by_head = g.view(grad.shape)
-    if incoming.scale is None or incoming.passes is None:
+    if quotient.scale is None or quotient.passes is None:
         by_head.copy_(grad)
         return g, g.new_zeros(*g.shape[:2], 1) if with_z else None
-    torch.mul(grad, _view(incoming.scale, block, G), out=by_head)
-    product = torch.mul(by_head, _view(incoming.output, block, G), out=room.out.view(grad.shape))
-    dot = product.sum(-1, keepdim=True).mul_(_view(incoming.passes, block, G))
+    torch.mul(grad, view(quotient.scale, block, G), out=by_head)
+    product = torch.mul(by_head, view(quotient.output, block, G), out=room.out.view(grad.shape))
+    dot = product.sum(-1, keepdim=True).mul_(view(quotient.passes, block, G))
     return g, dot.view(*g.shape[:2], 1)
 
 
-def _write_query_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+def _write_query_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
     _write_feature_gradient(
         room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q,
         room.relu_q if x.relu else None,
     )  # fmt: skip
 
 
-def _write_key_gradient(x: Inputs, block: Block, grads: Gradients, room: Room) -> None:
+def _write_key_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
     """Of keys and values."""
-    target = _view(grads.v, block, x.k.shape[2])
+    target = view(grads.v, block, x.k.shape[2])
     target.copy_(room.grad_v.view(target.shape))
     _write_feature_gradient(
         room.grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors, x.k.shape[2], room.product_k,
@@ -631,12 +412,12 @@ def _write_feature_gradient(
 ) -> None:  # fmt: skip
     """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
     (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of it."""
-    target = _view(grad_x, block, groups)
+    target = view(grad_x, block, groups)
     if factors is None or grad_factors is None:
         _write_through_relu(grad_phi.view(target.shape), relu, target)
         return
-    tokens = _view(x, block, groups) if relu is None else relu
-    f = _view(factors, block, groups).split(1, dim=-1)
+    tokens = view(x, block, groups) if relu is None else relu
+    f = view(factors, block, groups).split(1, dim=-1)
     by_rank = grad_phi.view(*target.shape[:-1], len(f), target.shape[-1]).unbind(-2)
     by_factor = [torch.mul(part, tokens, out=product).sum(-1) for part in by_rank]
     for part, factor in zip(by_rank, f, strict=True):
@@ -645,7 +426,7 @@ def _write_feature_gradient(
         by_rank[0].add_(part)
     _write_through_relu(by_rank[0], relu, target)
     # Factors that heads share get the sum over them, of which this block may hold a part.
-    grad_f, by_factor = _view(grad_factors, block, groups), torch.stack(by_factor, dim=-1)
+    grad_f, by_factor = view(grad_factors, block, groups), torch.stack(by_factor, dim=-1)
     grad_f.add_(by_factor.sum((2, 3), keepdim=True) if factors.shape[2] == 1 else by_factor)
 
 
@@ -659,19 +440,26 @@ def _write_through_relu(grad: Tensor, relu: Tensor | None, target: Tensor) -> No
         target.copy_(torch.ops.aten.threshold_backward(grad, relu, 0))
 
 
-def _empty_result(x: Inputs, normalize: bool) -> Forward:
+def _empty_result(x: Arguments) -> Result:
     (B, T, H, K), G, V, dtype = x.q.shape, x.k.shape[2], x.v.shape[3], x.compute_dtype
-    return Forward(
+    return Result(
         new_empty(x.q, (B, T, H, V)),
         x.q.new_empty(B, G, x.rank, K, V, dtype=dtype),
         x.q.new_empty(B, G, x.rank, K, dtype=dtype),
-        x.q.new_empty(B, T if normalize else 0, H, dtype=dtype),
+        x.q.new_empty(B, T if x.normalize else 0, H, dtype=dtype),
     )
 
 
-def _empty_gradients(x: Inputs) -> Gradients:
+def _empty_gradients(x: Arguments) -> Gradients:
     """Empty, but zeros for factors, to which every head adds."""
-    fields = [None if field is None else new_empty(field, field.shape) for field in x.differentiable]
-    for i, factors in ((3, x.q_factors), (4, x.k_factors)):
-        fields[i] = None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
-    return Gradients(*fields)  # type: ignore[arg-type]
+
+    def empty(field: Tensor | None) -> Tensor | None:
+        return None if field is None else new_empty(field, field.shape)
+
+    def zeros(factors: Tensor | None) -> Tensor | None:
+        return None if factors is None else factors.new_zeros(factors.shape, dtype=x.compute_dtype)
+
+    q, k, v = (new_empty(field, field.shape) for field in x[:3])
+    return Gradients(
+        q, k, v, zeros(x.q_factors), zeros(x.k_factors), log_decay=empty(x.log_decay), kv=empty(x.kv), z=empty(x.z)
+    )

@@ -16,40 +16,34 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import chunks
+from leapformer.ops.arguments import Arguments, Gradients, Incoming
 from leapformer.ops.checks import boundaries
-from leapformer.ops.chunks import Forward, Gradients, Inputs
+from leapformer.ops.chunks import Result
 
 
-class Options(NamedTuple):
-    """causal and counts [B or 1, T] (int64 g) exclude each other; neither means every key is seen."""
-
-    causal: bool
-    counts: Tensor | None
-    normalize: bool
-    eps: float
-
-
-def forward(x: Inputs, options: Options) -> Forward:
-    """Dense attention under any visibility."""
-    if options.counts is None:
-        return chunks.forward(x, causal=options.causal, normalize=options.normalize, eps=options.eps)
-    places = _Merged(options.counts, x)
-    result = chunks.forward(places.merge(x), causal=True, normalize=options.normalize, eps=options.eps)
-    normaliser = places.queries_out(result.normaliser) if options.normalize else result.normaliser
+def forward(x: Arguments) -> Result:
+    """Attention under any visibility, packed or not."""
+    if x.cu_seqlens is not None and x.cu_seqlens_k is not None:
+        return _packed_forward(x, x.cu_seqlens, x.cu_seqlens_k)
+    if x.counts is None:
+        return chunks.forward(x)
+    places = _Merged(x.counts, x)
+    result = chunks.forward(places.merge(x))
+    normaliser = places.queries_out(result.normaliser) if x.normalize else result.normaliser
     return result._replace(output=places.queries_out(result.output), normaliser=normaliser)
 
 
-def backward(
-    x: Inputs, saved: Forward, grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None, options: Options
-) -> Gradients:
-    """Gradients of ``forward``."""
-    kind = {"normalize": options.normalize, "eps": options.eps}
-    if options.counts is None:
-        return chunks.backward(x, saved, grad, grad_kv, grad_z, causal=options.causal, **kind)
-    places = _Merged(options.counts, x)
-    if options.normalize:  # else neither is looked at
+def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
+    """Gradients of ``forward``, whose result is ``saved``."""
+    if x.cu_seqlens is not None and x.cu_seqlens_k is not None:
+        return _packed_backward(x, x.cu_seqlens, x.cu_seqlens_k, saved, incoming)
+    if x.counts is None:
+        return chunks.backward(x, saved, incoming)
+    places = _Merged(x.counts, x)
+    if x.normalize:  # else neither is looked at
         saved = saved._replace(output=places.queries_in(saved.output), normaliser=places.queries_in(saved.normaliser))
-    grads = chunks.backward(places.merge(x), saved, places.queries_in(grad), grad_kv, grad_z, causal=True, **kind)
+    incoming = incoming._replace(output=places.queries_in(incoming.output))
+    grads = chunks.backward(places.merge(x), saved, incoming)
     return grads._replace(
         q=places.queries_out(grads.q),
         k=places.keys_out(grads.k),
@@ -62,7 +56,7 @@ def backward(
 class _Merged:
     """Where queries and keys stand in the merged sequence."""
 
-    def __init__(self, counts: Tensor, x: Inputs) -> None:
+    def __init__(self, counts: Tensor, x: Arguments) -> None:
         B, T, S = x.q.shape[0], x.q.shape[1], x.k.shape[1]
         counts = counts.clamp(0, S).expand(B, T).contiguous()
         keys = torch.arange(S, device=counts.device).expand(B, S).contiguous()
@@ -87,7 +81,8 @@ class _Merged:
         merged = x.new_zeros(x.shape[0], self.length, *x.shape[2:])
         return merged.scatter_(1, _over(slots, x), x)
 
-    def merge(self, x: Inputs) -> Inputs:
+    def merge(self, x: Arguments) -> Arguments:
+        """Causal attention over the merged sequence."""
         return x._replace(
             q=self.queries_in(x.q),
             k=self.keys_in(x.k),
@@ -95,6 +90,8 @@ class _Merged:
             q_factors=None if x.q_factors is None else self.queries_in(x.q_factors),
             k_factors=None if x.k_factors is None else self.keys_in(x.k_factors),
             key_mask=None,
+            counts=None,
+            causal=True,
         )
 
 
@@ -131,8 +128,12 @@ class _Bucket(NamedTuple):
     def keys_to(self, packed: Tensor, x: Tensor) -> None:
         packed[0][self.keys[self.key_real]] = x[self.key_real].to(packed.dtype)
 
-    def inputs(self, x: Inputs) -> Inputs:
-        return Inputs(
+    def unpack(self, x: Arguments) -> Arguments:
+        """The sequences as samples of a batch; padding queries see all, which is nothing."""
+        counts = x.counts
+        if counts is not None:
+            counts = counts[0][self.queries].masked_fill(~self.query_real, self.keys.shape[1])
+        return x._replace(
             q=self.queries_in(x.q),
             k=self.keys_in(x.k),
             v=self.keys_in(x.v),
@@ -142,54 +143,53 @@ class _Bucket(NamedTuple):
             kv=None if x.kv is None else x.kv[self.rows],
             z=None if x.z is None else x.z[self.rows],
             key_mask=None if x.key_mask is None else x.key_mask[0][self.keys],
-            relu=x.relu,
+            counts=counts,
+            cu_seqlens=None,
+            cu_seqlens_k=None,
         )
 
-    def options(self, options: Options) -> Options:
-        if options.counts is None:
-            return options
-        counts = options.counts[0][self.queries]
-        return options._replace(counts=counts.masked_fill(~self.query_real, self.keys.shape[1]))
 
-
-def packed_forward(x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: Options) -> Forward:
+def _packed_forward(x: Arguments, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> Result:
     """B = 1, N sequences behind one another; states are [N, ...] and counts relative to their own sequence."""
-    buckets = _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=options.causal)
-    N = cu_seqlens.numel() - 1
+    buckets = _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=x.causal)
+    N = x.sequences
     G, K, V = x.k.shape[2], x.k.shape[3], x.v.shape[3]
     dtype, T, H = x.compute_dtype, x.q.shape[1], x.q.shape[2]
-    result = Forward(
+    result = Result(
         x.q.new_zeros(1, T, H, V),
         x.q.new_zeros(N, G, x.rank, K, V, dtype=dtype),
         x.q.new_zeros(N, G, x.rank, K, dtype=dtype),
-        x.q.new_zeros(1, T if options.normalize else 0, H, dtype=dtype),
+        x.q.new_zeros(1, T if x.normalize else 0, H, dtype=dtype),
     )
     for bucket in buckets:
-        part = forward(bucket.inputs(x), bucket.options(options))
+        part = forward(bucket.unpack(x))
         bucket.queries_to(result.output, part.output)
-        if options.normalize:
+        if x.normalize:
             bucket.queries_to(result.normaliser, part.normaliser)
         result.kv[bucket.rows], result.z[bucket.rows] = part.kv, part.z
     return result
 
 
-def packed_backward(
-    x: Inputs, cu_seqlens: Tensor, cu_seqlens_k: Tensor, saved: Forward, grad: Tensor, grad_kv: Tensor | None,
-    grad_z: Tensor | None, options: Options,
-) -> Gradients:  # fmt: skip
-    """Gradients of ``packed_forward``."""
-    total = Gradients(*(None if field is None else torch.zeros_like(field) for field in x.differentiable))  # type: ignore[arg-type]
-    for bucket in _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=options.causal):
-        saved_part = Forward(
+def _packed_backward(
+    x: Arguments, cu_seqlens: Tensor, cu_seqlens_k: Tensor, saved: Result, incoming: Incoming
+) -> Gradients:
+    """Gradients of ``_packed_forward``."""
+    q, k, v, *others = (None if field is None else torch.zeros_like(field) for field in x.differentiable)
+    assert q is not None and k is not None and v is not None
+    total = Gradients(q, k, v, *others)
+    for bucket in _buckets(cu_seqlens, cu_seqlens_k, x.q.shape[1], x.k.shape[1], same=x.causal):
+        saved_part = Result(
             bucket.queries_in(saved.output),
             saved.kv[bucket.rows],
             saved.z[bucket.rows],
-            bucket.queries_in(saved.normaliser) if options.normalize else saved.normaliser,
+            bucket.queries_in(saved.normaliser) if x.normalize else saved.normaliser,
         )
-        part = backward(
-            bucket.inputs(x), saved_part, bucket.queries_in(grad), None if grad_kv is None else grad_kv[bucket.rows],
-            None if grad_z is None else grad_z[bucket.rows], bucket.options(options),
-        )  # fmt: skip
+        incoming_part = Incoming(
+            bucket.queries_in(incoming.output),
+            None if incoming.kv is None else incoming.kv[bucket.rows],
+            None if incoming.z is None else incoming.z[bucket.rows],
+        )
+        part = backward(bucket.unpack(x), saved_part, incoming_part)
         for name in ("q", "q_factors", "log_decay"):
             if getattr(total, name) is not None:
                 bucket.queries_to(getattr(total, name), getattr(part, name))

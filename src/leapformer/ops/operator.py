@@ -14,28 +14,32 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from leapformer.ops.arguments import DIFFERENTIABLE, NO_MODULE, TENSORS, Arguments, LeapWeights
+from leapformer.ops.arguments import (
+    DIFFERENTIABLE,
+    FACTORS,
+    FIELDS,
+    MODULES,
+    NUMBERS,
+    TENSORS,
+    Arguments,
+    Gradients,
+    Incoming,
+)
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import ORDINARY
 from leapformer.ops.decay import without_resets
-from leapformer.ops.state import LinearState
+from leapformer.ops.implementation import BASIS
 
-_ALWAYS = ("q", "k", "v")
-_OPTIONS = "bool causal, bool normalize, float eps, bool relu"
-_MODULES = tuple(name for name in Arguments._fields if name.startswith(("q_w", "q_b", "k_w", "k_b")))
-_FACTORS = ("q_factors", "k_factors")
-_NUMBERS = Arguments._fields[TENSORS:]
 _NO_FORMULA = (
     'this implementation of linear attention has no autograd formula for them; impl="reference" works with all of them'
 )
-_LOG_DECAY = Arguments._fields.index("log_decay")
 
-Forward = Callable[[Arguments], Sequence[Tensor]]
-Backward = Callable[..., Sequence[Tensor | None]]
+Compute = Callable[[Arguments], Sequence[Tensor]]
+Differentiate = Callable[[Arguments, Sequence[Tensor], Incoming], Gradients]
 
 
 class Operator:
-    """The custom operator ``leapformer::NAME`` and the doors to it; ``leapformer::NAME_leap`` where it takes LeaP modules.
+    """The custom operator ``leapformer::NAME`` and the door to it; ``leapformer::NAME_leap`` where it takes LeaP modules.
 
     Two, because every argument of an operator costs some microseconds a call, given or not.
 
@@ -43,78 +47,62 @@ class Operator:
         name: in the namespace "leapformer".
         forward: from ``Arguments`` to (output, final kv, final z, and what else the gradient needs), ``results`` in all.
         empty: from ``Arguments`` to tensors of the same shapes and dtypes, whose values nobody reads.
-        backward: from ``Arguments``, the results, and the gradients of output, kv and z to a gradient or None for each of
-            ``Arguments.differentiable``. Those of kv and z are None where nothing depends on the state.
+        backward: from ``Arguments``, the results, and the gradients of output, kv and z to those of the arguments.
         direct: from ``Arguments`` to (output, kv, z) where no gradient is asked for and no compiler looks on. The operator's
             dispatch costs more than the arithmetic of one token. Its second argument says whether the final state may take
             the place of the initial one, which are then the same tensors.
-        takes_leap: whether it computes LeaP modules itself.
+        takes: the fields of ``Arguments`` that the operator has.
     """
 
     def __init__(
-        self, name: str, *, forward: Forward, empty: Forward, backward: Backward,
-        direct: Callable[[Arguments, bool], Sequence[Tensor]], results: int, takes_leap: bool,
+        self, name: str, *, forward: Compute, empty: Compute, backward: Differentiate,
+        direct: Callable[[Arguments, bool], Sequence[Tensor]], results: int, takes: frozenset[str] = BASIS,
     ) -> None:  # fmt: skip
         self._direct = direct
-        self.linear = Form(name, _MODULES, forward, empty, backward, results)
-        self.leap = Form(f"{name}_leap", _FACTORS, forward, empty, backward, results) if takes_leap else None
+        functions = forward, empty, backward
+        self.linear = Form(name, takes - MODULES, functions, results)
+        self.leap = Form(f"{name}_leap", takes - FACTORS, functions, results) if takes >= MODULES else None
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, *, causal: bool,
-        counts: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-        log_decay: Tensor | None, initial_state: LinearState | None, normalize: bool, eps: float, relu: bool,
-        update_state: bool = False, q_leap: LeapWeights | None = None, k_leap: LeapWeights | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Output [B, T, H, V] and the final kv and z; arguments checked and lowered by ``leapformer.ops.api``."""
-        kv, z = (None, None) if initial_state is None else (initial_state.kv, initial_state.z)
-        x = Arguments(
-            q, k, v, q_factors, k_factors, log_decay, kv, z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE), key_mask, counts,
-            cu_seqlens, cu_seqlens_k, causal, normalize, eps, relu,
-        )  # fmt: skip
-        form = self.linear if q_leap is None or self.leap is None else self.leap
-        if torch.compiler.is_compiling():
-            output, kv, z, *_ = form(x)
-        else:
+    def attend(self, x: Arguments, update_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, T, H, V] and the final kv and z."""
+        if not torch.compiler.is_compiling():
             given = [t for t in x[:TENSORS] if t is not None]
             _refuse_transforms(given)
-            if _needs_operator(x, given):
-                output, kv, z, *_ = form(x)
-            else:
+            if not _needs_operator(x, given):
                 output, kv, z, *_ = self._direct(x, update_state)
                 if update_state:  # a graph that has kept the old state must not be followed backward with the new one
                     increment_version([t for t in (x.kv, x.z) if t is not None])
+                return output, kv, z
+        form = self.linear if x.q_w2 is None or self.leap is None else self.leap
+        output, kv, z, *_ = form(x)
         return output, kv, z
-
-    def attend_leap(
-        self, q: Tensor, k: Tensor, v: Tensor, q_leap: LeapWeights, k_leap: LeapWeights, **keywords: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from plain projections q and k and the weights of two LeaP modules; other keywords but relu."""
-        return self.attend(q, k, v, None, None, relu=True, q_leap=q_leap, k_leap=k_leap, **keywords)
 
 
 class Form:
-    """One pair of custom operators, forward and backward, that takes all of ``Arguments`` but the fields ``without``."""
+    """One pair of custom operators, forward and backward, whose arguments are the fields ``takes`` of ``Arguments``."""
 
     def __init__(
-        self, name: str, without: Sequence[str], forward: Forward, empty: Forward, backward: Backward, results: int
+        self, name: str, takes: frozenset[str], functions: tuple[Compute, Compute, Differentiate], results: int
     ) -> None:
-        self._backward = backward
-        self.tensors = [n for n in Arguments._fields[:TENSORS] if n not in without]
-        taken = [*self.tensors, *_NUMBERS]
-        self._taken = [Arguments._fields.index(n) for n in taken]
-        self._places = [taken.index(n) if n in taken else None for n in Arguments._fields]
-        self.differentiable = sum(n in self.tensors for n in Arguments._fields[:DIFFERENTIABLE])
-        inputs = ", ".join(("Tensor " if n in _ALWAYS else "Tensor? ") + n for n in self.tensors)
+        forward, empty, self._backward = functions
+        taken = [n for n in FIELDS if n in takes]
+        self.tensors, self._numbers = [[n for n in taken if (n in NUMBERS) == number] for number in (False, True)]
+        self._taken = [FIELDS.index(n) for n in taken]
+        self._places = [taken.index(n) if n in takes else None for n in FIELDS]
+        self._defaults = [Arguments._field_defaults.get(n) for n in FIELDS]
+        self.differentiable = sum(n in takes for n in FIELDS[:DIFFERENTIABLE])
+        inputs = ", ".join(("Tensor? " if n in Arguments._field_defaults else "Tensor ") + n for n in self.tensors)
+        options = ", ".join(f"{NUMBERS[n].__name__} {n}" for n in self._numbers)
         saved = ", ".join(f"Tensor result{i}" for i in range(results))
         gradients = "Tensor grad, Tensor? grad_kv, Tensor? grad_z"
         self.forward_op = torch.library.custom_op(
             f"leapformer::{name}", lambda *given: tuple(forward(self.arguments(given))), mutates_args=(),
-            schema=f"({inputs}, {_OPTIONS}) -> ({', '.join(['Tensor'] * results)})",
+            schema=f"({inputs}, {options}) -> ({', '.join(['Tensor'] * results)})",
         )  # fmt: skip
         self.forward_op.register_fake(lambda *given: tuple(empty(self.arguments(given))))
         self.backward_op = torch.library.custom_op(
             f"leapformer::{name}_backward", self._gradients, mutates_args=(),
-            schema=f"({inputs}, {saved}, {gradients}, {_OPTIONS}) -> Tensor[]",
+            schema=f"({inputs}, {saved}, {gradients}, {options}) -> Tensor[]",
         )  # fmt: skip
         self.backward_op.register_fake(self._like_inputs)
         self.backward_op.register_autograd(_refuse_second)
@@ -129,19 +117,19 @@ class Form:
 
     def arguments(self, given: Sequence[Any]) -> Arguments:
         """What it was called with."""
-        return Arguments._make([None if place is None else given[place] for place in self._places])
+        pairs = zip(self._places, self._defaults, strict=True)
+        return Arguments._make([default if place is None else given[place] for place, default in pairs])
 
     def _gradients(self, *given: Any) -> list[Tensor]:
         """Of the differentiable arguments that are there, in their order."""
-        n, options = len(self.tensors), len(_NUMBERS)
+        n, options = len(self.tensors), len(self._numbers)
         x = self.arguments((*given[:n], *given[-options:]))
         *results, grad, grad_kv, grad_z = given[n:-options]
         with without_autocast(x.q.device.type):
-            gradients = list(self._backward(x, results, grad, grad_kv, grad_z))
-            of_decay = gradients[_LOG_DECAY]
-            if of_decay is not None and x.log_decay is not None:
-                wide = torch.promote_types(x.q.dtype, torch.float32)
-                gradients[_LOG_DECAY] = without_resets(of_decay, x.log_decay, wide)
+            gradients = self._backward(x, results, Incoming(grad, grad_kv, grad_z))
+            if gradients.log_decay is not None and x.log_decay is not None:
+                kept = without_resets(gradients.log_decay, x.log_decay, x.compute_dtype)
+                gradients = gradients._replace(log_decay=kept)
         pairs = zip(gradients, x.differentiable, strict=True)
         return [g.to(t.dtype).contiguous() for g, t in pairs if g is not None and t is not None]
 
@@ -167,7 +155,7 @@ class Form:
                 raise
             raise RuntimeError(f"gradients in batches (is_grads_batched, vectorize): {_NO_FORMULA}") from None
         found = [None if t is None else next(gradients) for t in inputs[: self.differentiable]]
-        return (*found, *[None] * (n - self.differentiable + len(_NUMBERS)))
+        return (*found, *[None] * (n - self.differentiable + len(self._numbers)))
 
 
 def _needs_operator(x: Arguments, given: list[Tensor]) -> bool:

@@ -9,62 +9,98 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leapformer.ops.state import LinearState
+from leapformer.ops.arguments import Arguments
+from leapformer.ops.checks import boundaries
+from leapformer.ops.implementation import Implementation
+from leapformer.ops.visibility import Staircase
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_factors: Tensor,
-    k_factors: Tensor,
-    *,
-    counts: Tensor | None,
-    key_mask: Tensor | None,
-    log_decay: Tensor | None,
-    initial_state: LinearState | None,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, LinearState]:
+def attend(x: Arguments, update_state: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, T, H, V] and the final kv and z: one sequence of a packing after the other. It writes to no state."""
+    if x.relu:
+        x = x.but(q=torch.relu(x.q), k=torch.relu(x.k))
+    if x.q_factors is None or x.k_factors is None:
+        x = x.but(q_factors=x.q.new_ones(*x.q.shape[:2], 1, 1), k_factors=x.k.new_ones(*x.k.shape[:2], 1, 1))
+    results = [_attend(sequence) for sequence in _sequences(x)]
+    output, kv, z = (list(field) for field in zip(*results, strict=True))
+    return torch.cat(output, dim=1).to(x.q.dtype), torch.cat(kv), torch.cat(z)
+
+
+IMPLEMENTATION = Implementation(attend)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _sequences(x: Arguments) -> list[Arguments]:
+    """Each packed sequence by itself, or all samples as they are; visibility as ``counts`` or none."""
+    T, S = x.q.shape[1], x.k.shape[1]
+    if x.cu_seqlens is None or x.cu_seqlens_k is None:
+        return [_sequence(x, slice(None), slice(0, T), slice(0, S))]
+    queries, keys = boundaries(x.cu_seqlens, x.cu_seqlens_k, T, S, same=x.causal)
+    return [
+        _sequence(x, slice(n, n + 1), slice(*queries[n : n + 2]), slice(*keys[n : n + 2]))
+        for n in range(len(queries) - 1)
+    ]
+
+
+def _sequence(x: Arguments, row: slice, t: slice, s: slice) -> Arguments:
+    """The queries ``t`` and the keys ``s``, which go on from the states ``row``."""
+
+    def part(field: Tensor | None, slots: slice) -> Tensor | None:
+        return None if field is None else field[:, slots]
+
+    counts = part(x.counts, t)
+    if x.causal:
+        counts = Staircase.causal().counts(t.stop - t.start, s.stop - s.start, device=x.q.device)
+    return x.but(
+        q=x.q[:, t], k=x.k[:, s], v=x.v[:, s], q_factors=part(x.q_factors, t), k_factors=part(x.k_factors, s),
+        log_decay=part(x.log_decay, t), kv=None if x.kv is None else x.kv[row], z=None if x.z is None else x.z[row],
+        key_mask=part(x.key_mask, s), counts=counts,
+    )  # fmt: skip
+
+
+def _attend(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """weight(i, j) = q_i . k_j sigma(i, j) for visible, unmasked j; out_i = sum_j weight v_j / max(sum_j weight, eps).
 
-    ``counts`` int64 [B or 1, T] is g, or None where every query sees every key; ``q_factors`` and ``k_factors`` have a
-    head axis of H or 1 and G or 1. The rest is as in ``linear_attention``.
+    Factors are given, and causal attention by its ``counts``. All results are float32 or better.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    B, T, H, _ = q.shape
-    S, G = k.shape[1], k.shape[2]
-    q, k, v, q_factors, k_factors = (x.to(dtype) for x in (q, k, v, q_factors, k_factors))
-    if key_mask is not None:
-        k, v, k_factors = (x.masked_fill(~key_mask[:, :, None, None], 0) for x in (k, v, k_factors))
+    dtype = x.compute_dtype
+    B, T, H, _ = x.q.shape
+    S, G = x.k.shape[1], x.k.shape[2]
+    assert x.q_factors is not None and x.k_factors is not None
+    q, k, v, q_factors, k_factors = (t.to(dtype) for t in (x.q, x.k, x.v, x.q_factors, x.k_factors))
+    if x.key_mask is not None:
+        hidden = ~x.key_mask[:, :, None, None]
+        k, v, k_factors = (t.masked_fill(hidden, 0) for t in (k, v, k_factors))
     phi_q = torch.einsum("bthr,bthk->bthrk", q_factors.expand(-1, -1, H, -1), q)
     phi_k = torch.einsum("bshr,bshk->bshrk", k_factors.expand(-1, -1, G, -1), k)
     phi_k_of_query_head = phi_k.repeat_interleave(H // G, dim=2)
     v_of_query_head = v.repeat_interleave(H // G, dim=2)
 
     weight = torch.einsum("bthrk,bshrk->bhts", phi_q, phi_k_of_query_head)
-    if counts is not None:
-        weight = weight * (torch.arange(S, device=q.device) < counts[:, :, None])[:, None]
-    left = None
-    if log_decay is not None:  # the state is multiplied by exp(log_decay[t]) before key t is added
-        log_decay = log_decay.to(dtype)
+    if x.counts is not None:
+        weight = weight * (torch.arange(S, device=q.device) < x.counts[:, :, None])[:, None]
+    left = log_decay = None
+    if x.log_decay is not None:  # the state is multiplied by exp(log_decay[t]) before key t is added
+        log_decay = x.log_decay.to(dtype)
         left = _left_between(log_decay)
         weight = weight * left
     numerator = torch.einsum("bhts,bshv->bthv", weight, v_of_query_head)
     normaliser = weight.sum(-1).transpose(1, 2)
 
-    if initial_state is not None:
-        old_kv, old_z = initial_state.kv.to(dtype), initial_state.z.to(dtype)
+    if x.kv is not None and x.z is not None:
+        old_kv, old_z = x.kv.to(dtype), x.z.to(dtype)
         from_kv = torch.einsum("bthrk,bhrkv->bthv", phi_q, old_kv.repeat_interleave(H // old_kv.shape[1], dim=1))
         from_z = torch.einsum("bthrk,bhrk->bth", phi_q, old_z.repeat_interleave(H // old_z.shape[1], dim=1))
         if log_decay is not None:
             seen = log_decay.cumsum(1).exp()
             from_kv, from_z = from_kv * seen[..., None], from_z * seen
         numerator, normaliser = numerator + from_kv, normaliser + from_z
-    output = numerator / normaliser.clamp(min=eps)[..., None] if normalize else numerator
+    output = numerator / normaliser.clamp(min=x.eps)[..., None] if x.normalize else numerator
     if left is not None:  # of each key at the end: the last row, or nothing where T = 0
         phi_k, v = phi_k_of_query_head * left[:, :, -1:].sum(2).transpose(1, 2)[..., None, None], v_of_query_head
-    return output, _final_state(phi_k, v, log_decay, initial_state, dtype)
+    return output, *_final_state(phi_k, v, log_decay, x)
 
 
 def _left_between(log_decay: Tensor) -> Tensor:
@@ -79,17 +115,13 @@ def _left_between(log_decay: Tensor) -> Tensor:
     return sums.exp().tril()
 
 
-def _final_state(
-    phi_k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: LinearState | None, dtype: torch.dtype
-) -> LinearState:
+def _final_state(phi_k: Tensor, v: Tensor, log_decay: Tensor | None, x: Arguments) -> tuple[Tensor, Tensor]:
     """The initial state plus all unmasked keys, whatever g; with a decay, ``phi_k`` is what is left of each at the end."""
     total = None if log_decay is None else log_decay.sum(1)
     kv = torch.einsum("bshrk,bshv->bhrkv", phi_k, v)
     z = phi_k.sum(1)
-    if initial_state is not None:
+    if x.kv is not None and x.z is not None:
         keep = z.new_ones(z.shape[:2]) if total is None else total.exp()
-        kv = kv + initial_state.kv.to(dtype) * keep[:, :, None, None, None]
-        z = z + initial_state.z.to(dtype) * keep[:, :, None, None]
-        if total is not None and initial_state.log_decay is not None:
-            total = total + initial_state.log_decay.to(dtype)
-    return LinearState(kv, z, total)
+        kv = kv + x.kv.to(kv.dtype) * keep[:, :, None, None, None]
+        z = z + x.z.to(kv.dtype) * keep[:, :, None, None]
+    return kv, z

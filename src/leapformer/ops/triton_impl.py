@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import NO_MODULE, TENSORS, Arguments, LeapWeights
-from leapformer.ops.checks import Call, boundaries, check_tensors
+from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming
+from leapformer.ops.checks import boundaries
+from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.operator import Operator
-from leapformer.ops.state import LinearState
 
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, on the CPU
@@ -33,32 +33,32 @@ MAX_FEATURES = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 # ---- who can be served -----------------------------------------------------------------------------------------------
 
 
-def reasons(call: Call | None = None) -> list[str]:
+def reasons(x: Arguments | None = None) -> list[str]:
     """Why the kernels can't run here, or for a call; empty where they can."""
     found = [] if INSTALLED else ["the package triton is not installed"]
-    if call is None:
+    if x is None:
         if not INTERPRETED and not torch.cuda.is_available():
             found.append("PyTorch finds no GPU")
         return found
-    device = call.q.device
+    device, rank = x.q.device, x.rank
     if device.type == "cuda":
         if torch.cuda.get_device_properties(device).major < 8:
             found.append("expected a GPU of compute capability 8.0 or more")
     elif not (INTERPRETED and device.type == "cpu"):
         found.append(f"expected tensors on a GPU, got {device}")
-    if call.q.dtype not in MAX_FEATURES:
-        found.append(f"expected dtype torch.bfloat16, torch.float16 or torch.float32, got {call.q.dtype}")
-    for name, width in (("K", call.q.shape[-1]), ("V", call.v.shape[-1])):
-        features, most = call.rank * power_of_two(width), MAX_FEATURES.get(call.q.dtype, 256)
+    if x.q.dtype not in MAX_FEATURES:
+        found.append(f"expected dtype torch.bfloat16, torch.float16 or torch.float32, got {x.q.dtype}")
+    for name, width in (("K", x.q.shape[-1]), ("V", x.v.shape[-1])):
+        features, most = rank * power_of_two(width), MAX_FEATURES.get(x.q.dtype, 256)
         if features > most:
             found.append(f"expected rank x {name}, rounded up to a power of two, up to {most}, got {features}")
         if width == 0:
             found.append(f"expected {name} above 0, got 0")
-    if call.rank == 0:
+    if rank == 0:
         found.append("expected a rank above 0, got 0")
-    if call.hidden > MAX_HIDDEN:
-        found.append(f"expected LeaP modules with r up to {MAX_HIDDEN}, got {call.hidden}")
-    if call.state is not None and call.state.kv.dtype == torch.float64:
+    if x.hidden > MAX_HIDDEN:
+        found.append(f"expected LeaP modules with r up to {MAX_HIDDEN}, got {x.hidden}")
+    if x.kv is not None and x.kv.dtype == torch.float64:
         found.append("expected a state of torch.float32, got torch.float64")
     return found
 
@@ -354,21 +354,16 @@ def _empty(x: Arguments) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _backward(
-    x: Arguments, results: Sequence[Tensor], grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None
-) -> list[Tensor | None]:
-    output, _kv, _z, normaliser, states, q_score, k_score = results
+def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
     with _on(x.q):
-        return _gradients(x, output, normaliser, states, q_score, k_score, grad, grad_kv, grad_z)
+        return _gradients(x, results, incoming)
 
 
-def _gradients(
-    x: Arguments, output: Tensor, normaliser: Tensor, states: Tensor, q_score: Tensor, k_score: Tensor, grad: Tensor,
-    grad_kv: Tensor | None, grad_z: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
+def _gradients(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
+    output, _kv, _z, normaliser, states, q_score, k_score = results
     plan, kernels, normalize, eps = Plan(x), _kernels(), x.normalize, x.eps
     leap, share = x.q_leap is not None, plan.H // plan.G
-    grad, scale, aux = dense(grad), None, None
+    grad, scale, aux = dense(incoming.output), None, None
     if normalize:
         rows = plan.B * plan.T * plan.H
         scale, aux = torch.empty_like(normaliser), torch.empty_like(normaliser)
@@ -380,7 +375,7 @@ def _gradients(
     queries = plan.query_side(w=grad, scale=scale, aux=aux, score=q_score if leap else None)
     keys = plan.key_side(score=k_score if leap else None)
     reverse_states, d_kv, d_z = plan.run_states(
-        queries, plan.queries, grad_kv, grad_z, reverse=True, heads=share, aux=normalize
+        queries, plan.queries, incoming.kv, incoming.z, reverse=True, heads=share, aux=normalize
     )
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
     forward, backward = (plan.queries, plan.keys), (plan.keys, plan.queries)
@@ -398,7 +393,7 @@ def _gradients(
         k_weights = _leap_gradients(plan, keys, x.k_leap, dk_factors, dk, plan.mask)
         dq_factors = dk_factors = None
     dq_factors, dk_factors = _for_heads_of(x.q_factors, dq_factors), _for_heads_of(x.k_factors, dk_factors)
-    return [dq, dk, dv, dq_factors, dk_factors, decay, d_kv, d_z, *q_weights, *k_weights]
+    return Gradients(dq, dk, dv, dq_factors, dk_factors, decay, d_kv, d_z, *q_weights, *k_weights)
 
 
 def _for_heads_of(factors: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -467,32 +462,12 @@ OPERATOR = Operator(
     backward=_backward,
     direct=_direct,
     results=7,
-    takes_leap=True,
+    takes=BASIS | MODULES,
 )
+IMPLEMENTATION = Implementation(OPERATOR.attend, takes=BASIS | MODULES, limits=reasons)
 
 
 # ---- one token -------------------------------------------------------------------------------------------------------
-
-
-def step_(
-    q: Tensor, k: Tensor, v: Tensor, q_factors: Tensor | None, k_factors: Tensor | None, state: LinearState, *,
-    log_decay: Tensor | None = None, key_mask: Tensor | None = None, normalize: bool = True, eps: float = 1e-6,
-    relu: bool = False, q_leap: LeapWeights | None = None, k_leap: LeapWeights | None = None,
-) -> Tensor:  # fmt: skip
-    """One causal token: q [B, 1, H, K] after k [B, 1, G, K], v [B, 1, G, V] were added to ``state`` (float32, dense) in place.
-
-    One kernel for the whole batch and all heads, LeaP modules included; no gradient. Returns [B, 1, H, V].
-    """
-    x = Arguments(
-        q, k, v, q_factors, k_factors, log_decay, state.kv, state.z, *(q_leap or NO_MODULE), *(k_leap or NO_MODULE),
-        key_mask, None, None, None, True, normalize, eps, relu or q_leap is not None,
-    )  # fmt: skip
-    check_tensors(x._fields[:TENSORS], x[:TENSORS], q, 3)
-    if any(t is not None and t.is_neg() for t in x[:TENSORS]):
-        raise ValueError("step_: expected tensors as they lie in memory, got a lazily negated view (use resolve_neg)")
-    if log_decay is not None and state.log_decay is not None:
-        state.log_decay.add_(log_decay[:, 0])
-    return _step(x, state.kv, state.z)[0]
 
 
 def _step(x: Arguments, new_kv: Tensor | None = None, new_z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

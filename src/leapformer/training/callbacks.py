@@ -72,10 +72,8 @@ def passing_bar(items: Sequence[int], what: str) -> Iterable[int]:
     """The items under a bar on the error stream that goes when they are through; see ``TaskData.progress``."""
     from tqdm import tqdm
 
-    return tqdm(
-        items, desc=what, leave=False, dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    )  # fmt: skip
+    seldom = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=what, leave=False, dynamic_ncols=True, mininterval=seldom)
 
 
 class ProgressBar(TrainerCallback):

@@ -33,6 +33,7 @@ from leapformer.models import (
     LeapformerForMaskedLM,
     LeapformerForSequenceClassification,
 )
+from leapformer.models.fields import own_fields
 from leapformer.training.saving import check_weights
 
 # Those of the package; the first of a model type where a configuration's `architectures` names none.
@@ -154,7 +155,7 @@ def _class_of(content: Mapping[str, Any], path: Path, classes: Iterable[Any]) ->
 
 def _own_fields(content: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
     """The fields of a configuration that ours have: any other would become an attribute, in place of a method too."""
-    known = {*config_class.__annotations__, *_OF_TRANSFORMERS}
+    known = {*own_fields(config_class), *_OF_TRANSFORMERS}
     return {name: value for name, value in content.items() if name in known}
 
 
@@ -203,7 +204,8 @@ def _with_weights(kind: Any, config: Any, path: Path) -> Any:
     from safetensors.torch import load_file
 
     # The class's own method wants a folder; transformers' takes weights, and then looks nowhere for files.
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    method: Any = PreTrainedModel.from_pretrained
+    load = method.__func__
     model, report = load(kind, None, config=config, state_dict=load_file(path), output_loading_info=True)
     wrong = [f"{name.removesuffix('_keys')} {sorted(map(str, report[name]))[0]}" for name in report if report[name]]
     if wrong:

@@ -1,8 +1,8 @@
 """Processes that share each batch on the CPU: every one finds the gradients of its rows.
 
-A small model's step is thousands of short operations; threads wait for one another in each of them, processes once a step.
-The first process alone has the run: optimizer, evaluation, checkpoints. Its helpers read the weights where they are, in
-shared memory, and leave their gradients beside them.
+A small model's step is thousands of short operations; threads wait for one another in each of them, processes once a
+step. The first process alone has the run: optimizer, evaluation, checkpoints. Its helpers read the weights where they
+are, in shared memory, and leave their gradients beside them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Helpers:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within the block torch has as many threads here as in each helper; outside, as for the optimizer, all of them."""
+        """Within the block torch has as many threads here as in each helper; outside, for the optimizer, all."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -97,7 +97,7 @@ class Helpers:
             torch.set_num_threads(threads)
 
     def begin(self, batches: Sequence[Batch], num_items: Any) -> list[Future]:
-        """Let each helper find the gradients of one batch; a random seed goes with it, from this process's generator."""
+        """Let each helper find the gradients of one batch; a random seed of this process's generator goes with it."""
         seeds = torch.randint(2**62, (len(batches),)).tolist()
         with _told():
             return [
@@ -130,13 +130,13 @@ def _told() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise LeapformerError(
-            "training.processes: one of the processes ended, by a lack of memory or from outside; the same command goes on "
-            "from the last checkpoint"
+            "training.processes: one of the processes ended, by a lack of memory or from outside; the same command "
+            "goes on from the last checkpoint"
         ) from error
 
 
 def divide(batch: Batch, parts: int) -> list[dict[str, Any]]:
-    """A batch as `parts` batches, or fewer where it has fewer rows: row i goes to part i modulo parts; scalars go to all.
+    """A batch as `parts` batches, or fewer where it has fewer rows: row i goes to part i modulo parts, scalars to all.
 
     Rows stay as wide as they were; tensors of the first part are views.
     """

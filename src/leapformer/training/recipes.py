@@ -129,7 +129,7 @@ class Recipe(Section):
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:
-    """A short digest of a resolved recipe without its name, its seed, and the number of processes that share the work."""
+    """A short digest of a resolved recipe without its name, its seed, and how many processes share the work."""
     content = {key: value for key, value in recipe.items() if key not in ("name", "description")}
     content["training"] = {key: value for key, value in recipe["training"].items() if key not in ("seed", "processes")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -263,8 +263,8 @@ def nearest(name: str, known: Sequence[str], *, everything: bool = False) -> str
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override: null, true, false or a number as in YAML, YAML where it begins with [ { or a quote, else the
-    text as it is.
+    """The value of an override: null, true, false or a number as in YAML, YAML where it begins with [ { or a quote,
+    else the text as it is.
 
     Raises:
         LeapformerError: it begins like YAML, and is none.

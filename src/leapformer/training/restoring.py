@@ -27,7 +27,8 @@ from leapformer.training.muon import Muon
 from leapformer.training.saving import check_archive, check_weights
 
 # What the state of numpy's generator is made of, which torch.load has to be told.
-_NUMPY = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+_core: Any = vars(np)["_core"]  # its stub hides what numpy's own pickles name
+_NUMPY = [_core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 def read_archive(path: Path) -> Any:

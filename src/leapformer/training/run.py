@@ -38,7 +38,7 @@ class Run(RunFolder):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block, this training alone uses the folder, which is made; of several ranks the first one holds it.
+        """Within the block, this training alone uses the folder, which is made; of several ranks the first holds it.
 
         Raises:
             LeapformerError: another training is at work here, or the folder can't be made.

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint or a saved model are whole: by their checksums, and by their form where there are none."""
+"""Whether the files of a checkpoint or a saved model are whole: by their checksums, or by their form without them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def check_checkpoint(folder: Path, *, archives: Sequence[str], others: Sequence[
 def check_weights(path: Path) -> None:
     """Check that the weights of a saved model are whole: by their header, their length and the checksum beside them.
 
-    What lies there besides them, configuration and tokenizer, is text that may have been changed on purpose: where it is
-    not what was saved, that is said in one line and no fault.
+    What lies there besides them, configuration and tokenizer, is text that may have been changed on purpose: where it
+    is not what was saved, that is said in one line and no fault.
 
     Raises:
         LeapformerError: the file is missing, damaged, cut off or not of that format.

@@ -143,11 +143,14 @@ def _tell_of_divergence(run: Run, checkpoint: Path | None) -> None:
     """A run that diverged may go on, but the same recipe does the same again on the same machine."""
     event = run.divergence()
     if event is not None:
+        start = "step 1" if checkpoint is None else checkpoint.name
         _log.warning(
-            "%s: this run diverged in step %s; it goes on from %s and will most likely do so again, as its recipe is the "
-            "same; with another learning_rate, warmup_steps or clip it needs another --output",
-            run.path, event["step"], "step 1" if checkpoint is None else checkpoint.name,
-        )  # fmt: skip
+            "%s: this run diverged in step %s; it goes on from %s and will most likely do so again, as its recipe is "
+            "the same; with another learning_rate, warmup_steps or clip it needs another --output",
+            run.path,
+            event["step"],
+            start,
+        )
 
 
 @contextmanager

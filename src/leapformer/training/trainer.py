@@ -46,8 +46,8 @@ class PassSampler(Sampler[int]):
 
     Arguments:
         size: of the data set. total: indices to give.
-        lengths: of every example; then each `batch` indices in a row are of about one length: a pass is cut into stretches of
-            `STRETCH` batches, each is sorted by length, and its batches come in random order.
+        lengths: of every example; then each `batch` indices in a row are of about one length: a pass is cut into
+            stretches of `STRETCH` batches, each is sorted by length, and its batches come in random order.
         batch: examples of a batch; needed with lengths.
     """
 
@@ -133,8 +133,9 @@ class LeapformerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        examples: Any = self.data.train_dataset  # torch's Dataset declares no length
         return PassSampler(
-            len(self.data.train_dataset),  # type: ignore[arg-type]
+            len(examples),
             total=args.max_steps * per_step,
             seed=args.seed,
             lengths=self.data.train_lengths,
@@ -158,7 +159,8 @@ class LeapformerTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         count = torch.tensor(sum(self.data.count_targets(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
+            gathered: Any = self.accelerator.gather(count)  # as the structure that was given
+            count = gathered.sum()
         self.targets_seen += int(count)
         return batches, count if self.model_accepts_loss_kwargs else None
 
@@ -203,7 +205,7 @@ class LeapformerTrainer(Trainer):
             raise self._diverged(self.state.global_step + 1, found)
 
     def _check_weights(self) -> None:
-        """Weights can overflow in a step whose loss and gradient were finite, and must not be saved or evaluated then."""
+        """Weights can overflow in a step whose loss and gradient were finite: not to be saved or evaluated."""
         weights = self.unwrapped.parameters()
         if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
             raise self._diverged(self.state.global_step, {"weights": math.nan})
@@ -267,7 +269,7 @@ class LeapformerTrainer(Trainer):
                 seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights, configuration and a tokenizer where there is one; not the pickled arguments that the Trainer adds."""
+        """Weights, configuration and a tokenizer where there is one; no pickled arguments, as the Trainer has them."""
         self.unwrapped.save_pretrained(output_dir, state_dict=state_dict)
         if self.data.tokenizer is not None:
             self.data.tokenizer.save_pretrained(str(output_dir))
@@ -316,7 +318,7 @@ class LeapformerTrainer(Trainer):
         self.clock.seconds = self._resumed.seconds
 
     def go_on_averaging(self) -> None:
-        """The next row of metrics averages over the steps before the checkpoint too, as it would have without the stop."""
+        """The next row of metrics averages over the steps before the checkpoint too, as without the stop."""
         if self._resumed is not None and self._resumed.loss_sum is not None:
             self._tr_loss += self._resumed.loss_sum
             self._globalstep_last_logged -= self._resumed.loss_steps or 0

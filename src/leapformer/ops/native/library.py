@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from leapformer.ops.arguments import Arguments
 
 NAME = "libleapformer_native.so"
 ELSEWHERE = "LEAPFORMER_NATIVE"  # environment variable: a library that was built otherwise, as for the sanitizers
@@ -83,10 +84,11 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def reasons(q: Tensor | None = None) -> list[str]:
-    """Why the kernels can't run here, or for ``q``; empty where they can."""
+def reasons(x: Arguments | None = None) -> list[str]:
+    """Why the kernels can't run here, or for a call; empty where they can."""
     found = [MISSING] if LIBRARY is None else []
-    if q is not None:
+    if x is not None:
+        q = x.q
         if q.device.type != "cpu":
             found.append(f"expected tensors on the CPU, got {q.device}")
         if q.dtype not in (torch.float32, torch.bfloat16):

@@ -10,11 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import Arguments, LeapWeights
+from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, LeapWeights
+from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.memory import new_empty
 from leapformer.ops.native import problem
-from leapformer.ops.native.problem import Gradients, Outputs, incoming
+from leapformer.ops.native.library import reasons
+from leapformer.ops.native.problem import GradientBuffers, Outputs, both_halves
 from leapformer.ops.operator import Operator
+
+Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # w1, b1, w2 and b2 of a LeaP module
 
 _NO_CHECKPOINTS = torch.empty(0)  # one for all calls: it has no memory, and its address is 0
 
@@ -27,23 +31,28 @@ def _forward(x: Arguments) -> Outputs:
 
 def _direct(x: Arguments, update_state: bool) -> Outputs:
     """Without what a backward pass would need. The kernels have read a head's state before they write its new one."""
-    into = (x.kv, x.z) if update_state else (None, None)
-    out = _empty_outputs(x, *(t if problem.is_ready(t) else None for t in into), save=False)
+    kv = x.kv if update_state and problem.is_ready(x.kv) else None
+    z = x.z if update_state and problem.is_ready(x.z) else None
+    out = _empty_outputs(x, kv, z, save=False)
     problem.run("step" if x.is_step else "forward", x, out)
     return out
 
 
-def _backward(
-    x: Arguments, results: Sequence[Tensor], grad: Tensor, grad_kv: Tensor | None, grad_z: Tensor | None
-) -> list[Tensor | None]:
+def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
     saved, grads = Outputs(*(t.contiguous() for t in results)), _empty_gradients(x)
-    problem.run("backward", x, saved, incoming(grad, grad_kv, grad_z, saved), grads)
-    factors = [
-        g if g is None or t is None or t.shape[2] == g.shape[2] else g.sum(2, keepdim=True)
-        for g, t in ((grads.q_factors, x.q_factors), (grads.k_factors, x.k_factors))
-    ]
-    modules = [*_module_gradients(x.q_leap, grads.q_leap), *_module_gradients(x.k_leap, grads.k_leap)]
-    return [grads.q, grads.k, grads.v, *factors, grads.log_decay, grads.kv, grads.z, *modules]
+    problem.run("backward", x, saved, both_halves(incoming, saved), grads)
+    q_weights, k_weights = _module_gradients(x.q_leap, grads.q_leap), _module_gradients(x.k_leap, grads.k_leap)
+    return Gradients(
+        grads.q, grads.k, grads.v, _over_heads(grads.q_factors, x.q_factors), _over_heads(grads.k_factors, x.k_factors),
+        grads.log_decay, grads.kv, grads.z, *q_weights, *k_weights,
+    )  # fmt: skip
+
+
+def _over_heads(gradient: Tensor | None, factors: Tensor | None) -> Tensor | None:
+    """Summed where all heads have the same factors."""
+    if gradient is None or factors is None or factors.shape[2] == gradient.shape[2]:
+        return gradient
+    return gradient.sum(2, keepdim=True)
 
 
 def _empty_outputs(x: Arguments, kv: Tensor | None = None, z: Tensor | None = None, *, save: bool = True) -> Outputs:
@@ -59,7 +68,7 @@ def _empty_outputs(x: Arguments, kv: Tensor | None = None, z: Tensor | None = No
     )
 
 
-def _empty_gradients(x: Arguments) -> Gradients:
+def _empty_gradients(x: Arguments) -> GradientBuffers:
     """Memory for all gradients; those of LeaP modules are added to, so they start from 0."""
 
     def like(t: Tensor | None, heads: int | None = None) -> Tensor | None:
@@ -78,16 +87,16 @@ def _empty_gradients(x: Arguments) -> Gradients:
 
     H, G = x.q.shape[2], x.k.shape[2]
     q, k, v = (new_empty(t, t.shape) for t in (x.q, x.k, x.v))
-    return Gradients(
+    return GradientBuffers(
         q, k, v, like(x.q_factors, H), like(x.k_factors, G), module(x.q_leap, H), module(x.k_leap, G),
         like(x.log_decay), like(x.kv), like(x.z),
     )  # fmt: skip
 
 
-def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> list[Tensor | None]:
+def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> Weights:
     """From [slots, heads, w1 b1 w2 b2 behind one another] to a gradient for each weight."""
     if module is None or partial is None:
-        return [None] * 4
+        return None, None, None, None
     total = partial.sum(0)
     if module.w2.shape[0] == 1:
         total = total.sum(0, keepdim=True)
@@ -95,14 +104,13 @@ def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> lis
     r, K = (0, module.w2.shape[1]) if module.w1 is None else module.w1.shape[1:]
     # Copies: what an operator returns must not share memory.
     w1, b1, w2, b2 = (part.clone() for part in total.split([r * K, r, r or K, 1], dim=1))
-    without_hidden = module.w1 is None
-    return [
-        None if without_hidden else w1.reshape(n, r, K), None if without_hidden or module.b1 is None else b1, w2,
-        b2.reshape(n),
-    ]  # fmt: skip
+    if module.w1 is None:
+        return None, None, w2, b2.reshape(n)
+    return w1.reshape(n, r, K), None if module.b1 is None else b1, w2, b2.reshape(n)
 
 
 OPERATOR = Operator(
     "native_linear_attention", forward=_forward, empty=_empty_outputs, backward=_backward, direct=_direct,
-    results=5, takes_leap=True,
+    results=5, takes=BASIS | MODULES,
 )  # fmt: skip
+IMPLEMENTATION = Implementation(OPERATOR.attend, takes=BASIS | MODULES, limits=reasons)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import Arguments, LeapWeights
+from leapformer.ops.arguments import Arguments, Incoming, LeapWeights
 from leapformer.ops.checks import boundaries
 from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
 
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
     checkpoints: Tensor
 
 
-class Gradients(NamedTuple):
+class GradientBuffers(NamedTuple):
     """Buffers for the gradients; factors with all heads, modules as [slots, heads, weights]."""
 
     q: Tensor
@@ -40,15 +40,7 @@ class Gradients(NamedTuple):
     z: Tensor | None
 
 
-class Incoming(NamedTuple):
-    """Gradients of output, final kv and final z; None where nothing depends on the state."""
-
-    output: Tensor
-    kv: Tensor | None
-    z: Tensor | None
-
-
-_NO_GRADIENTS = Gradients(*[None] * 10)  # type: ignore[arg-type]
+_NO_GRADIENTS = GradientBuffers(*[None] * 10)  # type: ignore[arg-type]
 _NOTHING = (0, 0, 0, 0, 0)  # a view of nothing
 
 
@@ -82,16 +74,19 @@ def checkpoints(x: Arguments) -> tuple[int, int, int]:
     return (rows if x.causal or x.counts is not None else 0), G, x.rank * K * (V + 1)
 
 
-def incoming(output: Tensor, kv: Tensor | None, z: Tensor | None, saved: Outputs) -> Incoming:
-    """Zeros for one half of the state where only the other got a gradient."""
+def both_halves(incoming: Incoming, saved: Outputs) -> Incoming:
+    """With zeros for one half of the state where only the other got a gradient."""
+    output, kv, z = incoming
     if kv is None and z is None:
-        return Incoming(output, None, None)
+        return incoming
     return Incoming(
         output, torch.zeros_like(saved.kv) if kv is None else kv, torch.zeros_like(saved.z) if z is None else z
     )
 
 
-def run(name: str, x: Arguments, out: Outputs, given: Incoming | None = None, grads: Gradients | None = None) -> None:
+def run(
+    name: str, x: Arguments, out: Outputs, given: Incoming | None = None, grads: GradientBuffers | None = None
+) -> None:
     """Calls ``leapformer_<name>``. Whatever is made here for the call lives until it returns."""
     assert LIBRARY is not None
     q, k, v, mask = x.q, x.k, x.v, x.key_mask

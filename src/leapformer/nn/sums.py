@@ -1,0 +1,97 @@
+"""Attention whose past is two sums, with a size that doesn't depend on the length: what its mechanisms share step by step.
+
+Letters: B batch, n keys, G key/value heads, H query heads, R rank of the re-weighting, K head width, F feature width, M chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leapformer.nn.layer import AttentionLayer
+from leapformer.nn.state import LayerState
+from leapformer.ops import LinearState, linear_state
+
+
+class SummingAttention(AttentionLayer):
+    """Linear attention of any features. A mechanism writes ``attend``, ``key_features`` and ``query_features``.
+
+    Attributes:
+        eps: the clamp of the normaliser. rank: R. feature_width: F. has_decay: a state for every query head, which fades.
+    """
+
+    eps: float
+    feature_width: int
+    rank: int = 1
+    has_decay: bool = False
+
+    def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """k [B, n, G, K] at ``places`` int64 [B or 1, n] -> features [B, n, G, F], factors [B, n, G or 1, R] or None."""
+        raise NotImplementedError
+
+    def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for q [B, T, H, K] at ``position_ids`` int64 [B or 1, T]."""
+        raise NotImplementedError
+
+    def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        phi, factors = self.key_features(k, torch.arange(k.shape[1], device=k.device)[None])
+        linear = self._sums(phi, v, factors, None, None)
+        if self.has_decay:
+            linear = linear._replace(log_decay=linear.z.new_zeros(linear.z.shape[:2]))
+        return LayerState(length=k.new_zeros(0), linear=linear)
+
+    def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
+        decay_heads = self.num_heads if self.has_decay else None
+        linear = LinearState.zeros(
+            len(rows), decay_heads or self.num_kv_heads, self.rank, self.feature_width, self.head_dim,
+            dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device, decay_heads=decay_heads,
+        )  # fmt: skip
+        chunks = linear.z[:, None, : self.num_kv_heads][:, :0] if keep_mass else None
+        return LayerState(length=rows.new_zeros(0), linear=linear, chunk_keys=chunks)
+
+    def _absorb(
+        self, k: Tensor, v: Tensor, state: LayerState, *, first: Tensor, key_mask: Tensor | None, chunk: int
+    ) -> None:
+        assert state.linear is not None
+        places = first[:, None] + torch.arange(k.shape[1], device=k.device)
+        phi, factors = self.key_features(k, places)
+        past = state.linear
+        linear = self._sums(phi, v, factors, key_mask, past._replace(log_decay=None))
+        state.linear = linear._replace(log_decay=past.log_decay)
+        if state.chunk_keys is not None:
+            state.chunk_keys = _add_to_chunks(state.chunk_keys, phi, factors, key_mask, places // chunk)
+
+    def _mass(self, q: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:
+        """q . z_c / q . z, z_c the sum of the keys of a chunk."""
+        assert state.chunk_keys is not None
+        phi, factors = self.query_features(q, position_ids)
+        phi = phi[..., None, :].to(torch.promote_types(q.dtype, torch.float32))
+        phi = (phi if factors is None else phi * factors[..., None])[:, 0]
+        keys = state.chunk_keys.repeat_interleave(self.num_heads // self.num_kv_heads, 2)
+        mass = torch.einsum("bhrk,bmhrk->bhm", phi, keys)
+        return mass / mass.sum(-1, keepdim=True).clamp(min=self.eps)
+
+    def _sums(
+        self, phi: Tensor, v: Tensor, factors: Tensor | None, key_mask: Tensor | None, past: LinearState | None
+    ) -> LinearState:
+        """Sums over keys that do not fade, for every query head where there is a decay."""
+        if self.has_decay:
+            repeats = self.num_heads // self.num_kv_heads
+            phi, v = phi.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+            if factors is not None and factors.shape[2] > 1:
+                factors = factors.repeat_interleave(repeats, 2)
+        return linear_state(phi, v, factors, key_mask=key_mask, initial_state=past)
+
+
+def _add_to_chunks(keys: Tensor, phi: Tensor, factors: Tensor | None, key_mask: Tensor | None, chunk: Tensor) -> Tensor:
+    """``keys`` [B, M, G, R, F] with the features of further keys added to the chunks int64 [B, n] that they belong to."""
+    B, n = phi.shape[:2]
+    phi = phi[..., None, :].to(keys.dtype)
+    if factors is not None:
+        phi = phi * factors[..., None]
+    if key_mask is not None:
+        phi, chunk = phi.masked_fill(~key_mask[..., None, None, None], 0), chunk.masked_fill(~key_mask, 0)
+    more = max(int(chunk.max()) + 1 - keys.shape[1], 0)
+    rows = torch.arange(B, device=phi.device)[:, None].expand(B, n)
+    return F.pad(keys, (0, 0, 0, 0, 0, 0, 0, more)).index_put((rows, chunk), phi, accumulate=True)
