@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from leapformer.errors import LeapformerError
 from leapformer.models import LeapformerForSequenceClassification
@@ -105,7 +106,7 @@ class LraData(TaskData):
             paired_inputs=train.two_documents,
         )
 
-    def build_model(self) -> LeapformerForSequenceClassification:
+    def build_model(self) -> PreTrainedModel:
         return LeapformerForSequenceClassification(self.config())
 
     def check_model(self, model: Any) -> None:

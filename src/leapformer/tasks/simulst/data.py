@@ -58,7 +58,7 @@ class TranslationData(TaskData):
         self.train_dataset = train = self.dataset("train")
         self.train_lengths = [train.length(index) for index in range(len(train))]
         section = recipe.wait_k
-        self.collator = TranslationCollator(  # type: ignore[assignment]
+        self.collator = TranslationCollator(
             seed=recipe.training.seed,
             max_k=section.max_k,
             whole_share=section.whole_share,

@@ -83,7 +83,7 @@ class DenoiseData(LraData):
         train = self.split("train")
         share = recipe.denoise.mask_share or MASK_SHARES[recipe.data.dataset]
         # The mask is a symbol of its own behind the task's.
-        self.collator = MaskCollator(  # type: ignore[assignment]
+        self.collator = MaskCollator(
             PadCollator(train.pad_id), share=share, mask_id=train.vocab_size, seed=recipe.training.seed
         )
         self.train_dataset = Documents(train)
@@ -91,7 +91,7 @@ class DenoiseData(LraData):
     def config(self) -> Any:
         return config_of(self.recipe, vocab_size=self.split("train").vocab_size + 1)
 
-    def build_model(self) -> LeapformerForMaskedLM:  # type: ignore[override]
+    def build_model(self) -> LeapformerForMaskedLM:
         return LeapformerForMaskedLM(self.config())
 
     def count_targets(self, batch: dict[str, Tensor]) -> int:

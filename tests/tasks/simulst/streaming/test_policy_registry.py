@@ -36,7 +36,7 @@ from leapformer.training.run import Run
 from tests.tasks.simulst.builders import tiny_recipe
 from tests.tasks.simulst.translators import noise, speech_model, speech_processor
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 EXAMPLES = [
     ("wait-k", {"k": "2"}, WaitK(2)),
     ("wait-k", {"k": "0"}, WaitK(None)),
