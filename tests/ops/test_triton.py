@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from leapformer.ops import LeapWeights, LinearState, api, available_impls, leap_attention, linear_attention, triton_impl
+from leapformer.ops import LeapWeights, LinearState, api, available_impls, leap_attention, linear_attention
 from leapformer.ops.arguments import Arguments
+from leapformer.ops.triton import limits
 from tests.ops import triton_cases
 
 needs_triton = pytest.mark.requires_tool("triton")
@@ -66,12 +67,12 @@ def test_large_modules_are_refused():
 @needs_triton
 def test_the_only_reason_here_is_the_device():
     q = torch.rand(1, 3, 1, 8)
-    assert triton_impl.reasons(Arguments(q, q, q)) == ["expected tensors on a GPU, got cpu"]
+    assert limits.reasons(Arguments(q, q, q)) == ["expected tensors on a GPU, got cpu"]
 
 
 def test_the_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(triton_impl, "INSTALLED", False)
+    monkeypatch.setattr(limits, "INSTALLED", False)
     assert available_impls()["triton"] == ["the package triton is not installed", "PyTorch finds no GPU"]
 
 
@@ -89,7 +90,7 @@ def test_what_auto_takes_on_a_gpu(major, dtype, chosen, monkeypatch, caplog):
     """The kernels, or torch with the reason; said once."""
     q = torch.rand(1, 3, 1, 8, dtype=dtype).as_subclass(OnGPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
-    monkeypatch.setattr(triton_impl, "INSTALLED", True)
+    monkeypatch.setattr(limits, "INSTALLED", True)
     monkeypatch.setattr(api, "_announced", set())
     with caplog.at_level("INFO", logger="leapformer.ops.api"):
         for _ in range(3):

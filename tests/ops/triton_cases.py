@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
-from leapformer.ops.triton_impl import OPERATOR
+from leapformer.ops.triton import OPERATOR
 from tests.ops.oracle import Case, difference, largest, make_case, results_and_gradients
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -19,8 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from leapformer.ops import triton_impl
-from leapformer.ops.arguments import Arguments
+from leapformer.ops.arguments import Arguments, Incoming
+from leapformer.ops.triton import kernels, operator, plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
@@ -64,7 +64,7 @@ class Machine:
 
 
 class Compiler:
-    """Stands in for `triton_impl.launch`: compiles what would be launched."""
+    """Stands in for `leapformer.ops.triton.plan.launch`: compiles what would be launched."""
 
     def __init__(self) -> None:
         self.case, self.seen = "", set()
@@ -78,11 +78,13 @@ class Compiler:
         self.seen.add(compiled.hash)
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
         (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+        shape = next((a for a in args if isinstance(a, kernels.Shape)), None)
+        sizes = constants if shape is None else constants | {name: size.value for name, size in shape._asdict().items()}
         capability = driver.active.get_current_device()
         line = {
             "case": self.case, "kernel": kernel.__name__, "capability": capability, "reverse": constants.get("REVERSE", False),
             "shared": compiled.metadata.shared, "limit": SHARED[capability], "spilled": sum(spilled),
-            "registers": int(registers), "tiles": {n: constants[n] for n in ("C", "BK", "BV", "num_warps", "num_stages") if n in constants},
+            "registers": int(registers), "tiles": {n: sizes[n] for n in ("C", "BK", "BV", "num_warps", "num_stages") if n in sizes},
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
@@ -112,11 +114,11 @@ def compile_case(
     tensors: list[Any] = [q, k, v, *factors, log_decay, None, None, *leaps, key_mask, counts, bounds, bounds]
     options = (visible == "causal", True, 1e-6, relu or leap > 0)
     x = Arguments(*tensors, *options)
-    results = triton_impl._forward(x)
-    triton_impl._backward(x, results, *(torch.zeros_like(t) for t in results[:3]))
+    results = operator._forward(x)
+    operator._backward(x, results, Incoming(*(torch.zeros_like(t) for t in results[:3])))
     _, kv, z, *_ = results
     one = [t if t is None else t[:, :1] for t in (q, k, v, *factors)]
-    triton_impl._step(
+    operator._step(
         Arguments(*one, log_decay, kv[:1], z[:1], *leaps, key_mask, None, None, None, True, True, 1e-6, options[-1])
     )
 
@@ -125,7 +127,7 @@ def main(names: list[str]) -> None:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True  # what is taken from the cache has no log
     compiler = Compiler()
-    triton_impl.launch = compiler.launch
+    plan.launch = operator.launch = compiler.launch
     for name in names or CASES:
         compiler.case = name
         for capability in SHARED:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.ops import native, reference, torch_impl, triton_impl
+from leapformer.ops import native, reference, torch_impl, triton
 from leapformer.ops.arguments import Arguments, LeapWeights
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import check_arguments, check_tensors, expect, module_weights, state_tensors
@@ -82,8 +82,8 @@ def linear_attention(
         ``AttentionOutput(output [B, T, H, V], state)``. A query without features or visible keys gets exactly 0.
 
     Raises:
-        ValueError: an argument does not fit, or a named implementation can't run; the message says what was expected and
-            got.
+        ValueError: an argument does not fit, or a named implementation can't run; the message says what was expected
+            and got.
 
     Source: arXiv 2405.13046, eq. 5-8; arXiv 2202.08791, eq. 10; arXiv 2006.16236, eq. 4-9.
     """
@@ -118,7 +118,8 @@ def leap_attention(
     """LeaPformer attention: ``linear_attention`` of relu(q), relu(k) with factors cos and sin of pi/2 P.
 
     q [B, T, H, K] and k [B, S, G, K] are the plain projections; P = ``proportion(relu(x), weights)`` is learned, of
-    queries by ``q_leap``, of keys by ``k_leap``, and computed in float32 or better. All else as in ``linear_attention``.
+    queries by ``q_leap``, of keys by ``k_leap``, and computed in float32 or better. All else as in
+    ``linear_attention``.
 
     Source: arXiv 2405.13046, eq. 7-9.
     """
@@ -166,7 +167,8 @@ def linear_state(
 
 
 def proportion(x: Tensor, weights: LeapWeights) -> Tensor:
-    """P = sigmoid(w2 . relu(w1 x + b1) + b2) in [0, 1]: x [B, T, H, K] (already ReLU'd) -> [B, T, H], float32 or better."""
+    """P = sigmoid(w2 . relu(w1 x + b1) + b2) in [0, 1]: x [B, T, H, K] (already ReLU'd) -> [B, T, H], float32 or
+    better."""
     return torch.sigmoid(leap_score(x, weights))
 
 
@@ -206,7 +208,7 @@ _IMPLEMENTATIONS = {
     "reference": reference.IMPLEMENTATION,
     "torch": torch_impl.IMPLEMENTATION,
     "native": native.IMPLEMENTATION,
-    "triton": triton_impl.IMPLEMENTATION,
+    "triton": triton.IMPLEMENTATION,
 }
 
 

@@ -1,7 +1,7 @@
 """What one call of attention is given, checked and lowered: the form in which every implementation gets it.
 
-Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank of the re-weighting, r hidden units of a LeaP
-module, K key width, V value width, N packed sequences.
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank of the re-weighting, r hidden units of a
+LeaP module, K key width, V value width, N packed sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class LeapWeights(NamedTuple):
     """Weights of one LeaP module: proportion = sigmoid(w2 . relu(w1 x + b1) + b2) for each head's ReLU'd vector x.
 
     ``w1`` [1 or H, r, K], ``b1`` [1 or H, r], ``w2`` [1 or H, r], ``b2`` [1 or H]. Without a hidden layer (r = 1 in the
-    paper's count) w1 and b1 are None and w2 is [1 or H, K]. For keys the head axis is 1 or G. (arXiv 2405.13046, sec. 3)
+    paper's count) w1 and b1 are None and w2 is [1 or H, K]. For keys the head axis is 1 or G. (arXiv 2405.13046, sec.
+    3)
     """
 
     w1: Tensor | None
@@ -26,13 +27,13 @@ class LeapWeights(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], log_decay [B,T,H] (then G = H),
-    kv [N,G,R,K,V] and z [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no factors),
-    key_mask [B,S] (True = real), counts int64 [B or 1,T] of the keys each query sees (None: all, or ``causal``), cu_seqlens
-    and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k).
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], log_decay [B,T,H] (then G =
+    H), kv [N,G,R,K,V] and z [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no
+    factors), key_mask [B,S] (True = real), counts int64 [B or 1,T] of the keys each query sees (None: all, or
+    ``causal``), cu_seqlens and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k).
 
-    Tensors come first, and of them those that may have a gradient, in the order of ``Gradients``; then numbers. What is not
-    given has its default, and only implementations that take a field are ever given another value of it."""
+    Tensors come first, and of them those that may have a gradient, in the order of ``Gradients``; then numbers. What is
+    not given has its default, and only implementations that take a field are ever given another value of it."""
 
     q: Tensor
     k: Tensor
@@ -110,7 +111,8 @@ class Arguments(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """The gradients of a call's results: output [B,T,H,V], and the final kv and z, None where nothing depends on them."""
+    """The gradients of a call's results: output [B,T,H,V], and the final kv and z, None where nothing depends on
+    them."""
 
     output: Tensor
     kv: Tensor | None

@@ -1,7 +1,7 @@
 """How the dense core cuts its work into blocks, and the views of tensors that belong to a block.
 
-Letters: B batch, T queries, S keys, H query heads, G key/value heads, r = H/G, K key width, V value width, C tokens of a
-chunk, n chunks of a block, D any width; of a block B and G count its own.
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, r = H/G, K key width, V value width, C tokens of
+a chunk, n chunks of a block, D any width; of a block B and G count its own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Block(NamedTuple):
 def rows_of(x: Arguments) -> Iterator[Block]:
     """For each set of samples and heads that go through the sequence together, the largest block that they may form.
 
-    Many tokens of few heads: few states at block starts have then to be kept, and slices of [B, T, H, D] run far. At most
-    about an eighth of all, so that the temporaries of a short sequence are not larger than the gradients of its inputs.
+    Many tokens of few heads: few states at block starts have then to be kept, and slices of [B, T, H, D] run far. At
+    most about an eighth of all, so that the temporaries of a short sequence are not larger than the gradients of its
+    inputs.
     """
     (B, T, H, K), (S, G) = x.q.shape, x.k.shape[1:3]
     r, T, width = max(1, H // max(1, G)), max(1, T, S), max(1, x.rank * K, x.v.shape[3])

@@ -1,7 +1,7 @@
 """Memory in which the dense core computes one block after another.
 
-Letters: n chunks of a block of B samples and G key/value heads, r query heads for each of these, C tokens of a chunk, F = R K
-feature width, V value width, m = n B G matrices.
+Letters: n chunks of a block of B samples and G key/value heads, r query heads for each of these, C tokens of a chunk, F
+= R K feature width, V value width, m = n B G matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from leapformer.ops.blocking import Block
 
 
 class State(NamedTuple):
-    """kv [B G, F, V] and z [B G, 1, F], or their gradients, in the compute dtype; z None where nothing depends on it."""
+    """kv [B G, F, V] and z [B G, 1, F], or their gradients, in the compute dtype; z None where nothing depends on
+    it."""
 
     kv: Tensor
     z: Tensor | None
@@ -69,7 +70,8 @@ class Sizes(NamedTuple):
 
 
 class Buffer:
-    """A field of ``Room``: a tensor of this shape, made when it is first asked for and an ordinary attribute from then on."""
+    """A field of ``Room``: a tensor of this shape, made when it is first asked for and an ordinary attribute from then
+    on."""
 
     def __init__(self, shape: Callable[[Sizes], tuple[int, ...]]) -> None:
         self._shape = shape
@@ -83,7 +85,8 @@ class Buffer:
 
 
 class Room:
-    """Where blocks of one shape are computed: buffers in the compute dtype, whose memory is that of all other blocks too."""
+    """Where blocks of one shape are computed: buffers in the compute dtype, whose memory is that of all other blocks
+    too."""
 
     phi_q = Buffer(lambda s: (s.m, s.r * s.C, s.F))
     grad_phi_q = Buffer(lambda s: (s.m, s.r * s.C, s.F))

@@ -1,8 +1,8 @@
 """Checks of the arguments at the public doors: one ValueError line with what, expected and got.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank, K key width, V value width, N packed
-sequences. A message is put together only when a check fails: writing a size down would fix it while torch.compile traces,
-and would cost more than the step of one token.
+sequences. A message is put together only when a check fails: writing a size down would fix it while torch.compile
+traces, and would cost more than the step of one token.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def _check_written(state: LinearState) -> None:
 
 
 def _holds_apart(t: Tensor) -> bool:
-    """Whether no two elements share an address: either each stride reaches over all smaller ones, or by looking at all."""
+    """Whether no two elements share an address: either each stride reaches over all smaller ones, or by looking at
+    all."""
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
         if stride <= reach:
@@ -223,13 +224,15 @@ def _apart(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share no element: by where they begin and end, or by looking at all."""
     if a.device.type == "meta":
         return True
-    spans = [
-        (t.data_ptr(), t.data_ptr() + (1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))) * t.element_size())
-        for t in (a, b)
-    ]  # fmt: skip
+    spans = [(t.data_ptr(), t.data_ptr() + _bytes_reached(t)) for t in (a, b)]
     if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
         return True
     return not torch.isin(_addresses(a), _addresses(b)).any()
+
+
+def _bytes_reached(t: Tensor) -> int:
+    """From the first element to the end of the last; none of the axes is empty."""
+    return (1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))) * t.element_size()
 
 
 def _addresses(t: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, r = H/G, R rank, K key width, F = R K feature
 width, V value width, C tokens of a chunk, n chunks of a block, m = n B G matrices of a block, chunk by chunk.
 
-Attention goes block by block, so that temporaries stay in cache; a block is some chunks of some heads of some samples, and
-within it B and G count those. Causal attention in a chunk:
+Attention goes block by block, so that temporaries stay in cache; a block is some chunks of some heads of some samples,
+and within it B and G count those. Causal attention in a chunk:
 
     P = (phi_q phi_k^T) * D          num = P v + e_q (phi_q S)          S' = e_C S + phi_k^T (e_k v)
                                      den = P 1 + e_q (phi_q z)          z' = e_C z + phi_k^T e_k
 
-with D the causal mask (times the decay between two tokens of a chunk), e_q the decay since the chunk began, e_k the decay
-up to its end, e_C that of the whole chunk. D, e_q, e_k and e_C never exceed 1. The normaliser could be one more channel
-of the values, but products 65 wide take a quarter longer than those 64 wide.
+with D the causal mask (times the decay between two tokens of a chunk), e_q the decay since the chunk began, e_k the
+decay up to its end, e_C that of the whole chunk. D, e_q, e_k and e_C never exceed 1. The normaliser could be one more
+channel of the values, but products 65 wide take a quarter longer than those 64 wide.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from leapformer.ops.memory import new_empty
 
 
 class Result(NamedTuple):
-    """output [B,T,H,V] in the input dtype; at least float32: kv, z the final state, normaliser [B,T,H] unclamped, [B,0,H]
-    where nothing is normalised."""
+    """output [B,T,H,V] in the input dtype; at least float32: kv, z the final state, normaliser [B,T,H] unclamped,
+    [B,0,H] where nothing is normalised."""
 
     output: Tensor
     kv: Tensor
@@ -92,7 +92,8 @@ def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
 def _features(
     x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor, relu: Tensor | None = None
 ) -> Tensor:
-    """phi = factors (x) x into out [m, r C, F]; of relu(x), which is left in ``relu`` [n, B, G, r, C, K], where given."""
+    """phi = factors (x) x into out [m, r C, F]; of relu(x), which is left in ``relu`` [n, B, G, r, C, K], where
+    given."""
     tokens = view(x, block, groups)
     if relu is not None:
         same = tokens.dtype == relu.dtype
@@ -224,8 +225,8 @@ def _absorb_backward(x: Arguments, block: Block, grad_state: State, grads: Gradi
 
 
 class Keys(NamedTuple):
-    """What the keys of a block bring: phi [m, C, F], v [m, C, V], and to the state at the end of their chunk the weights
-    e_k, or 1, [m, C, 1] and e_k v."""
+    """What the keys of a block bring: phi [m, C, F], v [m, C, V], and to the state at the end of their chunk the
+    weights e_k, or 1, [m, C, 1] and e_k v."""
 
     phi: Tensor
     v: Tensor
@@ -411,7 +412,8 @@ def _write_feature_gradient(
     groups: int, product: Tensor, relu: Tensor | None,
 ) -> None:  # fmt: skip
     """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
-    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of it."""
+    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of
+    it."""
     target = view(grad_x, block, groups)
     if factors is None or grad_factors is None:
         _write_through_relu(grad_phi.view(target.shape), relu, target)

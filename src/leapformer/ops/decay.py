@@ -22,5 +22,6 @@ def running_sum(log_decay: Tensor, dim: int, compute_dtype: torch.dtype) -> Tens
 
 
 def without_resets(gradient: Tensor, log_decay: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """The gradient of ``log_decay`` with exactly 0 where a step leaves nothing; found by differences, it is noise there."""
+    """The gradient of ``log_decay`` with exactly 0 where a step leaves nothing; found by differences, it is noise
+    there."""
     return gradient.masked_fill(log_decay <= least_step(compute_dtype), 0)

@@ -11,8 +11,8 @@ from leapformer.ops.arguments import FACTORS, FIELDS, MODULES, Arguments
 
 # What each of the four takes. A new field of ``Arguments`` is not in here: who supports it adds it.
 BASIS = FACTORS | {
-    "q", "k", "v", "log_decay", "kv", "z", "key_mask", "counts", "cu_seqlens", "cu_seqlens_k", "causal", "normalize", "eps",
-    "relu",
+    "q", "k", "v", "log_decay", "kv", "z", "key_mask", "counts", "cu_seqlens", "cu_seqlens_k", "causal", "normalize",
+    "eps", "relu",
 }  # fmt: skip
 
 
@@ -26,10 +26,10 @@ class Implementation:
     """Who computes it.
 
     Args:
-        attend: from lowered arguments, and whether the final state goes into the tensors of the initial one, to the output
-            [B, T, H, V] and the final kv and z.
-        takes: the fields of ``Arguments`` that it understands; a call with another one is refused. Without the weights of
-            LeaP modules it gets the factors that they give.
+        attend: from lowered arguments, and whether the final state goes into the tensors of the initial one, to the
+            output [B, T, H, V] and the final kv and z.
+        takes: the fields of ``Arguments`` that it understands; a call with another one is refused. Without the weights
+            of LeaP modules it gets the factors that they give.
         limits: why it can't run here (None), or for a call; empty where it can.
     """
 

@@ -1,8 +1,8 @@
 """Every other visibility and packing, brought to the dense causal core by moving tokens.
 
 A staircase is causal attention over one merged sequence in which query i stands after the keys it sees: query i goes to
-slot g(i) + i, key j to slot j + #{i: g(i) <= j}. Slots of the other kind hold zeros, which add nothing. Packed sequences
-become a few padded batches of sequences of similar length, less than half of each padding.
+slot g(i) + i, key j to slot j + #{i: g(i) <= j}. Slots of the other kind hold zeros, which add nothing. Packed
+sequences become a few padded batches of sequences of similar length, less than half of each padding.
 
 Letters: B batch, T queries, S keys, L = T + S, N packed sequences; other letters as in chunks.py.
 """
@@ -108,7 +108,8 @@ def _without_hidden(x: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 class _Bucket(NamedTuple):
-    """Sequences of similar length: ``rows`` int64 [n] which, and for each padded slot the packed token and if it is one."""
+    """Sequences of similar length: ``rows`` int64 [n] which, and for each padded slot the packed token and if it is
+    one."""
 
     rows: Tensor
     queries: Tensor

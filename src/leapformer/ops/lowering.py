@@ -1,7 +1,7 @@
 """From what a door was given to what implementations take: visibility, packing, head groups and LeaP modules.
 
-Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank, r hidden units of a LeaP module, K key width,
-N packed sequences.
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank, r hidden units of a LeaP module, K key
+width, N packed sequences.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _for_query_heads(x: Tensor, H: int) -> Tensor:
 def _causal_and_counts(x: Arguments, visible: Visible) -> tuple[bool, Tensor | None]:
     """(causal, counts): counts int64 [B or 1, T] relative to the own sequence, None for "all" and causal.
 
-    Causal attention means to every implementation that each sequence has as many keys as queries; where packed keys have
-    boundaries of their own it is a staircase like others. With a decay it can't be, and implementations refuse.
+    Causal attention means to every implementation that each sequence has as many keys as queries; where packed keys
+    have boundaries of their own it is a staircase like others. With a decay it can't be, and implementations refuse.
     """
     if isinstance(visible, str):
         if visible == "all" or x.log_decay is not None or _same_boundaries(x.cu_seqlens, x.cu_seqlens_k):
@@ -128,7 +128,8 @@ def _causal_and_counts(x: Arguments, visible: Visible) -> tuple[bool, Tensor | N
 
 
 def _same_boundaries(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> bool:
-    """Whether keys are known to be packed as queries are; elsewhere than on the CPU a look would make the device wait."""
+    """Whether keys are known to be packed as queries are; elsewhere than on the CPU a look would make the device
+    wait."""
     if cu_seqlens_k is None or cu_seqlens is None or cu_seqlens_k is cu_seqlens:
         return True
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():

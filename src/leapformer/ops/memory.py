@@ -1,7 +1,8 @@
 """Memory for large results on large pages.
 
 A result of 32 MiB is 8,192 pages of 4 KiB, each of them a page fault when it is first written and many misses of the
-address cache afterwards: a tenth of the time of attention over 16k tokens. Linux lends pages of 2 MiB to whom asks for them.
+address cache afterwards: a tenth of the time of attention over 16k tokens. Linux lends pages of 2 MiB to whom asks for
+them.
 """
 
 from __future__ import annotations

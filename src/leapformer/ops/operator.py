@@ -39,18 +39,20 @@ Differentiate = Callable[[Arguments, Sequence[Tensor], Incoming], Gradients]
 
 
 class Operator:
-    """The custom operator ``leapformer::NAME`` and the door to it; ``leapformer::NAME_leap`` where it takes LeaP modules.
+    """The custom operator ``leapformer::NAME`` and the door to it; ``leapformer::NAME_leap`` where it takes LeaP
+    modules.
 
     Two, because every argument of an operator costs some microseconds a call, given or not.
 
     Args:
         name: in the namespace "leapformer".
-        forward: from ``Arguments`` to (output, final kv, final z, and what else the gradient needs), ``results`` in all.
+        forward: from ``Arguments`` to (output, final kv, final z, and what else the gradient needs), ``results`` in
+            all.
         empty: from ``Arguments`` to tensors of the same shapes and dtypes, whose values nobody reads.
         backward: from ``Arguments``, the results, and the gradients of output, kv and z to those of the arguments.
-        direct: from ``Arguments`` to (output, kv, z) where no gradient is asked for and no compiler looks on. The operator's
-            dispatch costs more than the arithmetic of one token. Its second argument says whether the final state may take
-            the place of the initial one, which are then the same tensors.
+        direct: from ``Arguments`` to (output, kv, z) where no gradient is asked for and no compiler looks on. The
+            operator's dispatch costs more than the arithmetic of one token. Its second argument says whether the final
+            state may take the place of the initial one, which are then the same tensors.
         takes: the fields of ``Arguments`` that the operator has.
     """
 
@@ -159,8 +161,8 @@ class Form:
 
 
 def _needs_operator(x: Arguments, given: list[Tensor]) -> bool:
-    """Whether autograd looks on, or a tensor's bytes are not its values (a subclass, a negative that is yet to be taken):
-    the dispatch of an operator turns those into what they stand for."""
+    """Whether autograd looks on, or a tensor's bytes are not its values (a subclass, a negative that is yet to be
+    taken): the dispatch of an operator turns those into what they stand for."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.differentiable):
         return True
     return not ORDINARY.issuperset(map(type, given)) or any(map(Tensor.is_neg, given))

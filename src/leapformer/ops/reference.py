@@ -104,7 +104,8 @@ def _attend(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _left_between(log_decay: Tensor) -> Tensor:
-    """[B, H, T, T]: what is left at t of key j, exp of the sum over j < s <= t, from ``log_decay`` [B, T, H]; 0 for t < j.
+    """[B, H, T, T]: what is left at t of key j, exp of the sum over j < s <= t, from ``log_decay`` [B, T, H]; 0 for t <
+    j.
 
     Each sum by itself: a difference of running sums would be lost behind -1e6 and undefined behind -inf.
     """
@@ -116,7 +117,8 @@ def _left_between(log_decay: Tensor) -> Tensor:
 
 
 def _final_state(phi_k: Tensor, v: Tensor, log_decay: Tensor | None, x: Arguments) -> tuple[Tensor, Tensor]:
-    """The initial state plus all unmasked keys, whatever g; with a decay, ``phi_k`` is what is left of each at the end."""
+    """The initial state plus all unmasked keys, whatever g; with a decay, ``phi_k`` is what is left of each at the
+    end."""
     total = None if log_decay is None else log_decay.sum(1)
     kv = torch.einsum("bshrk,bshv->bhrkv", phi_k, v)
     z = phi_k.sum(1)

@@ -1,6 +1,7 @@
 """The state of linear attention: everything the past can say to the future.
 
-Letters: B batch (or packed sequences), G state heads, H query heads, R rank of the re-weighting, K key width, V value width.
+Letters: B batch (or packed sequences), G state heads, H query heads, R rank of the re-weighting, K key width, V value
+width.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 class LinearState(NamedTuple):
     """Sums over the keys seen so far, numerator and normaliser together (a pytree of tensors, at least float32).
 
-    ``kv`` [B, G, R, K, V] is ``sum_j decay_j g_r(P_j) k_j v_j^T`` and ``z`` [B, G, R, K] is ``sum_j decay_j g_r(P_j) k_j``.
-    ``log_decay`` [B, H] is the total log decay of the absorbed stretch, or None where there is no decay. With a decay
-    every query head has a state of its own, so G = H.
+    ``kv`` [B, G, R, K, V] is ``sum_j decay_j g_r(P_j) k_j v_j^T`` and ``z`` [B, G, R, K] is ``sum_j decay_j g_r(P_j)
+    k_j``. ``log_decay`` [B, H] is the total log decay of the absorbed stretch, or None where there is no decay. With a
+    decay every query head has a state of its own, so G = H.
     """
 
     kv: Tensor

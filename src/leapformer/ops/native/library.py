@@ -71,7 +71,8 @@ _forked = False
 
 
 def _after_fork() -> None:
-    # The threads of an OpenMP pool do not survive a fork, and the pool does not notice: entering it would wait for ever.
+    # The threads of an OpenMP pool do not survive a fork, and the pool does not notice: entering it would wait for
+    # ever.
     global _forked
     _forked = True
 

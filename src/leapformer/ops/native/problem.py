@@ -103,7 +103,8 @@ def run(
         passed, passed_state = _view(given.output), [_ready(t) for t in given[1:]]
     integers = (
         q.dtype is torch.bfloat16, B, sequences, T, S, H, G, K, V, x.rank, x.causal,
-        not x.causal and (counts is None or T == 0), x.normalize, x.q_w2 is not None, threads(), slots(x, cut), cut, x.relu,
+        not x.causal and (counts is None or T == 0), x.normalize, x.q_w2 is not None, threads(), slots(x, cut), cut,
+        x.relu,
     )  # fmt: skip
     fields = (
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
