@@ -124,13 +124,19 @@ class Figures(NamedTuple):
 
 
 DELAYS = {
-    "LAAL": Figures("LAAL", 2), "AL": Figures("AL", 2), "DAL": Figures("DAL", 2), "StartOffset": Figures("first word", 2),
+    "LAAL": Figures("LAAL", 2),
+    "AL": Figures("AL", 2),
+    "DAL": Figures("DAL", 2),
+    "StartOffset": Figures("first word", 2),
     "LAAL_CA": Figures("LAAL_CA", 2),
-}  # fmt: skip
+}
 SCORES = {
-    "BLEU": Figures("BLEU", 2), "chrF": Figures("chrF", 2), **DELAYS, "AP": Figures("AP", 3),
+    "BLEU": Figures("BLEU", 2),
+    "chrF": Figures("chrF", 2),
+    **DELAYS,
+    "AP": Figures("AP", 3),
     "real_time_factor": Figures("real-time factor", 3),
-}  # fmt: skip
+}
 
 
 def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> list[System]:
@@ -235,23 +241,45 @@ def _draw(axes: Axes, line: System, delay: str) -> None:
     if points:
         laggings, qualities = [x for _, x, _ in points], [y for _, _, y in points]
         axes.plot(
-            laggings, qualities, color=color, marker=marker, markersize=5, linewidth=1.4, zorder=3, label=line.label,
-            linestyle=":" if line.policy else "-", markerfacecolor="white" if line.policy else color,
-        )  # fmt: skip
+            laggings,
+            qualities,
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=1.4,
+            zorder=3,
+            label=line.label,
+            linestyle=":" if line.policy else "-",
+            markerfacecolor="white" if line.policy else color,
+        )
         if len(line.runs) > 1:
             spread = {name: [_deviation(line, k, name) for k, _, _ in points] for name in ("BLEU", delay)}
             axes.errorbar(
-                laggings, qualities, yerr=spread["BLEU"], xerr=spread[delay], fmt="none", ecolor=color, elinewidth=0.9,
-                capsize=2, zorder=2.5,
-            )  # fmt: skip
+                laggings,
+                qualities,
+                yerr=spread["BLEU"],
+                xerr=spread[delay],
+                fmt="none",
+                ecolor=color,
+                elinewidth=0.9,
+                capsize=2,
+                zorder=2.5,
+            )
     ceiling = line.mean(None, "BLEU")
     if ceiling is not None:
         axes.axhline(ceiling, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
         # The marker at the end tells whose it is without the colour.
         axes.plot(
-            [1.0], [ceiling], transform=axes.get_yaxis_transform(), color=color, marker=marker, markersize=5,
-            markerfacecolor="none", clip_on=False, zorder=2,
-        )  # fmt: skip
+            [1.0],
+            [ceiling],
+            transform=axes.get_yaxis_transform(),
+            color=color,
+            marker=marker,
+            markersize=5,
+            markerfacecolor="none",
+            clip_on=False,
+            zorder=2,
+        )
 
 
 def _points(line: System, delay: str) -> list[tuple[int, float, float]]:
@@ -270,8 +298,15 @@ def _write_k(axes: Axes, lines: Sequence[System], delay: str, option: str) -> No
     points = [(k, x, y + _deviation(line, k, "BLEU")) for line in lines for k, x, y in _points(line, delay)]
     for text, x, y in k_labels(points, option=option) if option else []:
         axes.annotate(
-            text, (x, y), (-5, 6), textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4,
-        )  # fmt: skip
+            text,
+            (x, y),
+            (-5, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
+            zorder=4,
+        )
 
 
 def k_labels(points: Sequence[tuple[int, float, float]], *, option: str = "k") -> list[tuple[str, float, float]]:
@@ -321,8 +356,11 @@ def latency_table(lines: Sequence[System], draws: Draws | None = None) -> Cells:
     unit = lines[0].unit.name
     measured = [name for name in SCORES if any(line.values(k, name) for line in lines for k in [*line.ks, None])]
     present = [name for name in measured if name != "LAAL_CA" or _has_times(lines)]
-    columns = ["model", "k", *(f"{SCORES[name].heading} {unit}" if name in DELAYS else SCORES[name].heading
-                               for name in present)]  # fmt: skip
+    columns = [
+        "model",
+        "k",
+        *(f"{SCORES[name].heading} {unit}" if name in DELAYS else SCORES[name].heading for name in present),
+    ]
     rows = []
     for line in lines:
         for k in [*line.ks, *([None] if line.values(None, "BLEU") else [])]:

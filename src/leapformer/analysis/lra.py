@@ -34,11 +34,21 @@ PUBLISHED = {
     "reformer": {"text": 62.93, "listops": 37.68, "retrieval": 78.99, "pathfinder": 66.49, "image": 48.87},
     "bigbird": {"text": 63.86, "listops": 39.25, "retrieval": 80.28, "pathfinder": 68.72, "image": 43.16},
     "skyformer": {"text": 64.70, "listops": 38.69, "retrieval": 82.06, "pathfinder": 70.73, "image": 40.77},
-}  # fmt: skip
+}
 COLUMNS = [
-    "attention", "seeds", "accuracy %", "commonest class %", "root operator %", "published %", "train examples/s",
-    "inference examples/s", "MiB", "parameters", "of LeaP %", "impl",
-]  # fmt: skip
+    "attention",
+    "seeds",
+    "accuracy %",
+    "commonest class %",
+    "root operator %",
+    "published %",
+    "train examples/s",
+    "inference examples/s",
+    "MiB",
+    "parameters",
+    "of LeaP %",
+    "impl",
+]
 SPLIT = "test"
 
 
@@ -170,9 +180,12 @@ def write_lra_page(path: str | Path, cells: Sequence[Cell], *, command: str) -> 
 def render_lra_page(cells: Sequence[Cell], *, command: str) -> str:
     """The page as HTML; at least one cell."""
     environment = Environment(
-        loader=PackageLoader("leapformer.analysis", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("leapformer.analysis", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     columns, rows = overview(cells)
     first: Mapping[str, Any] = cells[0].runs[0].results
     tasks = [

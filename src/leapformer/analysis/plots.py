@@ -139,9 +139,15 @@ def quality_against_speed(points: Sequence[Point]) -> Figure:
     for place, point in enumerate(points):
         best = point in front
         axes.plot(
-            [point.speed], [point.quality], color=_color(place), marker=_cycle(MARKERS, place), markersize=8,
-            markerfacecolor=_color(place) if best else "none", linestyle="none", zorder=2,
-        )  # fmt: skip
+            [point.speed],
+            [point.quality],
+            color=_color(place),
+            marker=_cycle(MARKERS, place),
+            markersize=8,
+            markerfacecolor=_color(place) if best else "none",
+            linestyle="none",
+            zorder=2,
+        )
         axes.annotate(point.label, (point.speed, point.quality), textcoords="offset points", xytext=(6, 5), fontsize=8)
     axes.margins(0.2)
     speeds = [point.speed for point in points]
@@ -172,9 +178,14 @@ def lines_over_length(lines: Sequence[Line], *, xlabel: str = "tokens", ylabel: 
         style = _cycle(LINE_STYLES, place + place // len(SERIES_COLORS))
         axes.fill_between(lengths, low, high, color=_color(place), alpha=0.18, linewidth=0)
         axes.plot(
-            lengths, values, color=_color(place), linestyle=style, marker=_cycle(MARKERS, place), markersize=5,
+            lengths,
+            values,
+            color=_color(place),
+            linestyle=style,
+            marker=_cycle(MARKERS, place),
+            markersize=5,
             label=line.label,
-        )  # fmt: skip
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _plain_ticks(axes)

@@ -12,11 +12,17 @@ ATTENTION_KINDS = KINDS
 Positions = Literal["sinusoidal", "learned", "none"]
 Pooling = Literal["mean", "cls"]
 OWN_RANGES: dict[str, tuple[float, float]] = {
-    "num_hidden_layers": (1, MOST_LAYERS), "max_position_embeddings": (1, 1 << 40), "attention_features": (1, 1 << 20),
-    "attention_hashes": (1, 1 << 10), "attention_block": (1, 1 << 20), "attention_random_blocks": (0, 1 << 20),
-    "classifier_hidden_size": (1, WIDEST), "classifier_dropout": (0, 1), "adaptive_factor": (1, 1 << 16),
+    "num_hidden_layers": (1, MOST_LAYERS),
+    "max_position_embeddings": (1, 1 << 40),
+    "attention_features": (1, 1 << 20),
+    "attention_hashes": (1, 1 << 10),
+    "attention_block": (1, 1 << 20),
+    "attention_random_blocks": (0, 1 << 20),
+    "classifier_hidden_size": (1, WIDEST),
+    "classifier_dropout": (0, 1),
+    "adaptive_factor": (1, 1 << 16),
     "adaptive_dropout": (0, 1),
-}  # fmt: skip
+}
 MOST_BANDS = 64  # of an adaptive softmax
 
 

@@ -23,13 +23,25 @@ WORDS_THAT_COUNT = 1 << 20
 
 # What several configurations have: the least and the most, both allowed.
 RANGES: dict[str, tuple[float, float]] = {
-    "vocab_size": (1, 1 << 31), "hidden_size": (1, WIDEST), "num_attention_heads": (1, 1 << 16),
-    "num_key_value_heads": (1, 1 << 16), "head_dim": (1, 1 << 16), "intermediate_size": (1, WIDEST),
-    "conv_width": (0, 1 << 10), "leap_hidden": (1, 1 << 18), "leap_bins": (2, WIDEST),
-    "attention_eps": (1e-45, 1), "layer_norm_eps": (0, 1), "hidden_dropout": (0, 1), "attention_dropout": (0, 1),
-    "activation_dropout": (0, 1), "position_scale": (-1e6, 1e6), "initializer_range": (1e-12, 1e3),
-    "embedding_initializer_range": (1e-12, 1e3), "embedding_scale": (-1e12, 1e12),
-}  # fmt: skip
+    "vocab_size": (1, 1 << 31),
+    "hidden_size": (1, WIDEST),
+    "num_attention_heads": (1, 1 << 16),
+    "num_key_value_heads": (1, 1 << 16),
+    "head_dim": (1, 1 << 16),
+    "intermediate_size": (1, WIDEST),
+    "conv_width": (0, 1 << 10),
+    "leap_hidden": (1, 1 << 18),
+    "leap_bins": (2, WIDEST),
+    "attention_eps": (1e-45, 1),
+    "layer_norm_eps": (0, 1),
+    "hidden_dropout": (0, 1),
+    "attention_dropout": (0, 1),
+    "activation_dropout": (0, 1),
+    "position_scale": (-1e6, 1e6),
+    "initializer_range": (1e-12, 1e3),
+    "embedding_initializer_range": (1e-12, 1e3),
+    "embedding_scale": (-1e12, 1e12),
+}
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 
 

@@ -15,10 +15,21 @@ from leapformer.models.cache import LeapformerCache
 from leapformer.nn.packing import check_packing, token_positions
 
 # What may come along and changes nothing: hints for other attention kernels, and what generation and PEFT pass through.
-PASSED_BY = frozenset({
-    "adapter_names", "alora_offsets", "cache_position", "is_causal", "max_length_k", "max_length_q",
-    "num_items_in_batch", "output_router_logits", "return_loss", "task_ids", "tokenizer",
-})  # fmt: skip
+PASSED_BY = frozenset(
+    {
+        "adapter_names",
+        "alora_offsets",
+        "cache_position",
+        "is_causal",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_router_logits",
+        "return_loss",
+        "task_ids",
+        "tokenizer",
+    }
+)
 # Other names of packed sequences: those of transformers' flash attention, and the number of each token's sequence.
 PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 

@@ -57,9 +57,14 @@ class LeapformerForMaskedLM(LeapformerPreTrainedModel):
         divided by this; None: their mean. The other arguments are those of `LeapformerEncoder.forward`.
         """
         encoded = self.model(
-            input_ids, attention_mask, inputs_embeds, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, return_dict=True, **rest,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **rest,
+        )
         hidden = encoded.last_hidden_state[:, self.model.symbols_before :]
         loss = None
         if labels is None:

@@ -175,9 +175,14 @@ class LeapformerModel(LeapformerPreTrainedModel):
         batch, tokens, _ = embeds.shape
         cache = self._cache_of(past_key_values, embeds)
         layout = read_layout(
-            (batch, tokens), embeds.device, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-            cu_seqlens=cu_seqlens, told=told,
-        )  # fmt: skip
+            (batch, tokens),
+            embeds.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            cu_seqlens=cu_seqlens,
+            told=told,
+        )
         use_cache = self._uses_cache(use_cache, packed=layout.cu_seqlens is not None)
         if use_cache and cache is None:
             cache = LeapformerCache(self.config.num_hidden_layers)

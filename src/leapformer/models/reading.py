@@ -19,8 +19,17 @@ from leapformer.files.showing import cut, shown
 GENERATION_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (
         (
-            "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_beam_groups",
-            "num_return_sequences", "top_k", "no_repeat_ngram_size", "pad_token_id", "bos_token_id",
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "min_new_tokens",
+            "num_beams",
+            "num_beam_groups",
+            "num_return_sequences",
+            "top_k",
+            "no_repeat_ngram_size",
+            "pad_token_id",
+            "bos_token_id",
             "prefill_chunk_size",
         ),
         (int,),
@@ -33,7 +42,7 @@ GENERATION_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
         "a number",
     ),
     (("eos_token_id",), (int, list), "an integer or a list"),
-)  # fmt: skip
+)
 
 
 class CheckpointError(LeapformerError, ValueError):

@@ -38,11 +38,31 @@ NO_GENERATE = (
 
 # Fields that an encoder's weights belong to: with other values they would mean something else.
 ENCODER_FIELDS = (
-    "source", "num_features", "conv_channels", "pre_decision", "context", "hidden_size", "encoder_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "encoder_attention",
-    "variant", "conv_width", "output_norm", "leap_hidden", "leap_per_head", "leap_bins", "feature_map", "reweighting",
-    "attention_bias", "position_scale", "layer_norm_eps",
-)  # fmt: skip
+    "source",
+    "num_features",
+    "conv_channels",
+    "pre_decision",
+    "context",
+    "hidden_size",
+    "encoder_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "encoder_attention",
+    "variant",
+    "conv_width",
+    "output_norm",
+    "leap_hidden",
+    "leap_per_head",
+    "leap_bins",
+    "feature_map",
+    "reweighting",
+    "attention_bias",
+    "position_scale",
+    "layer_norm_eps",
+)
 
 
 class SourceStates(NamedTuple):
@@ -120,9 +140,13 @@ class SourceEncoder(nn.Module):
         return self.embed_tokens(ids) * self.config.embedding_scale
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, first: Tensor | None = None,
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
         states: list[LayerState] | None = None,
-    ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
+    ) -> tuple[Tensor, list[LayerState]]:
         """Embedded states x [B, S, D] -> (hidden [B, S, D], the blocks' new states, none where none were given).
 
         mask: bool [B, S], True = real. first: int64 [B], position of x's first state, which begins a chunk; None: 0.
@@ -137,9 +161,13 @@ class SourceEncoder(nn.Module):
         for number, block in enumerate(self.blocks):
             state = None if states is None else states[number]
             call = partial(
-                block.__call__, visible=self.visible, key_mask=mask, position_ids=position_ids, state=state,
+                block.__call__,
+                visible=self.visible,
+                key_mask=mask,
+                position_ids=position_ids,
+                state=state,
                 return_state=states is not None,
-            )  # fmt: skip
+            )
             if self.gradient_checkpointing and self.training:
                 x, new = self._gradient_checkpointing_func(call, x)
             else:
@@ -298,9 +326,12 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         return output if wanted(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def encode(
-        self, input_features: Tensor | None = None, attention_mask: Tensor | None = None, *,
+        self,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
         input_ids: Tensor | None = None,
-    ) -> SourceStates:  # fmt: skip
+    ) -> SourceStates:
         """All states of whole utterances; arguments as in `forward`."""
         source = self._source(input_features, input_ids)
         lengths = _lengths(attention_mask, source.shape[0], source.shape[1])
@@ -389,9 +420,14 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         real = ctc_labels != IGNORE_INDEX
         _check_right("ctc_labels", real)
         return F.ctc_loss(
-            self.ctc_log_probs(source_states).transpose(0, 1), ctc_labels.masked_fill(~real, 0), states, real.sum(1),
-            blank=blank, reduction="none", zero_infinity=True,
-        )  # fmt: skip
+            self.ctc_log_probs(source_states).transpose(0, 1),
+            ctc_labels.masked_fill(~real, 0),
+            states,
+            real.sum(1),
+            blank=blank,
+            reduction="none",
+            zero_infinity=True,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -12,11 +12,17 @@ PLACES = ("encoder_attention", "decoder_attention", "cross_attention")
 # Where a mechanism with a longest length needs one: of the source's states, of the target's tokens.
 OF_SOURCE, OF_TARGET = ("encoder_attention", "cross_attention"), ("decoder_attention", "cross_attention")
 OWN_RANGES: dict[str, tuple[float, float]] = {
-    "num_features": (1, 1 << 16), "conv_channels": (1, 1 << 16), "pre_decision": (1, 1 << 20),
-    "encoder_layers": (1, MOST_LAYERS), "decoder_layers": (1, MOST_LAYERS), "source_vocab_size": (1, 1 << 31),
-    "ctc_vocab_size": (1, 1 << 31), "max_source_positions": (1, 1 << 40), "max_target_positions": (1, 1 << 40),
+    "num_features": (1, 1 << 16),
+    "conv_channels": (1, 1 << 16),
+    "pre_decision": (1, 1 << 20),
+    "encoder_layers": (1, MOST_LAYERS),
+    "decoder_layers": (1, MOST_LAYERS),
+    "source_vocab_size": (1, 1 << 31),
+    "ctc_vocab_size": (1, 1 << 31),
+    "max_source_positions": (1, 1 << 40),
+    "max_target_positions": (1, 1 << 40),
     "ctc_weight": (0, 1e6),
-}  # fmt: skip
+}
 
 
 class LeapformerTranslationConfig(AttentionFields):

@@ -86,17 +86,27 @@ class EncoderBlock(nn.Module):
         ``context`` [B, S, D] with its visibility, mask and packing goes to the cross-attention.
         """
         y, kept = self.attention(
-            self.attention_norm(x), visible=self.default_visible if visible is None else visible, key_mask=key_mask,
-            cu_seqlens=cu_seqlens, position_ids=position_ids, state=state, return_state=return_state,
-        )  # fmt: skip
+            self.attention_norm(x),
+            visible=self.default_visible if visible is None else visible,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+            state=state,
+            return_state=return_state,
+        )
         x = x + F.dropout(y, self.dropout, self.training)
         if self.cross_attention is not None and self.cross_norm is not None:
             if context is None:
                 raise ValueError("block with cross-attention: expected a context [B, S, D], got None")
             y, _ = self.cross_attention(
-                self.cross_norm(x), context, visible=context_visible, key_mask=context_mask, cu_seqlens=cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k, position_ids=position_ids,
-            )  # fmt: skip
+                self.cross_norm(x),
+                context,
+                visible=context_visible,
+                key_mask=context_mask,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                position_ids=position_ids,
+            )
             x = x + F.dropout(y, self.dropout, self.training)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + F.dropout(y, self.dropout, self.training), kept

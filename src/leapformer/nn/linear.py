@@ -116,12 +116,18 @@ class LinearAttention(SummingAttention):
         causal = call.is_self and isinstance(visible, str) and visible == "causal"
         log_decay = self.decay(x, key_mask=call.key_mask) if self.decay is not None and causal else None
         keywords = {
-            "visible": visible, "key_mask": call.key_mask, "cu_seqlens": call.cu_seqlens,
-            "cu_seqlens_k": call.cu_seqlens_k, "log_decay": log_decay,
-            "initial_state": None if state is None else state.linear, "return_state": call.return_state,
-            "normalize": self.output_norm is None, "eps": self.eps, "impl": self.impl,
+            "visible": visible,
+            "key_mask": call.key_mask,
+            "cu_seqlens": call.cu_seqlens,
+            "cu_seqlens_k": call.cu_seqlens_k,
+            "log_decay": log_decay,
+            "initial_state": None if state is None else state.linear,
+            "return_state": call.return_state,
+            "normalize": self.output_norm is None,
+            "eps": self.eps,
+            "impl": self.impl,
             "update_state": state is not None and call.return_state and state.updates_in_place,
-        }  # fmt: skip
+        }
         leaps = self._plain_leaps()
         if leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)

@@ -37,9 +37,13 @@ def check_packing(name: str, shape: Sequence[int], cu_seqlens: Tensor | None, *,
 
 
 def token_positions(
-    T: int, device: torch.device, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    T: int,
+    device: torch.device,
+    *,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     first: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """How many real tokens stand before each of T slots, int64 [1 or B, T]: in its row, or in its packed sequence.
 
     key_mask: bool [B, T], True = real; a slot of padding has the position of the token before it, 0 where there is none.

@@ -44,9 +44,15 @@ class SummingAttention(AttentionLayer):
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
         decay_heads = self.num_heads if self.has_decay else None
         linear = LinearState.zeros(
-            len(rows), decay_heads or self.num_kv_heads, self.rank, self.feature_width, self.head_dim,
-            dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device, decay_heads=decay_heads,
-        )  # fmt: skip
+            len(rows),
+            decay_heads or self.num_kv_heads,
+            self.rank,
+            self.feature_width,
+            self.head_dim,
+            dtype=torch.promote_types(rows.dtype, torch.float32),
+            device=rows.device,
+            decay_heads=decay_heads,
+        )
         chunks = linear.z[:, None, : self.num_kv_heads][:, :0] if keep_mass else None
         return LayerState(length=rows.new_zeros(0), linear=linear, chunk_keys=chunks)
 

@@ -89,10 +89,22 @@ def linear_attention(
     """
     kv, z = state_tensors(initial_state)
     x = Arguments(
-        q=q, k=k, v=v, q_factors=q_factors, k_factors=k_factors, log_decay=log_decay, kv=kv, z=z, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, causal=is_causal(visible), normalize=normalize, eps=eps,
+        q=q,
+        k=k,
+        v=v,
+        q_factors=q_factors,
+        k_factors=k_factors,
+        log_decay=log_decay,
+        kv=kv,
+        z=z,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=is_causal(visible),
+        normalize=normalize,
+        eps=eps,
         relu=relu,
-    )  # fmt: skip
+    )
     return _attend(x, visible, initial_state, impl, return_state, update_state)
 
 
@@ -127,10 +139,28 @@ def leap_attention(
     q_w1, q_b1, q_w2, q_b2 = module_weights("q_leap", q_leap)
     k_w1, k_b1, k_w2, k_b2 = module_weights("k_leap", k_leap)
     x = Arguments(
-        q=q, k=k, v=v, q_w1=q_w1, q_b1=q_b1, q_w2=q_w2, q_b2=q_b2, k_w1=k_w1, k_b1=k_b1, k_w2=k_w2, k_b2=k_b2,
-        log_decay=log_decay, kv=kv, z=z, key_mask=key_mask, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
-        causal=is_causal(visible), normalize=normalize, eps=eps, relu=True,
-    )  # fmt: skip
+        q=q,
+        k=k,
+        v=v,
+        q_w1=q_w1,
+        q_b1=q_b1,
+        q_w2=q_w2,
+        q_b2=q_b2,
+        k_w1=k_w1,
+        k_b1=k_b1,
+        k_w2=k_w2,
+        k_b2=k_b2,
+        log_decay=log_decay,
+        kv=kv,
+        z=z,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=is_causal(visible),
+        normalize=normalize,
+        eps=eps,
+        relu=True,
+    )
     return _attend(x, visible, initial_state, impl, return_state, update_state)
 
 

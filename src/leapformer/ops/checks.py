@@ -185,8 +185,9 @@ def _check_state(x: Arguments, state: LinearState) -> None:
         expect(False, "initial_state", "floating dtypes", f"{kv.dtype} and {z.dtype}")
     if decay is not None:
         fits = decay.shape == (N, H) and decay.dtype in FLOATING
-        expect(fits, "initial_state.log_decay", "floating numbers [{}, {}]", f"{decay.dtype} {tuple(decay.shape)}",
-               N, H)  # fmt: skip
+        expect(
+            fits, "initial_state.log_decay", "floating numbers [{}, {}]", f"{decay.dtype} {tuple(decay.shape)}", N, H
+        )
 
 
 def _check_written(state: LinearState) -> None:

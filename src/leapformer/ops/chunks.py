@@ -392,9 +392,16 @@ def _numerator_gradient(
 
 def _write_query_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
     _write_feature_gradient(
-        room.grad_phi_q, block, x.q, x.q_factors, grads.q, grads.q_factors, x.k.shape[2], room.product_q,
+        room.grad_phi_q,
+        block,
+        x.q,
+        x.q_factors,
+        grads.q,
+        grads.q_factors,
+        x.k.shape[2],
+        room.product_q,
         room.relu_q if x.relu else None,
-    )  # fmt: skip
+    )
 
 
 def _write_key_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
@@ -402,15 +409,29 @@ def _write_key_gradient(x: Arguments, block: Block, grads: Gradients, room: Room
     target = view(grads.v, block, x.k.shape[2])
     target.copy_(room.grad_v.view(target.shape))
     _write_feature_gradient(
-        room.grad_phi_k, block, x.k, x.k_factors, grads.k, grads.k_factors, x.k.shape[2], room.product_k,
+        room.grad_phi_k,
+        block,
+        x.k,
+        x.k_factors,
+        grads.k,
+        grads.k_factors,
+        x.k.shape[2],
+        room.product_k,
         room.relu_k if x.relu else None,
-    )  # fmt: skip
+    )
 
 
 def _write_feature_gradient(
-    grad_phi: Tensor, block: Block, x: Tensor, factors: Tensor | None, grad_x: Tensor, grad_factors: Tensor | None,
-    groups: int, product: Tensor, relu: Tensor | None,
-) -> None:  # fmt: skip
+    grad_phi: Tensor,
+    block: Block,
+    x: Tensor,
+    factors: Tensor | None,
+    grad_x: Tensor,
+    grad_factors: Tensor | None,
+    groups: int,
+    product: Tensor,
+    relu: Tensor | None,
+) -> None:
     """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
     (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of
     it."""

@@ -11,9 +11,21 @@ from leapformer.ops.arguments import FACTORS, FIELDS, MODULES, Arguments
 
 # What each of the four takes. A new field of ``Arguments`` is not in here: who supports it adds it.
 BASIS = FACTORS | {
-    "q", "k", "v", "log_decay", "kv", "z", "key_mask", "counts", "cu_seqlens", "cu_seqlens_k", "causal", "normalize",
-    "eps", "relu",
-}  # fmt: skip
+    "q",
+    "k",
+    "v",
+    "log_decay",
+    "kv",
+    "z",
+    "key_mask",
+    "counts",
+    "cu_seqlens",
+    "cu_seqlens_k",
+    "causal",
+    "normalize",
+    "eps",
+    "relu",
+}
 
 
 def no_limits(x: Arguments | None) -> list[str]:

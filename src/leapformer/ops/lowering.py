@@ -63,9 +63,13 @@ def without_modules(x: Arguments) -> Arguments:
         k = k.masked_fill(~x.key_mask[:, :, None, None], 0)  # padding may hold anything; the module must not see it
     q, k = torch.relu(x.q), torch.relu(k)
     return x.but(
-        q=q, k=k, q_factors=leap_factors(q, q_leap), k_factors=leap_factors(k, k_leap), relu=False,
+        q=q,
+        k=k,
+        q_factors=leap_factors(q, q_leap),
+        k_factors=leap_factors(k, k_leap),
+        relu=False,
         **dict.fromkeys(MODULES),
-    )  # fmt: skip
+    )
 
 
 def leap_score(x: Tensor, weights: LeapWeights) -> Tensor:

@@ -57,9 +57,16 @@ class Operator:
     """
 
     def __init__(
-        self, name: str, *, forward: Compute, empty: Compute, backward: Differentiate,
-        direct: Callable[[Arguments, bool], Sequence[Tensor]], results: int, takes: frozenset[str] = BASIS,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        *,
+        forward: Compute,
+        empty: Compute,
+        backward: Differentiate,
+        direct: Callable[[Arguments, bool], Sequence[Tensor]],
+        results: int,
+        takes: frozenset[str] = BASIS,
+    ) -> None:
         self._direct = direct
         functions = forward, empty, backward
         self.linear = Form(name, takes - MODULES, functions, results)
@@ -98,14 +105,18 @@ class Form:
         saved = ", ".join(f"Tensor result{i}" for i in range(results))
         gradients = "Tensor grad, Tensor? grad_kv, Tensor? grad_z"
         self.forward_op = torch.library.custom_op(
-            f"leapformer::{name}", lambda *given: tuple(forward(self.arguments(given))), mutates_args=(),
+            f"leapformer::{name}",
+            lambda *given: tuple(forward(self.arguments(given))),
+            mutates_args=(),
             schema=f"({inputs}, {options}) -> ({', '.join(['Tensor'] * results)})",
-        )  # fmt: skip
+        )
         self.forward_op.register_fake(lambda *given: tuple(empty(self.arguments(given))))
         self.backward_op = torch.library.custom_op(
-            f"leapformer::{name}_backward", self._gradients, mutates_args=(),
+            f"leapformer::{name}_backward",
+            self._gradients,
+            mutates_args=(),
             schema=f"({inputs}, {saved}, {gradients}, {options}) -> Tensor[]",
-        )  # fmt: skip
+        )
         self.backward_op.register_fake(self._like_inputs)
         self.backward_op.register_autograd(_refuse_second)
         self.forward_op.register_autograd(self._autograd, setup_context=self._save)

@@ -54,10 +54,17 @@ def _sequence(x: Arguments, row: slice, t: slice, s: slice) -> Arguments:
     if x.causal:
         counts = Staircase.causal().counts(t.stop - t.start, s.stop - s.start, device=x.q.device)
     return x.but(
-        q=x.q[:, t], k=x.k[:, s], v=x.v[:, s], q_factors=part(x.q_factors, t), k_factors=part(x.k_factors, s),
-        log_decay=part(x.log_decay, t), kv=None if x.kv is None else x.kv[row], z=None if x.z is None else x.z[row],
-        key_mask=part(x.key_mask, s), counts=counts,
-    )  # fmt: skip
+        q=x.q[:, t],
+        k=x.k[:, s],
+        v=x.v[:, s],
+        q_factors=part(x.q_factors, t),
+        k_factors=part(x.k_factors, s),
+        log_decay=part(x.log_decay, t),
+        kv=None if x.kv is None else x.kv[row],
+        z=None if x.z is None else x.z[row],
+        key_mask=part(x.key_mask, s),
+        counts=counts,
+    )
 
 
 def _attend(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,11 @@ def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gr
 
 
 OPERATOR = Operator(
-    "linear_attention", forward=layouts.forward, empty=_empty, backward=_backward,
-    direct=lambda x, update_state: layouts.forward(x), results=4,
-)  # fmt: skip
+    "linear_attention",
+    forward=layouts.forward,
+    empty=_empty,
+    backward=_backward,
+    direct=lambda x, update_state: layouts.forward(x),
+    results=4,
+)
 IMPLEMENTATION = Implementation(OPERATOR.attend)

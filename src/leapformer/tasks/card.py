@@ -79,9 +79,16 @@ def _types() -> tuple[Any, Any]:
     )
     spoken = layout("SpokenCard", sample_rate=Literal[16_000], licence=str, splits=dict[str, utterances], **both)
     classified = layout(
-        "ClassifiedCard", task=Literal["listops", "text", "retrieval", "image", "pathfinder"],
-        vocab_size=Annotated[int, Field(ge=1, le=257)], num_classes=Annotated[int, Field(ge=1, le=256)], max_length=size,
-        pad_id=Literal[0] | None, shift=Literal[0, 1], two_documents=bool, symbols=list[str],
-        splits=dict[str, examples], **both,
-    )  # fmt: skip
+        "ClassifiedCard",
+        task=Literal["listops", "text", "retrieval", "image", "pathfinder"],
+        vocab_size=Annotated[int, Field(ge=1, le=257)],
+        num_classes=Annotated[int, Field(ge=1, le=256)],
+        max_length=size,
+        pad_id=Literal[0] | None,
+        shift=Literal[0, 1],
+        two_documents=bool,
+        symbols=list[str],
+        splits=dict[str, examples],
+        **both,
+    )
     return spoken, classified

@@ -43,9 +43,17 @@ def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gr
     problem.run("backward", x, saved, both_halves(incoming, saved), grads)
     q_weights, k_weights = _module_gradients(x.q_leap, grads.q_leap), _module_gradients(x.k_leap, grads.k_leap)
     return Gradients(
-        grads.q, grads.k, grads.v, _over_heads(grads.q_factors, x.q_factors), _over_heads(grads.k_factors, x.k_factors),
-        grads.log_decay, grads.kv, grads.z, *q_weights, *k_weights,
-    )  # fmt: skip
+        grads.q,
+        grads.k,
+        grads.v,
+        _over_heads(grads.q_factors, x.q_factors),
+        _over_heads(grads.k_factors, x.k_factors),
+        grads.log_decay,
+        grads.kv,
+        grads.z,
+        *q_weights,
+        *k_weights,
+    )
 
 
 def _over_heads(gradient: Tensor | None, factors: Tensor | None) -> Tensor | None:
@@ -88,9 +96,17 @@ def _empty_gradients(x: Arguments) -> GradientBuffers:
     H, G = x.q.shape[2], x.k.shape[2]
     q, k, v = (new_empty(t, t.shape) for t in (x.q, x.k, x.v))
     return GradientBuffers(
-        q, k, v, like(x.q_factors, H), like(x.k_factors, G), module(x.q_leap, H), module(x.k_leap, G),
-        like(x.log_decay), like(x.kv), like(x.z),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        like(x.q_factors, H),
+        like(x.k_factors, G),
+        module(x.q_leap, H),
+        module(x.k_leap, G),
+        like(x.log_decay),
+        like(x.kv),
+        like(x.z),
+    )
 
 
 def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> Weights:
@@ -110,7 +126,12 @@ def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> Wei
 
 
 OPERATOR = Operator(
-    "native_linear_attention", forward=_forward, empty=_empty_outputs, backward=_backward, direct=_direct,
-    results=5, takes=BASIS | MODULES,
-)  # fmt: skip
+    "native_linear_attention",
+    forward=_forward,
+    empty=_empty_outputs,
+    backward=_backward,
+    direct=_direct,
+    results=5,
+    takes=BASIS | MODULES,
+)
 IMPLEMENTATION = Implementation(OPERATOR.attend, takes=BASIS | MODULES, limits=reasons)

@@ -102,19 +102,45 @@ def run(
     if given is not None:
         passed, passed_state = _view(given.output), [_ready(t) for t in given[1:]]
     integers = (
-        q.dtype is torch.bfloat16, B, sequences, T, S, H, G, K, V, x.rank, x.causal,
-        not x.causal and (counts is None or T == 0), x.normalize, x.q_w2 is not None, threads(), slots(x, cut), cut,
+        q.dtype is torch.bfloat16,
+        B,
+        sequences,
+        T,
+        S,
+        H,
+        G,
+        K,
+        V,
+        x.rank,
+        x.causal,
+        not x.causal and (counts is None or T == 0),
+        x.normalize,
+        x.q_w2 is not None,
+        threads(),
+        slots(x, cut),
+        cut,
         x.relu,
-    )  # fmt: skip
+    )
     fields = (
-        q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
-        *_view(wide[0]), *_view(wide[1]), *_view(wide[2]), *_addresses(kv, z),
+        q.data_ptr(),
+        *q.stride(),
+        k.data_ptr(),
+        *k.stride(),
+        v.data_ptr(),
+        *v.stride(),
+        *_view(wide[0]),
+        *_view(wide[1]),
+        *_view(wide[2]),
+        *_addresses(kv, z),
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
         *((0, 0) if counts is None else (counts.data_ptr(), counts.stride(0) if counts.shape[0] > 1 else 0)),
-        *_addresses(*bounds, *out), *passed, *(_addresses(*passed_state) if passed_state else (0, 0)),
+        *_addresses(*bounds, *out),
+        *passed,
+        *(_addresses(*passed_state) if passed_state else (0, 0)),
         *_addresses(g.q, g.k, g.v, g.q_factors, g.k_factors, g.log_decay, g.kv, g.z),
-        *_leap(modules[0], g.q_leap), *_leap(modules[1], g.k_leap),
-    )  # fmt: skip
+        *_leap(modules[0], g.q_leap),
+        *_leap(modules[1], g.k_leap),
+    )
     if not getattr(LIBRARY, f"leapformer_{name}")(PROBLEM.pack(*integers, x.eps, *fields)):
         widths = f"K={K}, V={V}, R={x.rank}"
         raise MemoryError(f"native linear attention: no memory for the kernels' own buffers ({name}, {widths})")

@@ -92,9 +92,12 @@ class LraData(TaskData):
         section = self.recipe.data
         if name not in self._splits:
             self._splits[name] = load(
-                section.dataset, expand_path(section.path, key="data.path"), name, max_length=section.max_length,
+                section.dataset,
+                expand_path(section.path, key="data.path"),
+                name,
+                max_length=section.max_length,
                 brackets=section.brackets,
-            )  # fmt: skip
+            )
         return self._splits[name]
 
     def config(self) -> Any:

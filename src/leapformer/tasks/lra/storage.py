@@ -30,8 +30,11 @@ _HEADER_BYTES = 1024  # kept free at the start of a file, as the sizes are known
 _LONGEST_HEADER = 1 << 20
 # Of each array: types that can be read, and dimensions.
 _LAYOUT = {
-    "tokens": (("U8",), 1), "offsets": (("I64", "I32", "U8"), 1), "labels": (("U8",), 1), "pairs": (("I32", "I64"), 2),
-}  # fmt: skip
+    "tokens": (("U8",), 1),
+    "offsets": (("I64", "I32", "U8"), 1),
+    "labels": (("U8",), 1),
+    "pairs": (("I32", "I64"), 2),
+}
 _DTYPES = {"uint8": "U8", "int32": "I32", "int64": "I64"}
 _NUMPY = {name: np.dtype(kind).newbyteorder("<") for kind, name in _DTYPES.items()}
 

@@ -56,8 +56,18 @@ _FIXED = re.compile(
 )
 _TUPLES = b"t\x85\x86\x87"
 _LENGTHS = {  # bytes of the length that follows, of operations with content of any length
-    ord("U"): 1, ord("C"): 1, 0x8C: 1, 0x8A: 1, ord("T"): 4, ord("B"): 4, ord("X"): 4, 0x8B: 4, 0x8D: 8, 0x8E: 8, 0x96: 8,
-}  # fmt: skip
+    ord("U"): 1,
+    ord("C"): 1,
+    0x8C: 1,
+    0x8A: 1,
+    ord("T"): 4,
+    ord("B"): 4,
+    ord("X"): 4,
+    0x8B: 4,
+    0x8D: 8,
+    0x8E: 8,
+    0x96: 8,
+}
 _LINES = {ord(each): 1 for each in "FILSVPgp"} | {ord(each): 2 for each in "ci"}  # lines that follow
 
 

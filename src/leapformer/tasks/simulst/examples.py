@@ -113,7 +113,7 @@ class TranslationCollator:
 
     def __init__(
         self, *, seed: int = 0, max_k: int = 0, whole_share: float = 0.0, augmentation: dict[str, Any] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.seed, self.max_k, self.whole_share, self.augmentation = seed, max_k, whole_share, augmentation
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,23 @@ from typing import BinaryIO, Literal
 
 # What libsndfile calls the kinds of files that are read; the length of HTK's it checks itself.
 READABLE = (
-    "WAV", "WAVEX", "RF64", "W64", "AIFF", "SVX", "AU", "CAF", "FLAC", "OGG", "MP3", "MPEG", "NIST", "VOC", "AVR", "HTK",
-)  # fmt: skip
+    "WAV",
+    "WAVEX",
+    "RF64",
+    "W64",
+    "AIFF",
+    "SVX",
+    "AU",
+    "CAF",
+    "FLAC",
+    "OGG",
+    "MP3",
+    "MPEG",
+    "NIST",
+    "VOC",
+    "AVR",
+    "HTK",
+)
 
 _UNKNOWN_SIZE = 0x7FFF_0000  # programs that write to a pipe put about 2 or 4 GiB where a wav file states its size
 _GSM = 0x31  # the number of GSM 6.10 in a wav file
@@ -55,9 +70,16 @@ def _expect(length: int, size: int, position: int) -> None:
 
 
 def _chunks(
-    raw: BinaryIO, size: int, position: int, *, name: int = 4, length: int = 4, order: Literal["little", "big"] = "little", align: int = 2,
+    raw: BinaryIO,
+    size: int,
+    position: int,
+    *,
+    name: int = 4,
+    length: int = 4,
+    order: Literal["little", "big"] = "little",
+    align: int = 2,
     whole: bool = False,
-) -> Iterator[tuple[bytes, int, int]]:  # fmt: skip
+) -> Iterator[tuple[bytes, int, int]]:
     """Name, place and length of each chunk.
 
     Arguments:

@@ -197,9 +197,13 @@ def write_prepared(
     calls = [shard for of_split in shards.values() for shard in of_split]
     recipes = [(make_audio, [utterance.recipe for utterance in utterances], bad.skip) for _, utterances in calls]
     make_shards(
-        make_shard, [path for path, _ in calls], recipes,
-        workers=workers or processors(), progress=progress, is_whole=_is_whole,
-    )  # fmt: skip
+        make_shard,
+        [path for path, _ in calls],
+        recipes,
+        workers=workers or processors(),
+        progress=progress,
+        is_whole=_is_whole,
+    )
     written = {split: _put_together(parts, split, shards[split], bad) for split in splits}
     for split in splits:
         for file in _split_files(parts, split):
@@ -236,9 +240,13 @@ def identify(recipe: Any) -> dict[str, Any]:
     """The values of a recipe as JSON can hold them: bytes by their hash, paths by their names."""
     values = asdict(recipe)
     return {
-        name: hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value) if isinstance(value, Path) else value
+        name: hashlib.sha256(value).hexdigest()
+        if isinstance(value, bytes)
+        else str(value)
+        if isinstance(value, Path)
+        else value
         for name, value in values.items()
-    }  # fmt: skip
+    }
 
 
 def make_shard(path: Path, make_audio: Callable[[Any], np.ndarray], recipes: Sequence[Any], skip_bad: bool) -> None:

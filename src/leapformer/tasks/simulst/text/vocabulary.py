@@ -61,11 +61,20 @@ class Vocabulary:
             raise LeapformerError("vocabulary: expected lines of text, found none")
         try:
             _sentencepiece().SentencePieceTrainer.Train(
-                sentence_iterator=iter(lines), model_writer=output, vocab_size=size, model_type=kind,
-                pad_id=PAD, bos_id=BEGIN, eos_id=END, unk_id=UNKNOWN, character_coverage=1.0,
-                hard_vocab_limit=False, num_threads=1, minloglevel=2,
+                sentence_iterator=iter(lines),
+                model_writer=output,
+                vocab_size=size,
+                model_type=kind,
+                pad_id=PAD,
+                bos_id=BEGIN,
+                eos_id=END,
+                unk_id=UNKNOWN,
+                character_coverage=1.0,
+                hard_vocab_limit=False,
+                num_threads=1,
+                minloglevel=2,
                 max_sentence_length=max(10, *(len(line.encode()) + 1 for line in lines)),  # no less than 10 is taken
-            )  # fmt: skip
+            )
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise LeapformerError(f"vocabulary of {size:,} {kind} pieces from {len(lines):,} lines: {reason}") from None
