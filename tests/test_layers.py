@@ -74,7 +74,9 @@ def test_each_layer_imports_only_from_its_left():
 
 
 def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules among `known` that a source file imports anywhere, those of `from package import module` among them."""
+    """The modules among `known` that a source file imports anywhere, those of `from package import module` among
+    them.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:

@@ -25,19 +25,24 @@ def results(attention: str, /, *, perplexity: float, **changes: Any) -> dict[str
         "peak_memory_mib": 812.5,
         "splits": {
             "validation": {
-                "loss": 1.6, "bits_per_byte": math.log2(perplexity) * 9 / 60, "word_perplexity": perplexity,
-                "tokens": 60_000, "words": 9_000, "bytes": 60_000,
+                "loss": 1.6,
+                "bits_per_byte": math.log2(perplexity) * 9 / 60,
+                "word_perplexity": perplexity,
+                "tokens": 60_000,
+                "words": 9_000,
+                "bytes": 60_000,
             }
         },
         "perplexity_by_position": [
-            {"start": place, "end": place + 1, "tokens": 200, "perplexity": 4 + 20 / (place + 1)} for place in range(255)
+            {"start": place, "end": place + 1, "tokens": 200, "perplexity": 4 + 20 / (place + 1)}
+            for place in range(255)
         ],
         "baselines": {"unigram_word_perplexity": 3_211.0, "bigram_word_perplexity": 640.2},
         "machine": {"system": "Linux", "processor": "A processor <x86>", "threads": 2, "gpu": None},
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "git": "0123456789ab",
         **changes,
-    }  # fmt: skip
+    }
 
 
 def write_run(folder: Path, attention: str, /, *, perplexity: float = 310.0, **changes: Any) -> Path:
@@ -67,9 +72,17 @@ def translation_results(attention: str, /, *, points: list[dict[str, Any]] | Non
 def curve_point(k: int | None, bleu: float, lagging: float, **scores: float) -> dict[str, Any]:
     """One point of a curve, delays in ms or words."""
     return {
-        "k": k, "sentences": 4, "BLEU": bleu, "chrF": bleu + 20, "AL": lagging - 10, "LAAL": lagging, "AP": 0.625,
-        "DAL": lagging + 10, "StartOffset": lagging - 20, **scores,
-    }  # fmt: skip
+        "k": k,
+        "sentences": 4,
+        "BLEU": bleu,
+        "chrF": bleu + 20,
+        "AL": lagging - 10,
+        "LAAL": lagging,
+        "AP": 0.625,
+        "DAL": lagging + 10,
+        "StartOffset": lagging - 20,
+        **scores,
+    }
 
 
 def write_translation_run(folder: Path, name: str, /, attention: str = "leap", **changes: Any) -> Path:

@@ -217,7 +217,9 @@ def corpus(number: int, *, right: float, seed: int) -> tuple[list[str], list[str
 
 
 def bleu_by_formula(pairs: list[tuple[str, str]]) -> float:
-    """Corpus BLEU of texts whose words need no cutting, from its definition, without smoothing (Papineni et al. 2002)."""
+    """Corpus BLEU of texts whose words need no cutting, from its definition, without smoothing (Papineni et al.
+    2002).
+    """
     matched, total, lengths = Counter(), Counter(), [0, 0]
     for prediction, reference in pairs:
         found, wanted = prediction.split(), reference.split()

@@ -88,8 +88,17 @@ def test_the_page_loads_nothing(page):
 def test_text_is_escaped_and_shown(page):
     assert "<with>" not in page
     text = Page(page).text
-    for expected in ("Demo & more", "The <with> statement & so on", "<b>\n", "A processor <x86>", "One recipe for all.",
-                     "Best on the validation text: softmax with 1.238 bits per byte (a bigram counted from the training text: 1.398).", "Layer 2", "0123456789ab"):  # fmt: skip
+    for expected in (
+        "Demo & more",
+        "The <with> statement & so on",
+        "<b>\n",
+        "A processor <x86>",
+        "One recipe for all.",
+        "Best on the validation text: softmax with 1.238 bits per byte (a bigram counted from the training text: "
+        "1.398).",
+        "Layer 2",
+        "0123456789ab",
+    ):
         assert expected in text
 
 
@@ -146,9 +155,11 @@ def test_translation_runs_have_quality_and_lagging(translations):
     assert rows[3][:5] == ["LeaPformer", "–", "–", "–", "1.250"]
     assert '<tr class="best"><td><span class="key" style="background: var(--series-2)"></span>softmax, cross' in page
     assert [row[:3] for row in rows if row[1] in ("5", "offline")] == [
-        ["softmax", "5", "30.00"], ["softmax", "offline", "36.00"],
-        ["softmax, cross LeaPformer", "5", "31.50"], ["softmax, cross LeaPformer", "offline", "35.00"],
-    ]  # fmt: skip
+        ["softmax", "5", "30.00"],
+        ["softmax", "offline", "36.00"],
+        ["softmax, cross LeaPformer", "5", "31.50"],
+        ["softmax, cross LeaPformer", "offline", "35.00"],
+    ]
     assert ["softmax, cross LeaPformer", "1.4", "25.25", "+0.25"] in rows
     assert (
         "Best on the validation text: softmax, cross LeaPformer with BLEU 31.50 at k = 5 (offline: 35.00)."

@@ -41,8 +41,10 @@ def test_equal_labels_are_told_apart(tmp_path):
     changes = [{"seed": 0}, {"seed": 1}, {"seed": 1, "name": "again"}]
     runs = [load_run(write_run(tmp_path / str(place), "leap", **change)) for place, change in enumerate(changes)]
     assert distinct_labels(runs) == [
-        "LeaPformer seed 0", "LeaPformer seed 1 [leap]", "LeaPformer seed 1 [again]",
-    ]  # fmt: skip
+        "LeaPformer seed 0",
+        "LeaPformer seed 1 [leap]",
+        "LeaPformer seed 1 [again]",
+    ]
 
 
 def test_a_convolution_that_all_have_tells_none_from_another(tmp_path):
@@ -79,10 +81,20 @@ def test_unfinished_run(tmp_path):
 def test_a_damaged_row_of_metrics_costs_that_row_alone(tmp_path):
     folder = write_run(tmp_path, "leap")
     rows = [
-        b'{"step": 1, "loss": 2.0}', b'{"step": ', b'{"step": "2", "loss": 2.0}', b"[3]", b'{"loss": 1.0}', b"\xff\xfe",
-        b'{"step": 4, "note": "\xff"}', b'{"step": 5, "loss": NaN}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"",
-        b'{"step": 6, "loss": 1.5}', b'{"step": 7, "lo',
-    ]  # fmt: skip
+        b'{"step": 1, "loss": 2.0}',
+        b'{"step": ',
+        b'{"step": "2", "loss": 2.0}',
+        b"[3]",
+        b'{"loss": 1.0}',
+        b"\xff\xfe",
+        b'{"step": 4, "note": "\xff"}',
+        b'{"step": 5, "loss": NaN}',
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b"",
+        b'{"step": 6, "loss": 1.5}',
+        b'{"step": 7, "lo',
+    ]
     folder.joinpath("metrics.jsonl").write_bytes(b"\n".join(rows))
     expected = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": None}, {"step": 6, "loss": 1.5}]
     assert load_run(folder).events == Run(folder).metrics() == expected

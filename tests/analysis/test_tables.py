@@ -68,9 +68,19 @@ def translation(attention: str, bleu: float | None, /, *, seed: int = 0, **chang
 def test_translation_runs_have_columns_of_their_own():
     table = comparison([translation("leap", 25.0), translation("leap", 27.0, seed=1), translation("softmax", None)])
     assert table.columns == [
-        "model", "seeds", "loss", "ppl", "token accuracy %", "BLEU k=5", "BLEU offline", "LAAL s k=5", "tokens/s", "MiB",
-        "parameters", "of LeaP",
-    ]  # fmt: skip
+        "model",
+        "seeds",
+        "loss",
+        "ppl",
+        "token accuracy %",
+        "BLEU k=5",
+        "BLEU offline",
+        "LAAL s k=5",
+        "tokens/s",
+        "MiB",
+        "parameters",
+        "of LeaP",
+    ]
     rows = {row[0]: row[2:8] for row in table.rows}
     assert rows["LeaPformer"][3:] == ["26.00 ± 1.41", "34.00 ± 1.41", "1.80 ± 0.00"]
     assert rows["softmax"] == ["1.2500", "3.49", "72.50", "-", "-", "-"]

@@ -113,8 +113,16 @@ def test_a_page_that_cannot_be_written(capsys, tmp_path, run, value):
 
 @pytest.mark.parametrize("folder", ["", "a\0b", "x" * 5000, "/dev/full", "/etc/passwd", "/etc/passwd/x", "/"])
 @pytest.mark.parametrize(
-    "command", [["evaluate"], ["compare"], ["generate", "TEXT"], ["translate", "TEXT"], ["plot", "latency"], ["plot", "proportions"]]
-)  # fmt: skip
+    "command",
+    [
+        ["evaluate"],
+        ["compare"],
+        ["generate", "TEXT"],
+        ["translate", "TEXT"],
+        ["plot", "latency"],
+        ["plot", "proportions"],
+    ],
+)
 def test_what_is_no_run(capsys, command, folder):
     words = [each for each in command if each != "TEXT"]
     refusal(capsys, *words, folder, *(["text"] if "TEXT" in command else []))

@@ -85,11 +85,25 @@ def test_json_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("010", "010"), ("1:30", "1:30"), ("1_000", "1_000"), ("0x10", "0x10"), ("2020-99-99", "2020-99-99"), ("yes", "yes"),
-        ("off", "off"), ("", None), ("~", None), ("true", True), ("3e-3", 0.003), (".5", 0.5), ("-2", -2), ("<<", "<<"),
-        ("[a, 'b #2']", ["a", "b #2"]), ("- &a [x]\n- *a", [["x"], ["x"]]), ("/a/My Data #2", "/a/My Data"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("0x10", "0x10"),
+        ("2020-99-99", "2020-99-99"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("", None),
+        ("~", None),
+        ("true", True),
+        ("3e-3", 0.003),
+        (".5", 0.5),
+        ("-2", -2),
+        ("<<", "<<"),
+        ("[a, 'b #2']", ["a", "b #2"]),
+        ("- &a [x]\n- *a", [["x"], ["x"]]),
+        ("/a/My Data #2", "/a/My Data"),
     ],
-)  # fmt: skip
+)
 def test_yaml_has_the_plain_values_of_its_version_1_2(text, value):
     found = parse_yaml(text, where="here")
     assert found == value and type(found) is type(value)
@@ -102,7 +116,10 @@ def test_yaml_has_the_plain_values_of_its_version_1_2(text, value):
         ("- " * 100, f"at most {DEEPEST} deep"),
         ("[" * 100_000, f"at most {DEEPEST} deep"),
         ("&a [*a]", "a value that holds itself (*a)"),
-        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)), "values, found more"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
+            "values, found more",
+        ),
         ("!!python/object/apply:os.system [x]", "could not determine a constructor"),
         ("!!timestamp 2020-99-99", "could not determine a constructor"),
         ("!!int 1:30", "invalid literal"),
@@ -114,7 +131,7 @@ def test_yaml_has_the_plain_values_of_its_version_1_2(text, value):
         ("--- a\n--- b", "another document"),
         ("*x", "undefined alias"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_yaml(text, found):
     line = refusal(parse_yaml, text, where="here")
     assert line.startswith("here: ") and found in line

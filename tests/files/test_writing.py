@@ -38,9 +38,14 @@ def test_what_is_no_file_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     before = os.stat("/dev/full")
     for path, found in (
-        (tmp_path / "pipe", "found a pipe"), (tmp_path, "found a folder"), ("/dev/full", "found a device"), ("/", "a folder"),
-        ("a\0b", "zero byte"), ("x" * 5000, "File name too long"), (tmp_path / "pipe" / "x", "Not a directory"),
-    ):  # fmt: skip
+        (tmp_path / "pipe", "found a pipe"),
+        (tmp_path, "found a folder"),
+        ("/dev/full", "found a device"),
+        ("/", "a folder"),
+        ("a\0b", "zero byte"),
+        ("x" * 5000, "File name too long"),
+        (tmp_path / "pipe" / "x", "Not a directory"),
+    ):
         with pytest.raises(LeapformerError) as caught:
             write_text(path, "x")
         assert found in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -6,9 +6,9 @@ A kind of cases is a module beside this one with
     SECONDS: int                         that a case may take
     CASES: dict[str, int]                how many are run: "short" in the tests, "full" by `make fuzz`
 
-A case returns how it ended in a few words, such as "right" or "refused in one line", which are counted. It raises `Wrong`
-where a result is not what it should be. Any other exception is a fault too, and so is a process that dies, takes longer, or
-takes more memory than `MEMORY_MIB` beyond what it began with.
+A case returns how it ended in a few words, such as "right" or "refused in one line", which are counted. It raises
+`Wrong` where a result is not what it should be. Any other exception is a fault too, and so is a process that dies,
+takes longer, or takes more memory than `MEMORY_MIB` beyond what it began with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Commands that are killed at a random moment, or inside a rename or a write, and then given again.
 
-A training, an evaluation and a preparation of data each run in a fork of a process that has loaded everything, is killed
-there by SIGKILL, SIGTERM or SIGINT once or twice, and run once more. They must then end, with what they write equal, to
-the bit, to what they write undisturbed. Whatever has its own name in between must be whole.
+A training, an evaluation and a preparation of data each run in a fork of a process that has loaded everything, is
+killed there by SIGKILL, SIGTERM or SIGINT once or twice, and run once more. They must then end, with what they write
+equal, to the bit, to what they write undisturbed. Whatever has its own name in between must be whole.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def case(seed: int, number: int, folder: Path) -> str:
 
 
 def _undisturbed(name: str, folder: Path) -> tuple[dict[str, Any], Child]:
-    """The outcome of a command that nobody kills, and how it ran; once in a process, in the same folder as all cases."""
+    """The outcome of a command that nobody kills, and how it ran; once in a process, in the same folder as all
+    cases.
+    """
     if name not in _known:
         command = COMMANDS[name]
         _set_up(folder)

@@ -1,7 +1,7 @@
 """Random calls of the operators, valid and invalid, in every implementation, against the explicit float64 formula.
 
-A valid call has the tolerance that the operator tests derive: in float64 the formula's own precision, below it twice the
-error of the torch implementation in the same dtype, and 4 eps of the dtype.
+A valid call has the tolerance that the operator tests derive: in float64 the formula's own precision, below it twice
+the error of the torch implementation in the same dtype, and 4 eps of the dtype.
 """
 
 from __future__ import annotations
@@ -62,12 +62,20 @@ def _size(chance: random.Random) -> int:
 def _form(chance: random.Random, visible: str) -> dict[str, Any]:
     G = chance.choice((1, 1, 2, 3))
     form: dict[str, Any] = {
-        "H": G * chance.choice((1, 1, 2)), "G": G, "K": chance.choice((0, 1, 3, 8, 17)), "V": chance.choice((0, 1, 4, 17)),
-        "R": chance.choice((0, 0, 1, 2, 3)), "factor_heads": chance.random() < 0.6, "mask": chance.random() < 0.4,
-        "state": chance.random() < 0.4, "decay": visible == "causal" and chance.random() < 0.6,
-        "normalize": chance.random() < 0.75, "eps": chance.choice((1e-6, 1e-6, 0.1, 2.0, 1e-30)),
-        "relu": chance.random() < 0.4, "seed": chance.randrange(2**31),
-    }  # fmt: skip
+        "H": G * chance.choice((1, 1, 2)),
+        "G": G,
+        "K": chance.choice((0, 1, 3, 8, 17)),
+        "V": chance.choice((0, 1, 4, 17)),
+        "R": chance.choice((0, 0, 1, 2, 3)),
+        "factor_heads": chance.random() < 0.6,
+        "mask": chance.random() < 0.4,
+        "state": chance.random() < 0.4,
+        "decay": visible == "causal" and chance.random() < 0.6,
+        "normalize": chance.random() < 0.75,
+        "eps": chance.choice((1e-6, 1e-6, 0.1, 2.0, 1e-30)),
+        "relu": chance.random() < 0.4,
+        "seed": chance.randrange(2**31),
+    }
     if chance.random() < 0.3:
         n = chance.randint(1, 4)
         form["lengths"] = [_size(chance) for _ in range(n)]
@@ -186,7 +194,8 @@ def _compare(
 ) -> None:
     """Errors relative to the scale of all results, or of all gradients, as in tests/ops.
 
-    condition: by how much a small normaliser may enlarge what is rounded in a gradient, where terms of that size cancel.
+    condition: by how much a small normaliser may enlarge what is rounded in a gradient, where terms of that size
+    cancel.
     """
     if ours.keys() != exact.keys():
         raise Wrong(f"results {sorted(ours)} in place of {sorted(exact)}")
@@ -216,7 +225,9 @@ def _error(found: Tensor, exact: Tensor, scale: float) -> float:
 
 
 def _leap(chance: random.Random) -> str:
-    """Against ``linear_attention`` of the reference in float64 with the factors of the formula; saturated scores too."""
+    """Against ``linear_attention`` of the reference in float64 with the factors of the formula; saturated scores
+    too.
+    """
     impl = chance.choice(IMPLEMENTATIONS)
     dtype = chance.choice(DTYPES[impl])
     G, K, V, r = chance.choice((1, 2)), chance.choice((1, 4, 9)), chance.choice((1, 5)), chance.choice((0, 1, 3, 17))
@@ -234,9 +245,11 @@ def _leap(chance: random.Random) -> str:
         decay[torch.rand(decay.shape) < 0.1] = -INF
     keywords: dict[str, Any] = {
         "visible": "causal" if decay is not None else chance.choice(("all", "causal", Staircase(2, 2, 3))),
-        "key_mask": torch.rand(B, T) > 0.3 if chance.random() < 0.4 else None, "return_state": True,
-        "eps": chance.choice((0.1, 1.0)), "normalize": chance.random() < 0.7,
-    }  # fmt: skip
+        "key_mask": torch.rand(B, T) > 0.3 if chance.random() < 0.4 else None,
+        "return_state": True,
+        "eps": chance.choice((0.1, 1.0)),
+        "normalize": chance.random() < 0.7,
+    }
     if dtype == torch.float64:  # else a gradient in the dtype of its input is rounded to float32
         weights, decay = [None if w is None else w.double() for w in weights], None if decay is None else decay.double()
     with_gradients = chance.random() < 0.5
@@ -251,8 +264,10 @@ def _leap(chance: random.Random) -> str:
             return found
         loss = found["output"].double().sum() + found["kv"].double().square().sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        named = {f"gradient of {n}": torch.zeros_like(t) if g is None else g
-                 for (n, t), g in zip(leaves.items(), gradients, strict=True)}  # fmt: skip
+        named = {
+            f"gradient of {n}": torch.zeros_like(t) if g is None else g
+            for (n, t), g in zip(leaves.items(), gradients, strict=True)
+        }
         return {name: t.detach() for name, t in found.items()} | named
 
     exact = {name: t.double() for name, t in run("reference", torch.float64).items()}
@@ -272,9 +287,15 @@ def _double(t: Tensor | None) -> Tensor | None:
 def _blocks(chance: random.Random) -> str:
     """``linear_state`` after every block, against the formula of the keys up to there."""
     made = make_case(
-        T=_size(chance), B=chance.choice((1, 2)), H=2, K=chance.choice((0, 1, 4)), R=chance.choice((0, 2)),
-        mask=chance.random() < 0.5, state=chance.random() < 0.5, seed=chance.randrange(2**31),
-    )  # fmt: skip
+        T=_size(chance),
+        B=chance.choice((1, 2)),
+        H=2,
+        K=chance.choice((0, 1, 4)),
+        R=chance.choice((0, 2)),
+        mask=chance.random() < 0.5,
+        state=chance.random() < 0.5,
+        seed=chance.randrange(2**31),
+    )
     every = chance.choice((None, 1, 3, 64, 10**12))
     x = _spread(chance, made).leaves
     initial = None if x["kv"] is None else LinearState(x["kv"], x["z"])
@@ -300,9 +321,18 @@ def _updated(chance: random.Random) -> str:
     dtype = torch.float64 if impl != "native" else torch.float32
     T = chance.choice((1, 2, 5, 66, 130))
     made = make_case(
-        "causal", T=T, B=2, H=2, G=chance.choice((1, 2)), R=chance.choice((0, 2)), decay=chance.random() < 0.7, K=3,
-        mask=chance.random() < 0.3, relu=chance.random() < 0.3, seed=chance.randrange(2**31),
-    ).away_from_zero()  # fmt: skip
+        "causal",
+        T=T,
+        B=2,
+        H=2,
+        G=chance.choice((1, 2)),
+        R=chance.choice((0, 2)),
+        decay=chance.random() < 0.7,
+        K=3,
+        mask=chance.random() < 0.3,
+        relu=chance.random() < 0.3,
+        seed=chance.randrange(2**31),
+    ).away_from_zero()
     if made.leaves["log_decay"] is not None:
         made.leaves["log_decay"][torch.rand(2, T, 2) < 0.2] = chance.choice(DECAYS)
     made = made.to(dtype)
@@ -317,9 +347,19 @@ def _updated(chance: random.Random) -> str:
             part = {n: None if t is None else _laid_out(chance, t[:, start:stop]) for n, t in x.items()}
             mask = None if made.key_mask is None else made.key_mask[:, start:stop]
             output, after = linear_attention(
-                part["q"], part["k"], part["v"], part["q_factors"], part["k_factors"], visible="causal", key_mask=mask,
-                log_decay=part["log_decay"], initial_state=state, update_state=True, impl=impl, **made.keywords,
-            )  # fmt: skip
+                part["q"],
+                part["k"],
+                part["v"],
+                part["q_factors"],
+                part["k_factors"],
+                visible="causal",
+                key_mask=mask,
+                log_decay=part["log_decay"],
+                initial_state=state,
+                update_state=True,
+                impl=impl,
+                **made.keywords,
+            )
             if any(a is not b for a, b in zip(after, state, strict=True)):
                 raise Wrong("update_state returned other tensors")
             outputs.append(output)
@@ -339,11 +379,15 @@ def _invalid(chance: random.Random) -> str:
     impl = chance.choice((*IMPLEMENTATIONS, "auto"))
     B, T, S, H, G, K, V = 2, 5, chance.choice((5, 7)), 4, 2, 3, 4
     x: dict[str, Any] = {
-        "q": torch.rand(B, T, H, K), "k": torch.rand(B, S, G, K), "v": torch.randn(B, S, G, V),
-        "q_factors": torch.rand(B, T, H, 2), "k_factors": torch.rand(B, S, G, 2), "key_mask": torch.rand(B, S) > 0.3,
+        "q": torch.rand(B, T, H, K),
+        "k": torch.rand(B, S, G, K),
+        "v": torch.randn(B, S, G, V),
+        "q_factors": torch.rand(B, T, H, 2),
+        "k_factors": torch.rand(B, S, G, 2),
+        "key_mask": torch.rand(B, S) > 0.3,
         "visible": torch.randint(S, (B, T)).sort().values,
         "initial_state": LinearState.zeros(B, G, 2, K, V, decay_heads=H if chance.random() < 0.5 else None),
-    }  # fmt: skip
+    }
     form = chance.choice(("batch", "packed", "decay"))
     if form != "batch":
         for name in ("k", "v", "k_factors", "key_mask"):
@@ -420,16 +464,38 @@ def _spoil_option(chance: random.Random, x: dict[str, Any]) -> str:
     alike = torch.zeros(1).expand(state.kv.shape), state.z
     shared = torch.zeros(state.kv.numel() + state.z.numel())
     wrong: list[tuple[str, Any]] = [
-        ("eps", 0.0), ("eps", -1.0), ("eps", float("nan")), ("eps", "small"), ("eps", None), ("eps", 1j),
-        ("visible", "past"), ("visible", None), ("visible", 3), ("visible", [1, 2]), ("visible", Staircase(1, 1, 0)),
-        ("visible", Staircase(1.5, 1)), ("visible", Staircase("1", 1)), ("visible", Staircase(1, 1, torch.tensor([0]))),
-        ("visible", Staircase(torch.zeros(1))), ("visible", Staircase(torch.zeros(1, dtype=torch.long, device="meta"))),
-        ("impl", "cuda"), ("impl", None), ("impl", 3), ("impl", "triton"), ("normalize", "no"), ("normalize", None),
-        ("relu", 2), ("initial_state", state.kv), ("initial_state", (state.kv, state.z, None)), ("initial_state", "x"),
+        ("eps", 0.0),
+        ("eps", -1.0),
+        ("eps", float("nan")),
+        ("eps", "small"),
+        ("eps", None),
+        ("eps", 1j),
+        ("visible", "past"),
+        ("visible", None),
+        ("visible", 3),
+        ("visible", [1, 2]),
+        ("visible", Staircase(1, 1, 0)),
+        ("visible", Staircase(1.5, 1)),
+        ("visible", Staircase("1", 1)),
+        ("visible", Staircase(1, 1, torch.tensor([0]))),
+        ("visible", Staircase(torch.zeros(1))),
+        ("visible", Staircase(torch.zeros(1, dtype=torch.long, device="meta"))),
+        ("impl", "cuda"),
+        ("impl", None),
+        ("impl", 3),
+        ("impl", "triton"),
+        ("normalize", "no"),
+        ("normalize", None),
+        ("relu", 2),
+        ("initial_state", state.kv),
+        ("initial_state", (state.kv, state.z, None)),
+        ("initial_state", "x"),
         ("update_state", LinearState(*alike)),
-        ("update_state", LinearState(shared[: state.kv.numel()].view(state.kv.shape),
-                                     shared[: state.z.numel()].view(state.z.shape))),
-    ]  # fmt: skip
+        (
+            "update_state",
+            LinearState(shared[: state.kv.numel()].view(state.kv.shape), shared[: state.z.numel()].view(state.z.shape)),
+        ),
+    ]
     name, value = chance.choice(wrong)
     x[name] = value
     if name == "update_state":

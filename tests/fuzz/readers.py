@@ -1,8 +1,8 @@
 """Damaged and hostile files through every reader of `leapformer.files` and `leapformer.tasks`.
 
-A case takes what one reader reads, whole and small, damages one file of it, and reads. It ends in the content of the original,
-in another content, or in one line. Where the format promises that a file is whole (`Reader.whole`), one that is cut off is
-never read as something else; what a cache keeps (`Reader.cached`) is never anything but the original.
+A case takes what one reader reads, whole and small, damages one file of it, and reads. It ends in the content of the
+original, in another content, or in one line. Where the format promises that a file is whole (`Reader.whole`), one that
+is cut off is never read as something else; what a cache keeps (`Reader.cached`) is never anything but the original.
 """
 
 from __future__ import annotations
@@ -201,10 +201,36 @@ def _set_a_number(content: bytes, rng: random.Random, others: list[bytes]) -> by
 
 
 _STRANGE = [
-    "0", "-1", "1e999", "NaN", "null", '""', "[]", "{}", "true", "1" + "0" * 30, "9" * 5000, "-0.5", "1e400", "0x10",
-    "2020-99-99", "1:30", "..", "../../../etc/passwd", "a" * 5000, "\0", "\ud7ff\u2028", "[" * 3000, '{"a":' * 500, "&a [*a]",
-    "!!python/object/apply:os.system [true]", "*a", "\t", "\n", '"',
-]  # fmt: skip
+    "0",
+    "-1",
+    "1e999",
+    "NaN",
+    "null",
+    '""',
+    "[]",
+    "{}",
+    "true",
+    "1" + "0" * 30,
+    "9" * 5000,
+    "-0.5",
+    "1e400",
+    "0x10",
+    "2020-99-99",
+    "1:30",
+    "..",
+    "../../../etc/passwd",
+    "a" * 5000,
+    "\0",
+    "\ud7ff\u2028",
+    "[" * 3000,
+    '{"a":' * 500,
+    "&a [*a]",
+    "!!python/object/apply:os.system [true]",
+    "*a",
+    "\t",
+    "\n",
+    '"',
+]
 
 
 def _set_a_value(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -243,9 +269,25 @@ def _with_something_behind(content: bytes, rng: random.Random, others: list[byte
 
 
 _WAYS = [
-    _cut_off, _cut_off, _cut_a_little, _flip_bits, _flip_bits, _flip_bits, _insert, _delete, _duplicate, _splice, _zero,
-    _set_a_number, _set_a_number, _set_a_value, _set_a_value, _empty, _of_another_kind, _with_something_behind,
-]  # fmt: skip
+    _cut_off,
+    _cut_off,
+    _cut_a_little,
+    _flip_bits,
+    _flip_bits,
+    _flip_bits,
+    _insert,
+    _delete,
+    _duplicate,
+    _splice,
+    _zero,
+    _set_a_number,
+    _set_a_number,
+    _set_a_value,
+    _set_a_value,
+    _empty,
+    _of_another_kind,
+    _with_something_behind,
+]
 
 
 # ---- readers
@@ -302,12 +344,14 @@ def _of_text() -> dict[str, Reader]:
         whole = (suffix,) if suffix else ()
         found[f"text{suffix}"] = Reader(
             lambda f, s=suffix, c=compress: _write(f / f"a.txt{s}", c(TEXT.encode())),
-            lambda f, s=suffix: read_text(f / f"a.txt{s}"), whole=whole,
-        )  # fmt: skip
+            lambda f, s=suffix: read_text(f / f"a.txt{s}"),
+            whole=whole,
+        )
         found[f"rows{suffix}"] = Reader(
             lambda f, s=suffix, c=compress: _write(f / f"a.jsonl{s}", c(rows.encode())),
-            lambda f, s=suffix: [row for row, _ in read_json_rows(f / f"a.jsonl{s}")], whole=whole,
-        )  # fmt: skip
+            lambda f, s=suffix: [row for row, _ in read_json_rows(f / f"a.jsonl{s}")],
+            whole=whole,
+        )
     return found
 
 
@@ -342,7 +386,7 @@ def _of_language() -> dict[str, Reader]:
         "wikitext": Reader(make_wikitext, corpus("wikitext")),
         "token cache": Reader(read_tokens, read_tokens, cached=("",)),
         "tokenizer cache": Reader(read_tokenizer, read_tokenizer, cached=("",)),
-    }  # fmt: skip
+    }
 
 
 # ---- Long-Range Arena
@@ -360,9 +404,11 @@ def _of_arena() -> dict[str, Reader]:
         "pictures": _arena("image", _make_pictures, whole=(".png", ".jpg")),
         "zip of pictures": _arena("image", _make_zip, whole=(".zip",)),
         "pathfinder": _arena("pathfinder", lambda folder: _make_pathfinder(folder, as_array=False), whole=(".png",)),
-        "pathfinder arrays": _arena("pathfinder", lambda folder: _make_pathfinder(folder, as_array=True), whole=(".png", ".npy")),
+        "pathfinder arrays": _arena(
+            "pathfinder", lambda folder: _make_pathfinder(folder, as_array=True), whole=(".png", ".npy")
+        ),
         "pickles": _arena("listops", _make_pickles, whole=(".pickle",)),
-    }  # fmt: skip
+    }
     for task, make in (("listops", _make_listops), ("retrieval", _make_release), ("image", _make_cifar_binary)):
         found[f"prepared {task}"] = _prepared_arena(task, make)
     return found
@@ -498,9 +544,12 @@ def _make_pickles(folder: Path) -> None:
 
 def _of_speech() -> dict[str, Reader]:
     corpora = {
-        "mustc": (_make_mustc, ()), "covost": (_make_covost, ()), "europarl": (_make_europarl, ()),
-        "manifest": (_make_manifest, (".zip",)), "tuxpaint": (_make_tuxpaint, (".xz",)),
-    }  # fmt: skip
+        "mustc": (_make_mustc, ()),
+        "covost": (_make_covost, ()),
+        "europarl": (_make_europarl, ()),
+        "manifest": (_make_manifest, (".zip",)),
+        "tuxpaint": (_make_tuxpaint, (".xz",)),
+    }
     found = {name: _corpus(name, make, (".wav", ".flac", *whole)) for name, (make, whole) in corpora.items()}
     found["asterisk"] = _corpus("asterisk", lambda folder: _make_tuxpaint(folder, id="prompt_id"), (".wav", ".xz"))
     return {
@@ -701,9 +750,19 @@ def _of_audio() -> dict[str, Reader]:
         (kind, soundfile.default_subtype(kind)) for kind in soundfile.available_formats() if kind not in ("RAW", "SD2")
     ]
     kinds += [
-        ("WAV", "GSM610"), ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "G721_32"), ("WAV", "FLOAT"), ("AU", "G721_32"),
-        ("AU", "G723_24"), ("AIFF", "DWVW_16"), ("AIFF", "FLOAT"), ("CAF", "ALAC_16"), ("OGG", "OPUS"), ("W64", "GSM610"),
-    ]  # fmt: skip
+        ("WAV", "GSM610"),
+        ("WAV", "IMA_ADPCM"),
+        ("WAV", "MS_ADPCM"),
+        ("WAV", "G721_32"),
+        ("WAV", "FLOAT"),
+        ("AU", "G721_32"),
+        ("AU", "G723_24"),
+        ("AIFF", "DWVW_16"),
+        ("AIFF", "FLOAT"),
+        ("CAF", "ALAC_16"),
+        ("OGG", "OPUS"),
+        ("W64", "GSM610"),
+    ]
     return {f"audio {kind} {codec}": _audio_reader(kind, codec) for kind, codec in kinds}
 
 

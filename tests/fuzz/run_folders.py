@@ -1,7 +1,7 @@
 """Damaged and hostile run folders through every command that takes one.
 
-A case damages one to three files of a small good run and calls the command in this process. It must end with 0, or with 2 and
-one line; nothing of the folder is executed, nothing outside of it is written, nothing is fetched.
+A case damages one to three files of a small good run and calls the command in this process. It must end with 0, or with
+2 and one line; nothing of the folder is executed, nothing outside of it is written, nothing is fetched.
 """
 
 from __future__ import annotations
@@ -160,9 +160,18 @@ def good() -> Path:
 
 # Makes a run of Long-Range Arena small.
 ARENA = (
-    "hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "classifier_hidden_size=8", "batch_size=4",
-    "max_steps=2", "warmup_steps=1", "eval_every=2", "save_every=2", "eval_tokens=600", "device=cpu",
-)  # fmt: skip
+    "hidden_size=16",
+    "intermediate_size=32",
+    "num_hidden_layers=1",
+    "classifier_hidden_size=8",
+    "batch_size=4",
+    "max_steps=2",
+    "warmup_steps=1",
+    "eval_every=2",
+    "save_every=2",
+    "eval_tokens=600",
+    "device=cpu",
+)
 
 
 def copy(name: str, place: Path) -> Path:
@@ -252,9 +261,13 @@ def recipe_case(draw: random.Random, place: Path) -> tuple[list[str], Path]:
 
 
 PREPARE: dict[str, Callable[[random.Random, Path], tuple[list[str], Path]]] = {
-    "lm": lm_case, "unfinished": unfinished_case, "lra": lra_case, "simulst": simulst_case, "start": start_case,
+    "lm": lm_case,
+    "unfinished": unfinished_case,
+    "lra": lra_case,
+    "simulst": simulst_case,
+    "start": start_case,
     "recipe": recipe_case,
-}  # fmt: skip
+}
 
 
 # ---- damage
@@ -372,11 +385,43 @@ def strange(draw: random.Random) -> Any:
         deep = [deep]
     return draw.choice(
         (
-            None, True, False, 0, 1, -1, 10**9, 10**15, 10**30, -(10**400), 1.5, -0.5, 1e300, 1e-300, float("nan"),
-            float("inf"), "", "x", "../../outside/secret.json", "/etc/passwd", "a\0b", "\ud800", "y" * 5000, [], {}, [1],
-            {"a": 1}, [[]], deep, list(range(1000)), "true", "1e999", "softmax", "leap", "hf",
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            10**9,
+            10**15,
+            10**30,
+            -(10**400),
+            1.5,
+            -0.5,
+            1e300,
+            1e-300,
+            float("nan"),
+            float("inf"),
+            "",
+            "x",
+            "../../outside/secret.json",
+            "/etc/passwd",
+            "a\0b",
+            "\ud800",
+            "y" * 5000,
+            [],
+            {},
+            [1],
+            {"a": 1},
+            [[]],
+            deep,
+            list(range(1000)),
+            "true",
+            "1e999",
+            "softmax",
+            "leap",
+            "hf",
         )
-    )  # fmt: skip
+    )
 
 
 def textual(draw: random.Random, path: Path, outside: Path, executed: Path) -> None:
@@ -397,12 +442,21 @@ def bombed(draw: random.Random, path: Path, outside: Path, executed: Path) -> No
     path.write_text(
         draw.choice(
             (
-                "[" * 100_000, '{"a":' * 100_000, "[" * 60 + "]" * 60, "- " * 50_000, "a0: &a0 [x]\n" + aliases + "task: *a8\n",
-                "task: lm\nname: &a [*a]\n", '{"splits": ' + "9" * 5000 + "}", "a: " * 30_000, "{}", "[]", "null",
+                "[" * 100_000,
+                '{"a":' * 100_000,
+                "[" * 60 + "]" * 60,
+                "- " * 50_000,
+                "a0: &a0 [x]\n" + aliases + "task: *a8\n",
+                "task: lm\nname: &a [*a]\n",
+                '{"splits": ' + "9" * 5000 + "}",
+                "a: " * 30_000,
+                "{}",
+                "[]",
+                "null",
                 '{"step": 1}\n' * 50_000,
             )
         )
-    )  # fmt: skip
+    )
 
 
 def hostile(draw: random.Random, path: Path, outside: Path, executed: Path) -> None:
@@ -423,15 +477,30 @@ def hostile(draw: random.Random, path: Path, outside: Path, executed: Path) -> N
     except ValueError:
         return
     keys = [
-        ("auto_map", {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}),
-        ("auto_map", {"AutoTokenizer": ["somebody/repo--evil.Evil", None]}), ("tokenizer_class", "Evil"),
-        ("chat_template", "{{ ''.__class__.__mro__ }}"), ("attn_implementation", "kernels-community/flash-attn"),
-        ("_attn_implementation", "kernels-community/flash-attn"), ("quantization_config", {"quant_method": "bitsandbytes"}),
-        ("transformers_weights", "../../../outside/data.bin"), ("name_or_path", "somebody/model"),
-        ("tokenizer_file", str(outside / "secret.json")), ("architectures", ["Evil"]), ("custom_generate", "somebody/repo"),
-        ("dtype", "manual_seed"), ("_commit_hash", "x"), ("fusion_config", {"a": True}), ("length_limit", 3),
-        ("use_kernels", True), ("num_labels", 10**9), ("id2label", {"0": "x"}), ("is_encoder_decoder", True),
-    ]  # fmt: skip
+        (
+            "auto_map",
+            {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+        ),
+        ("auto_map", {"AutoTokenizer": ["somebody/repo--evil.Evil", None]}),
+        ("tokenizer_class", "Evil"),
+        ("chat_template", "{{ ''.__class__.__mro__ }}"),
+        ("attn_implementation", "kernels-community/flash-attn"),
+        ("_attn_implementation", "kernels-community/flash-attn"),
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("transformers_weights", "../../../outside/data.bin"),
+        ("name_or_path", "somebody/model"),
+        ("tokenizer_file", str(outside / "secret.json")),
+        ("architectures", ["Evil"]),
+        ("custom_generate", "somebody/repo"),
+        ("dtype", "manual_seed"),
+        ("_commit_hash", "x"),
+        ("fusion_config", {"a": True}),
+        ("length_limit", 3),
+        ("use_kernels", True),
+        ("num_labels", 10**9),
+        ("id2label", {"0": "x"}),
+        ("is_encoder_decoder", True),
+    ]
     if isinstance(content, dict):
         for key, value in draw.sample(keys, draw.choice((1, 2))):
             content[key] = value

@@ -13,10 +13,18 @@ from tests.models.builders import TINY, tokens
 
 # The small model of Skyformer's harness (arXiv 2111.00035), on the task Text.
 SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
-    "hidden_act": "gelu", "positions": "learned", "max_position_embeddings": 4096, "hidden_dropout": 0.1,
-    "attention_dropout": 0.1, "num_labels": 2,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "hidden_act": "gelu",
+    "positions": "learned",
+    "max_position_embeddings": 4096,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "num_labels": 2,
+}
 OF_MECHANISMS = {"attention_features": 6, "attention_block": 4, "attention_random_blocks": 1}
 kinds = pytest.mark.parametrize("kind", ATTENTION_KINDS)
 
@@ -147,7 +155,9 @@ def test_pairs_share_an_encoder_and_may_differ_in_length():
     output = model(first, None, second, mask, labels=torch.tensor([1, 2]))
     torch.testing.assert_close(output.logits, expected)
     torch.testing.assert_close(output.loss, F.cross_entropy(expected, torch.tensor([1, 2])))
-    torch.testing.assert_close(model(second, mask, first).logits, model(input_ids=second, attention_mask=mask, input_ids_1=first).logits)  # fmt: skip
+    torch.testing.assert_close(
+        model(second, mask, first).logits, model(input_ids=second, attention_mask=mask, input_ids_1=first).logits
+    )
 
 
 def test_mean_pooling_is_over_real_tokens():

@@ -1,4 +1,6 @@
-"""What callers hand to `forward`: packing told in several ways, masks, flags of the configuration, and what passes by."""
+"""What callers hand to `forward`: packing told in several ways, masks, flags of the configuration, and what passes
+by.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The translation model step by step = in parallel, for every mechanism, k and size of push; rows, rollback, bytes, mass."""
+"""The translation model step by step = in parallel, for every mechanism, k and size of push; rows, rollback, bytes,
+mass.
+"""
 
 from __future__ import annotations
 

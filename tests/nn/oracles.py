@@ -1,4 +1,6 @@
-"""Attention written out, for the tests of the mechanisms. Letters: B batch, T queries, S keys, H heads, K head width."""
+"""Attention written out, for the tests of the mechanisms. Letters: B batch, T queries, S keys, H heads, K head
+width.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,6 @@
-"""BigBird: a pattern that covers all gives softmax; otherwise it is softmax under the pattern, as transformers has it."""
+"""BigBird: a pattern that covers all gives softmax; otherwise it is softmax under the pattern, as transformers has
+it.
+"""
 
 import pytest
 import torch

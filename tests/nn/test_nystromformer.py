@@ -36,7 +36,9 @@ def test_the_pseudo_inverse_is_one():
 
 @torch.no_grad()
 def test_equals_the_oracle_package():
-    """With one head and one sample: it scales the start of the inverse by the largest norm of the batch, we by each one's."""
+    """With one head and one sample: it scales the start of the inverse by the largest norm of the batch, we by each
+    one's.
+    """
     layer = layer_of(5, heads=1)
     oracle = (
         NystromAttention(16, dim_head=16, heads=1, num_landmarks=5, pinv_iterations=6, residual=False).double().eval()

@@ -195,7 +195,9 @@ def test_bounds_that_do_not_fit_are_refused_at_every_door(B, bounds, message):
 
 @layers
 def test_a_prefix_of_keys_and_values_is_seen_like_tokens(fields):
-    """Keys and values that the layer itself would project, given as a prefix, are a past without a convolution and decay."""
+    """Keys and values that the layer itself would project, given as a prefix, are a past without a convolution and
+    decay.
+    """
     layer, x = (
         made({**fields, "decay": False, "conv_width": 0} if "variant" in fields else {**fields, "conv_width": 0}),
         None,

@@ -64,9 +64,17 @@ def test_alike_tokens_share_a_bucket_and_padding_is_last():
 def test_equals_transformers_with_the_same_rotations(monkeypatch):
     layer = layer_of(4)
     config = ReformerConfig(
-        hidden_size=16, num_attention_heads=2, attention_head_size=8, num_hashes=1, lsh_attn_chunk_length=4, num_buckets=12,
-        lsh_num_chunks_before=1, lsh_num_chunks_after=0, lsh_attention_probs_dropout_prob=0.0, is_decoder=False,
-    )  # fmt: skip
+        hidden_size=16,
+        num_attention_heads=2,
+        attention_head_size=8,
+        num_hashes=1,
+        lsh_attn_chunk_length=4,
+        num_buckets=12,
+        lsh_num_chunks_before=1,
+        lsh_num_chunks_after=0,
+        lsh_attention_probs_dropout_prob=0.0,
+        is_decoder=False,
+    )
     oracle = LSHSelfAttention(config).double().eval()
     oracle.query_key.weight.copy_(layer.q_proj.weight)
     oracle.value.weight.copy_(layer.v_proj.weight)

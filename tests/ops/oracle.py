@@ -165,7 +165,9 @@ class Case:
         return Case(leaves, self.visible, self.counts, self.spans, self.key_mask, self.keywords, self.cu)
 
     def away_from_zero(self) -> Case:
-        """Positive features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by it."""
+        """Positive features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by
+        it.
+        """
         names = ("q", "k", "q_factors", "k_factors")
         leaves = {
             n: torch.where(t > 0, 0.25 + 0.75 * t, t) if n in names and t is not None else t
@@ -285,10 +287,11 @@ def check(case: Case, impl: str, tolerance: float = 1e-10) -> None:
 
 
 def check_low(case: Case, impl: str, formula: Callable[[Case], Any] = Case.formula) -> None:
-    """Below float64: errors against float64 are at most twice those of torch in the same dtype, plus 4 eps of the dtype.
+    """Below float64: errors against float64 are at most twice those of torch in the same dtype, plus 4 eps of the
+    dtype.
 
-    Errors are relative to the scale of all results, or of all gradients, of the case. Where terms cancel, as in gradients
-    of a query that sees few keys, the error is that of the terms, and a single result's is a matter of luck.
+    Errors are relative to the scale of all results, or of all gradients, of the case. Where terms cancel, as in
+    gradients of a query that sees few keys, the error is that of the terms, and a single result's is a matter of luck.
     """
     exact = named_results(case.to(torch.float64), formula)
     theirs, ours = (named_results(case, lambda c, impl=impl: c.call(impl)) for impl in ("torch", impl))

@@ -19,9 +19,13 @@ def test_gradcheck(decay, float64_impl):
     def run(*tensors):
         x = dict(zip(names, tensors, strict=True))
         output, state = attend(
-            *(x[n] for n in ("q", "k", "v", "q_factors", "k_factors")), visible="causal", impl=float64_impl, return_state=True,
-            log_decay=x.get("log_decay"), initial_state=LinearState(x["kv"], x["z"], x.get("state_decay")),
-        )  # fmt: skip
+            *(x[n] for n in ("q", "k", "v", "q_factors", "k_factors")),
+            visible="causal",
+            impl=float64_impl,
+            return_state=True,
+            log_decay=x.get("log_decay"),
+            initial_state=LinearState(x["kv"], x["z"], x.get("state_decay")),
+        )
         return (output, *(t for t in state if t is not None))
 
     assert torch.autograd.gradcheck(run, differentiable(*(case.leaves[n] for n in names)))
@@ -97,9 +101,15 @@ def test_leap_gradcheck(hidden, float64_impl):
     def run(q, k, v, *weights):
         leaps = (weights[:4], weights[4:]) if hidden else ((None, None, *weights[:2]), (None, None, *weights[2:]))
         result = leap_attention(
-            q, k, v, LeapWeights(*leaps[0]), LeapWeights(*leaps[1]), visible="causal", return_state=True,
+            q,
+            k,
+            v,
+            LeapWeights(*leaps[0]),
+            LeapWeights(*leaps[1]),
+            visible="causal",
+            return_state=True,
             impl=float64_impl,
-        )  # fmt: skip
+        )
         return result.output, result.state.kv, result.state.z
 
     weights = [t for t in (*q_leap, *k_leap) if t is not None]
@@ -201,5 +211,8 @@ def test_gradient_through_one_result_alone(visible, used, impl):
         return torch.autograd.grad(result.square().sum(), list(leaves.values()), allow_unused=True)
 
     for name, found, expected in zip(named, gradients(impl), gradients("reference"), strict=True):
-        assert_near(torch.zeros_like(named[name]) if found is None else found,
-                    torch.zeros_like(named[name]) if expected is None else expected, name=name)  # fmt: skip
+        assert_near(
+            torch.zeros_like(named[name]) if found is None else found,
+            torch.zeros_like(named[name]) if expected is None else expected,
+            name=name,
+        )

@@ -1,4 +1,6 @@
-"""Large results on large pages: the same tensors as `new_empty` makes, and fewer page faults where Linux has such pages."""
+"""Large results on large pages: the same tensors as `new_empty` makes, and fewer page faults where Linux has such
+pages.
+"""
 
 import re
 from pathlib import Path

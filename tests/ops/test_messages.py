@@ -71,7 +71,12 @@ WRONG = {
     "state of another value width": ({"initial_state": LinearState.zeros(2, 2, 1, 3, 6)}, "initial_state"),
     "state of query heads without decay": ({"initial_state": LinearState.zeros(2, 4, 1, 3, 7)}, "initial_state"),
     "state of key heads with decay": (
-        {**square, "visible": "causal", "log_decay": -torch.rand(2, 5, 4), "initial_state": LinearState.zeros(2, 2, 1, 3, 7)},
+        {
+            **square,
+            "visible": "causal",
+            "log_decay": -torch.rand(2, 5, 4),
+            "initial_state": LinearState.zeros(2, 2, 1, 3, 7),
+        },
         "initial_state",
     ),
     "normaliser of the state": (
@@ -96,13 +101,14 @@ WRONG = {
     "state of a tuple": ({"initial_state": (torch.zeros(2, 2, 1, 3, 7), torch.zeros(2, 2, 1, 3), None)}, "LinearState"),
     "state without z": ({"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7), None)}, "initial_state"),
     "state of integers": (
-        {"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7).long(), torch.zeros(2, 2, 1, 3))}, "initial_state"
+        {"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7).long(), torch.zeros(2, 2, 1, 3))},
+        "initial_state",
     ),
     "decay of a state of other heads": (
         {"initial_state": LinearState(torch.zeros(2, 2, 1, 3, 7), torch.zeros(2, 2, 1, 3), torch.zeros(2, 2))},
         "initial_state.log_decay",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

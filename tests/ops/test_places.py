@@ -88,11 +88,16 @@ def everything(form: str) -> dict:
     """A call with a tensor in every place that the form has."""
     B, T = (1, 6) if form == "packed" else (2, 6)
     x = {
-        "q": torch.rand(B, T, 2, 3), "k": torch.rand(B, T, 2, 3), "v": torch.rand(B, T, 2, 4),
-        "q_factors": torch.rand(B, T, 2, 2), "k_factors": torch.rand(B, T, 2, 2),
+        "q": torch.rand(B, T, 2, 3),
+        "k": torch.rand(B, T, 2, 3),
+        "v": torch.rand(B, T, 2, 4),
+        "q_factors": torch.rand(B, T, 2, 2),
+        "k_factors": torch.rand(B, T, 2, 2),
         "key_mask": torch.ones(B, T, dtype=torch.bool),
-        "kv": torch.rand(B, 2, 2, 3, 4), "z": torch.rand(B, 2, 2, 3), "state_decay": torch.zeros(B, 2),
-    }  # fmt: skip
+        "kv": torch.rand(B, 2, 2, 3, 4),
+        "z": torch.rand(B, 2, 2, 3),
+        "state_decay": torch.zeros(B, 2),
+    }
     if form == "decay":
         x |= {"log_decay": -torch.rand(B, T, 2), "visible": "causal"}
     elif form == "packed":
@@ -111,8 +116,12 @@ def call(x: dict, impl: str):
     )
 
 
-PLACES = [(form, name) for form in ("counts", "decay", "packed") for name, t in everything(form).items()
-          if isinstance(t, torch.Tensor)]  # fmt: skip
+PLACES = [
+    (form, name)
+    for form in ("counts", "decay", "packed")
+    for name, t in everything(form).items()
+    if isinstance(t, torch.Tensor)
+]
 ELSEWHERE = {
     "another device": (lambda t: t.to("meta"), "the device of q"),
     "sparse": (lambda t: t.to_sparse(), "a dense tensor"),
@@ -144,8 +153,11 @@ def test_every_tensor_is_dense_and_where_q_is(form, name, impl):
 def test_weights_of_modules_are_dense_and_where_q_is(side, place, impl):
     q = torch.rand(1, 5, 2, 3)
     fits = [torch.rand(1, 4, 3), torch.rand(1, 4), torch.rand(1, 4), torch.rand(1)]
-    for change, expected in ((lambda t: t.to("meta"), "the device of q, cpu, got meta"), (torch.Tensor.to_sparse, "a dense"),
-                             (torch.Tensor.tolist, "a tensor")):  # fmt: skip
+    for change, expected in (
+        (lambda t: t.to("meta"), "the device of q, cpu, got meta"),
+        (torch.Tensor.to_sparse, "a dense"),
+        (torch.Tensor.tolist, "a tensor"),
+    ):
         wrong = [change(t) if i == place else t for i, t in enumerate(fits)]
         leaps = (wrong, fits) if side == "q_leap" else (fits, wrong)
         with pytest.raises(ValueError, match=rf"{side}.{LeapWeights._fields[place]}: expected {expected}"):
@@ -203,7 +215,9 @@ def test_update_of_a_state_that_shares_memory_is_refused(impl):
 
 
 def test_update_of_a_state_in_one_buffer(impl):
-    """Side by side, interleaved or turned round: as long as no element is shared, the state is updated where it lies."""
+    """Side by side, interleaved or turned round: as long as no element is shared, the state is updated where it
+    lies.
+    """
     torch.manual_seed(0)
     expected = step(LinearState.zeros(2, 2, 1, 3, 3), impl).state
     flat, mixed, turned = torch.zeros(48), torch.zeros(2, 2, 1, 3, 4), torch.zeros(3, 3, 1, 2, 2)

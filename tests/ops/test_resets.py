@@ -14,9 +14,13 @@ FORMS = {
     "packed": {"lengths": [65, 0, 5, 64], "H": 2, "state": True, "K": 2, "V": 2},
 }
 PATTERNS = {  # of the decays that stand among the others, and how often
-    "one reset": ([-INF], 0.02), "many resets": ([-INF], 0.5), "all resets": ([-INF], 1.0),
-    "strong": ([-1e6], 0.1), "very strong": ([-1e30], 0.1), "all sizes": ([-INF, -1e30, -1e6, -150.0, -99.0, -50.0, 0.0], 0.7),
-}  # fmt: skip
+    "one reset": ([-INF], 0.02),
+    "many resets": ([-INF], 0.5),
+    "all resets": ([-INF], 1.0),
+    "strong": ([-1e6], 0.1),
+    "very strong": ([-1e30], 0.1),
+    "all sizes": ([-INF, -1e30, -1e6, -150.0, -99.0, -50.0, 0.0], 0.7),
+}
 
 
 def with_decays(values, share, **form) -> Case:
@@ -61,8 +65,12 @@ def test_a_reset_is_exact(value, impl):
     assert result.state.log_decay.eq(result.state.log_decay.min()).all() and result.state.log_decay.max() <= value
     past = {n: leaves[n] for n in ("q", "k", "v", "log_decay", "kv", "z")}
     gradients = dict(
-        zip(past, torch.autograd.grad(result.output[:, 70:].square().sum() + result.state.kv.sum(), list(past.values())), strict=True)
-    )  # fmt: skip
+        zip(
+            past,
+            torch.autograd.grad(result.output[:, 70:].square().sum() + result.state.kv.sum(), list(past.values())),
+            strict=True,
+        )
+    )
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
         if name in ("kv", "z"):
@@ -85,9 +93,18 @@ def test_split_and_resume_at_a_reset(pieces, impl):
     for stop in (*pieces, 100):
         x = {n: None if t is None else t[:, start:stop] for n, t in case.leaves.items()}
         output, state = attend(
-            x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], visible="causal", log_decay=x["log_decay"],
-            key_mask=case.key_mask[:, start:stop], initial_state=state, return_state=True, impl=impl,
-        )  # fmt: skip
+            x["q"],
+            x["k"],
+            x["v"],
+            x["q_factors"],
+            x["k_factors"],
+            visible="causal",
+            log_decay=x["log_decay"],
+            key_mask=case.key_mask[:, start:stop],
+            initial_state=state,
+            return_state=True,
+            impl=impl,
+        )
         outputs.append(output)
         start = stop
     assert_near(torch.cat(outputs, 1), whole.output)
@@ -102,9 +119,16 @@ def test_decoding_through_resets(impl):
         for t in range(20):
             x = {n: None if u is None else u[:, t : t + 1] for n, u in case.leaves.items()}
             output, state = attend(
-                x["q"], x["k"], x["v"], visible="causal", log_decay=x["log_decay"], initial_state=state,
-                return_state=True, update_state=state is not None, impl=impl,
-            )  # fmt: skip
+                x["q"],
+                x["k"],
+                x["v"],
+                visible="causal",
+                log_decay=x["log_decay"],
+                initial_state=state,
+                return_state=True,
+                update_state=state is not None,
+                impl=impl,
+            )
             outputs.append(output)
     assert_near(torch.cat(outputs, 1), whole.output)
     assert_near(state.kv, whole.state.kv)

@@ -1,4 +1,6 @@
-"""``impl="triton"`` without a GPU: right in Triton's interpreter, and every configuration compiles within the limits."""
+"""``impl="triton"`` without a GPU: right in Triton's interpreter, and every configuration compiles within the
+limits.
+"""
 
 from __future__ import annotations
 

@@ -10,9 +10,23 @@ import sys
 import pytest
 
 CASES = (
-    "plain", "cosine", "cosine, float32", "float16", "decay", "leap", "leap with decay", "leap, staircase", "leap, float32",
-    "grouped heads", "packed", "wikitext103", "32 wide", "128 wide", "256 wide", "rank 4",
-)  # fmt: skip
+    "plain",
+    "cosine",
+    "cosine, float32",
+    "float16",
+    "decay",
+    "leap",
+    "leap with decay",
+    "leap, staircase",
+    "leap, float32",
+    "grouped heads",
+    "packed",
+    "wikitext103",
+    "32 wide",
+    "128 wide",
+    "256 wide",
+    "rank 4",
+)
 
 
 @pytest.mark.requires_tool("triton")

@@ -1,4 +1,5 @@
-"""What the Triton kernels are compared on. As a program: runs every case in Triton's interpreter, prints errors as JSON.
+"""What the Triton kernels are compared on. As a program: runs every case in Triton's interpreter, prints errors as
+JSON.
 
 A process of its own, because Triton decides at import whether its functions are interpreted:
 
@@ -68,15 +69,25 @@ FORMS: dict[str, tuple[str, torch.dtype, dict]] = {
 
 
 def random_form(seed: int) -> tuple[str, torch.dtype, dict]:
-    """Shapes, visibility, masks and dtype by chance. A factor of rank 1 cancels in the output: its gradient is noise."""
+    """Shapes, visibility, masks and dtype by chance. A factor of rank 1 cancels in the output: its gradient is
+    noise.
+    """
     chance = random.Random(seed)
     visible = chance.choice(("all", "causal", "causal", "blocks", "wait-k", "negative phase", "per sample", "tensor"))
     G = chance.choice((1, 1, 2))
     form = {
-        "B": chance.choice((1, 2)), "H": G * chance.choice((1, 1, 2)), "G": G, "T": chance.randint(1, 40),
-        "K": chance.randint(1, 20), "V": chance.randint(1, 20), "R": chance.choice((0, 2, 3)), "mask": chance.random() < 0.5,
-        "state": chance.random() < 0.5, "factor_heads": chance.random() < 0.7, "seed": seed,
-    }  # fmt: skip
+        "B": chance.choice((1, 2)),
+        "H": G * chance.choice((1, 1, 2)),
+        "G": G,
+        "T": chance.randint(1, 40),
+        "K": chance.randint(1, 20),
+        "V": chance.randint(1, 20),
+        "R": chance.choice((0, 2, 3)),
+        "mask": chance.random() < 0.5,
+        "state": chance.random() < 0.5,
+        "factor_heads": chance.random() < 0.7,
+        "seed": seed,
+    }
     if visible == "causal":
         form["decay"] = chance.random() < 0.5
     else:
@@ -173,9 +184,16 @@ def leap(
     def run(impl, dtype=None):
         x = [t if t is None else t.to(dtype or t.dtype).detach().requires_grad_() for t in tensors]
         result = leap_attention(
-            *x[:3], LeapWeights(*x[3:7]), LeapWeights(*x[7:]), visible=where, key_mask=key_mask, log_decay=decay,
-            return_state=True, eps=1e-12 if bias else 0.1, impl=impl,
-        )  # fmt: skip
+            *x[:3],
+            LeapWeights(*x[3:7]),
+            LeapWeights(*x[7:]),
+            visible=where,
+            key_mask=key_mask,
+            log_decay=decay,
+            return_state=True,
+            eps=1e-12 if bias else 0.1,
+            impl=impl,
+        )
         state = result.state
         loss = (result.output.double() * probe).sum() + state.kv.double().sum() + state.z.double().square().sum()
         leaves = {str(n): t for n, t in enumerate(x) if t is not None}
@@ -222,9 +240,16 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
             result = leap_attention(y["q"], y["k"], y["v"], both, both, visible="causal", return_state=True, impl=impl)
         else:
             result = linear_attention(
-                y["q"], y["k"], y["v"], y["q_factors"], y["k_factors"], visible="causal", log_decay=y["log_decay"],
-                return_state=True, impl=impl,
-            )  # fmt: skip
+                y["q"],
+                y["k"],
+                y["v"],
+                y["q_factors"],
+                y["k_factors"],
+                visible="causal",
+                log_decay=y["log_decay"],
+                return_state=True,
+                impl=impl,
+            )
         return {"output": result.output, "kv": result.state.kv, "z": result.state.z}
 
     expected = whole("reference", torch.float64)

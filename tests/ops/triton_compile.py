@@ -23,10 +23,12 @@ from leapformer.ops.arguments import Arguments, Incoming
 from leapformer.ops.triton import kernels, operator, plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability").
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
-# Every choice of tiles, and with each what asks for the most registers: factors, LeaP modules, decay, the staircase's loops.
+# Every choice of tiles, and with each what asks for the most registers: factors, LeaP modules, decay, the staircase's
+# loops.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"dtype": BF16, "R": 1},
     "cosine": {"dtype": BF16, "relu": True},
@@ -82,18 +84,35 @@ class Compiler:
         sizes = constants if shape is None else constants | {name: size.value for name, size in shape._asdict().items()}
         capability = driver.active.get_current_device()
         line = {
-            "case": self.case, "kernel": kernel.__name__, "capability": capability, "reverse": constants.get("REVERSE", False),
-            "shared": compiled.metadata.shared, "limit": SHARED[capability], "spilled": sum(spilled),
-            "registers": int(registers), "tiles": {n: sizes[n] for n in ("C", "BK", "BV", "num_warps", "num_stages") if n in sizes},
-        }  # fmt: skip
+            "case": self.case,
+            "kernel": kernel.__name__,
+            "capability": capability,
+            "reverse": constants.get("REVERSE", False),
+            "shared": compiled.metadata.shared,
+            "limit": SHARED[capability],
+            "spilled": sum(spilled),
+            "registers": int(registers),
+            "tiles": {n: sizes[n] for n in ("C", "BK", "BV", "num_warps", "num_stages") if n in sizes},
+        }
         print(json.dumps(line), flush=True)
 
 
 def compile_case(
-    dtype: torch.dtype, K: int = 64, V: int = 64, R: int = 2, G: int = 4, visible: str = "causal", leap: int = 0,
-    decay: bool = False, mask: bool = False, packed: bool = False, relu: bool = False,
-) -> None:  # fmt: skip
-    """Forward, backward and one step of a call of this shape; values play no part. ``leap``: hidden size, 1 for none."""
+    dtype: torch.dtype,
+    K: int = 64,
+    V: int = 64,
+    R: int = 2,
+    G: int = 4,
+    visible: str = "causal",
+    leap: int = 0,
+    decay: bool = False,
+    mask: bool = False,
+    packed: bool = False,
+    relu: bool = False,
+) -> None:
+    """Forward, backward and one step of a call of this shape; values play no part. ``leap``: hidden size, 1 for
+    none.
+    """
     T, H = 4096, 4
 
     def zeros(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:

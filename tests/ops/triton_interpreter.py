@@ -1,7 +1,8 @@
 """Triton's interpreter, made right where we need it. Importing this changes Triton in the running process only.
 
-Triton 3.6 with NumPy 2.4: a one-element array no longer becomes an integer by itself, a conversion to bfloat16 cuts bits off
-where the GPU rounds, and every call of a device function wraps all of Triton's functions once more, each time slower.
+Triton 3.6 with NumPy 2.4: a one-element array no longer becomes an integer by itself, a conversion to bfloat16 cuts
+bits off where the GPU rounds, and every call of a device function wraps all of Triton's functions once more, each time
+slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A task is one folder (tests/tasks/parity) and one line in the registry, and all commands know it; what tasks declare."""
+"""A task is one folder (tests/tasks/parity) and one line in the registry, and all commands know it; what tasks
+declare.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,15 @@ RECIPE = {
     "data": {"length": 8},
     "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     "training": {
-        "max_steps": 3, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "eval_every": 2, "save_every": 3, "device": "cpu",
+        "max_steps": 3,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "log_every": 1,
+        "eval_every": 2,
+        "save_every": 3,
+        "device": "cpu",
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture

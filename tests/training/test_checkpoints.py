@@ -298,9 +298,13 @@ def test_random_states_of_another_form_are_refused(tmp_path):
     check_random_state(path)
     kind, keys, position, *rest = good["numpy"]
     for change in (
-        {"python": (3, (1, 2), None)}, {"python": None}, {"cpu": torch.zeros(5)}, {"numpy": (kind, keys, 10**6, *rest)},
-        {"numpy": (kind, keys[:5], position, *rest)}, {"numpy": ("PCG64", keys, position, *rest)},
-    ):  # fmt: skip
+        {"python": (3, (1, 2), None)},
+        {"python": None},
+        {"cpu": torch.zeros(5)},
+        {"numpy": (kind, keys, 10**6, *rest)},
+        {"numpy": (kind, keys[:5], position, *rest)},
+        {"numpy": ("PCG64", keys, position, *rest)},
+    ):
         torch.save({**good, **change}, path)
         with pytest.raises(LeapformerError, match="rng_state.pth: "):
             check_random_state(path)
@@ -345,13 +349,20 @@ def test_archives_run_no_code_and_do_not_swell(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("progress.json", {"targets": "many"}), ("progress.json", {"targets": -1}), ("progress.json", {"seconds": None}),
-        ("progress.json", {"targets": 1.5}), ("progress.json", {"loss_sum": [1]}), ("progress.json", {"loss_steps": -3}),
-        ("trainer_state.json", {"global_step": 4}), ("trainer_state.json", {"global_step": "5"}),
-        ("trainer_state.json", {"unheard_of": 1}), ("trainer_state.json", {"log_history": {}}),
-        ("trainer_state.json", {"best_metric": "x"}), ("trainer_state.json", {"epoch": [0]}),
+        ("progress.json", {"targets": "many"}),
+        ("progress.json", {"targets": -1}),
+        ("progress.json", {"seconds": None}),
+        ("progress.json", {"targets": 1.5}),
+        ("progress.json", {"loss_sum": [1]}),
+        ("progress.json", {"loss_steps": -3}),
+        ("trainer_state.json", {"global_step": 4}),
+        ("trainer_state.json", {"global_step": "5"}),
+        ("trainer_state.json", {"unheard_of": 1}),
+        ("trainer_state.json", {"log_history": {}}),
+        ("trainer_state.json", {"best_metric": "x"}),
+        ("trainer_state.json", {"epoch": [0]}),
     ],
-)  # fmt: skip
+)
 def test_counts_of_another_kind_are_refused(run, name, change):
     path = last(run) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -113,7 +113,9 @@ def test_what_a_folder_asks_for_is_refused(folder, name, key, value):
 
 
 def test_what_is_passed_over(folder):
-    """Other keys would become attributes of the configuration, in place of methods too; and files that nothing asks for."""
+    """Other keys would become attributes of the configuration, in place of methods too; and files that nothing asks
+    for.
+    """
     change(folder / "config.json", length_limit=3, to_dict=None, forward="x", dtype="manual_seed", name_or_path="a/b")
     change(
         folder / "tokenizer_config.json", chat_template="{{ 1/0 }}", tokenizer_file="/etc/passwd", name_or_path="a/b"

@@ -147,8 +147,11 @@ def test_names_that_are_no_choices_are_told_at_once(tmp_path):
     with pytest.raises(RecipeError) as caught:
         tiny_recipe(tmp_path, "attention=[leap, lepa]", "reweighting=foo", "hidden_act=gleu", "leap_start=late")
     assert [fault.split(": expected")[0] for fault in caught.value.faults] == [
-        "model.attention", "model.reweighting", "model.hidden_act", "model.leap_start"
-    ]  # fmt: skip
+        "model.attention",
+        "model.reweighting",
+        "model.hidden_act",
+        "model.leap_start",
+    ]
     assert "model.reweighting: expected one of cosine, quadratic, found 'foo'" in caught.value.faults
 
 
@@ -224,11 +227,24 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("/a/My Data #2", "/a/My Data #2"), ("010", "010"), ("1:30", "1:30"), ("yes", "yes"), ("2020-01-01", "2020-01-01"),
-        ("a: b", "a: b"), ("*x", "*x"), ("&a", "&a"), ("!x", "!x"), ("- a", "- a"), ("1_000", "1_000"), ("", None),
-        ('"3"', "3"), ("'a #b'", "a #b"), ("[a, 2]", ["a", 2]), ("{a: 1}", {"a": 1}),
+        ("/a/My Data #2", "/a/My Data #2"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("yes", "yes"),
+        ("2020-01-01", "2020-01-01"),
+        ("a: b", "a: b"),
+        ("*x", "*x"),
+        ("&a", "&a"),
+        ("!x", "!x"),
+        ("- a", "- a"),
+        ("1_000", "1_000"),
+        ("", None),
+        ('"3"', "3"),
+        ("'a #b'", "a #b"),
+        ("[a, 2]", ["a", 2]),
+        ("{a: 1}", {"a": 1}),
     ],
-)  # fmt: skip
+)
 def test_the_value_of_an_override_is_the_text_itself(text, value):
     assert parse_value(text) == value
     if isinstance(value, str):

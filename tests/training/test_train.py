@@ -216,7 +216,8 @@ def test_a_model_of_another_kind_or_shape_is_refused(tmp_path):
     for change, message in [
         (
             {"model_type": "gpt2"},
-            "expected a model of type 'leapformer' or 'leapformer_translation', found 'gpt2'|expected model_type 'leapformer'",
+            "expected a model of type 'leapformer' or 'leapformer_translation', found 'gpt2'|expected model_type "
+            "'leapformer'",
         ),
         ({"hidden_size": 32}, "checkpoint|weights"),
         ({"attention": "linear"}, "expected the weights"),
@@ -382,8 +383,10 @@ def test_ranks_share_a_run_and_its_checkpoints(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told = sorted(done.stdout.splitlines())
     for rank in "01":

@@ -1,9 +1,11 @@
-"""Quality against lagging of translation runs: the picture, the table, quality at equal lagging, and what chance may do.
+"""Quality against lagging of translation runs: the picture, the table, quality at equal lagging, and what chance may
+do.
 
 A *curve* is what `leapformer evaluate RUN --k 1,3,5` writes into results.json under "curves": for each split a list of
 scores, one entry for each k of wait-k and one for k = None, the whole source read first ("offline"). Those of other
-policies (`--policy align-att --frames 2,4`) are under "policy_curves"; their option stands in the place of k below. LAAL
-and the other delays are in milliseconds for speech and in words for text; here they are shown in seconds and words.
+policies (`--policy align-att --frames 2,4`) are under "policy_curves"; their option stands in the place of k below.
+LAAL and the other delays are in milliseconds for speech and in words for text; here they are shown in seconds and
+words.
 
 Letters: N sentences, D draws of the bootstrap.
 """
@@ -148,7 +150,8 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
         by_seed: a line for every run; else the seeds of a recipe become one.
 
     Raises:
-        LeapformerError: no runs, one without a curve on the split, one of speech beside one of text, or of other sentences.
+        LeapformerError: no runs, one without a curve on the split, one of speech beside one of text, or of other
+            sentences.
     """
     if not runs:
         raise LeapformerError("quality and latency: expected at least one run, found none")
@@ -165,7 +168,8 @@ def systems(runs: Sequence[RunRecord], *, split: str, by_seed: bool = False) -> 
             )
         if source != runs[0].results["source"]:
             raise LeapformerError(
-                f"{run.folder}: expected a source of {runs[0].results['source']} as in {runs[0].folder}, found {source}: "
+                f"{run.folder}: expected a source of {runs[0].results['source']} as in {runs[0].folder}, found "
+                f"{source}: "
                 "seconds and words have no common axis"
             )
         expected = _sentences(runs[0], split)[0]
@@ -349,8 +353,8 @@ def latency_table(lines: Sequence[System], draws: Draws | None = None) -> Cells:
 
     Arguments:
         lines: of `systems`; the first is the baseline.
-        draws: of `bootstrap_bleu`, all from one set of sentences. Systems whose runs are all there get the 95 % interval
-            of BLEU, and the others the difference from the baseline with its interval.
+        draws: of `bootstrap_bleu`, all from one set of sentences. Systems whose runs are all there get the 95 %
+            interval of BLEU, and the others the difference from the baseline with its interval.
     """
     draws = draws or {}
     unit = lines[0].unit.name
@@ -560,7 +564,9 @@ def bootstrap_bleu(sentences: SentenceCounts, *, draws: int = DRAWS, seed: int =
 
 
 def interval(samples: numpy.ndarray) -> tuple[float, float]:
-    """Ends of the middle 95 % of D values: those with a fortieth of the values below and above, as sacrebleu takes them."""
+    """Ends of the middle 95 % of D values: those with a fortieth of the values below and above, as sacrebleu takes
+    them.
+    """
     ordered = sorted(samples.tolist())
     outside = len(ordered) // 40
     return ordered[outside], ordered[-1 - outside]

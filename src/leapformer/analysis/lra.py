@@ -24,7 +24,8 @@ except ImportError as error:
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 NAMES = {mechanism.name: mechanism.label for mechanism in by_row() if mechanism.compared}
-# Test accuracy in per cent of the same small model after 50,000 steps, three seeds: Skyformer, arXiv 2111.00035, table 1.
+# Test accuracy in per cent of the same small model after 50,000 steps, three seeds: Skyformer, arXiv 2111.00035, table
+# 1.
 PUBLISHED = {
     "softmax": {"text": 61.95, "listops": 38.37, "retrieval": 80.69, "pathfinder": 65.26, "image": 40.57},
     "nystromformer": {"text": 64.83, "listops": 38.51, "retrieval": 80.52, "pathfinder": 69.48, "image": 41.30},

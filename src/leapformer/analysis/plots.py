@@ -132,7 +132,9 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def quality_against_speed(points: Sequence[Point]) -> Figure:
-    """Accuracy against examples a second (log scale over a wide range), each point with its name, the Pareto front as a line."""
+    """Accuracy against examples a second (log scale over a wide range), each point with its name, the Pareto front as a
+    line.
+    """
     figure, axes = _figure(height=3.6)
     front = pareto_front(points)
     axes.plot([p.speed for p in front], [p.quality for p in front], color=GRID, linewidth=2, zorder=1)
@@ -197,7 +199,9 @@ def lines_over_length(lines: Sequence[Line], *, xlabel: str = "tokens", ylabel: 
 
 
 def ranked(values: Sequence[tuple[str, float, float, float]], *, title: str, xlabel: str, marked: str) -> Figure:
-    """Named values with their p20 and p80, the largest on top: dots on a logarithmic axis, `marked` in a colour of its own."""
+    """Named values with their p20 and p80, the largest on top: dots on a logarithmic axis, `marked` in a colour of its
+    own.
+    """
     ordered = sorted(values, key=lambda value: value[1])
     figure, axes = _figure(height=1.1 + 0.26 * len(ordered))
     axes.set_title(title, fontsize=9.5, color=INK, loc="left")

@@ -50,7 +50,9 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """What plots and tables call it: the attention, with the variant and an added convolution where there is one."""
+        """What plots and tables call it: the attention, with the variant and an added convolution where there is
+        one.
+        """
         return self._model + self._convolution
 
     @property
@@ -103,7 +105,9 @@ class RunRecord:
         return [float(row["step"]) for row in rows], [float(row[quantity]) for row in rows]
 
     def latency_curve(self, split: str = "validation") -> list[dict[str, Any]]:
-        """Scores of a translation model for each k, k rising and the offline ones (k None) last; empty if not measured."""
+        """Scores of a translation model for each k, k rising and the offline ones (k None) last; empty if not
+        measured.
+        """
         points = self.results.get("curves", {}).get(split) or []
         return sorted(points, key=lambda point: math.inf if point["k"] is None else point["k"])
 
@@ -113,7 +117,9 @@ class RunRecord:
         return {line["label"]: PolicyCurve(line["option"], line["points"]) for line in lines}
 
     def scores_at(self, k: int | None, split: str = "validation") -> dict[str, Any]:
-        """Scores at one k (None: offline), from the curve or else the evaluation after training; empty if not measured."""
+        """Scores at one k (None: offline), from the curve or else the evaluation after training; empty if not
+        measured.
+        """
         own = self.split(split)
         evaluated = [own] if "BLEU" in own and "k" in own else []
         return next((point for point in [*self.latency_curve(split), *evaluated] if point["k"] == k), {})

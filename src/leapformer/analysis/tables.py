@@ -154,7 +154,8 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
                 else f"{name if mean * _sign(metric) < 0 else other} is better"
             )
             notes.append(
-                f"{name} - {other}: {mean:+.{metric.digits}f} {metric.unit}, standard error {error:.{metric.digits}f} over "
+                f"{name} - {other}: {mean:+.{metric.digits}f} {metric.unit}, standard error {error:.{metric.digits}f} "
+                "over "
                 f"{len(seeds)} paired seeds: {verdict}"
             )
     return notes

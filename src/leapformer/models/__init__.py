@@ -1,4 +1,6 @@
-"""LeaPformer models for Hugging Face transformers. Importing this registers them with the Auto classes. See docs/models.md."""
+"""LeaPformer models for Hugging Face transformers. Importing this registers them with the Auto classes. See
+docs/models.md.
+"""
 
 from leapformer.errors import MissingExtra
 
@@ -46,8 +48,8 @@ AutoModelForSeq2SeqLM.register(LeapformerTranslationConfig, LeapformerForConditi
 def _register_names() -> None:
     """Put our classes' names where transformers decides by them.
 
-    The Trainer shifts the labels of label smoothing for the names of causal language models alone, and pipelines complain of
-    names that they don't know. Registering with the Auto classes doesn't reach these tables.
+    The Trainer shifts the labels of label smoothing for the names of causal language models alone, and pipelines
+    complain of names that they don't know. Registering with the Auto classes doesn't reach these tables.
     """
     tables = {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": LeapformerForCausalLM,

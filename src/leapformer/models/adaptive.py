@@ -100,7 +100,9 @@ class AdaptiveSoftmax(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def token_losses(self, hidden: Tensor, targets: Tensor, bands: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """-log p(target) in nats, [N] float32 or wider, 0 where the target is -100. hidden [N, D], targets [N] int64."""
+        """-log p(target) in nats, [N] float32 or wider, 0 where the target is -100. hidden [N, D], targets [N]
+        int64.
+        """
         head_target = targets
         for band in range(1, len(bands)):
             inside = self._inside(targets, band)

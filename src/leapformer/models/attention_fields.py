@@ -1,4 +1,6 @@
-"""What the configurations of all models say of attention, of blocks and of how weights start: the fields, once, and their checks."""
+"""What the configurations of all models say of attention, of blocks and of how weights start: the fields, once, and
+their checks.
+"""
 
 import types
 from typing import Any, Literal, Union, get_args, get_origin

@@ -53,7 +53,8 @@ def build_block(
 ) -> EncoderBlock:
     """A block whose attention is of ``kind``, with cross-attention of the kind ``cross``.
 
-    causal: a `DecoderBlock`. parts: how many parts the residual stream sums up; the projections that write into it start
+    causal: a `DecoderBlock`. parts: how many parts the residual stream sums up; the projections that write into it
+    start
         smaller by the square root. place: what the place in the model says of its attention, over the configuration.
 
     Raises NotCausal where it should be causal and its attention can't.

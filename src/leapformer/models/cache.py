@@ -131,7 +131,8 @@ def is_prefix(past: Any, layers: int) -> bool:
 
 
 def absorbed_prefix(past: Cache, blocks: Any, like: Tensor) -> LeapformerCache:
-    """A cache whose blocks have seen the keys and values [B, G, S, K] of another, of prefix tuning; in the dtype of ``like``.
+    """A cache whose blocks have seen the keys and values [B, G, S, K] of another, of prefix tuning; in the dtype of
+    ``like``.
 
     Raises:
         ValueError: another shape, or a block whose attention keeps no state.

@@ -22,7 +22,8 @@ from leapformer.nn.packing import token_positions
 
 
 class LeapformerEncoder(LeapformerPreTrainedModel):
-    """Token embeddings, positions and blocks in which every token sees every token; the output is the last hidden state.
+    """Token embeddings, positions and blocks in which every token sees every token; the output is the last hidden
+    state.
 
     With config.pooling "cls" a symbol of its own comes first, so the output has T + 1 places.
 
@@ -63,11 +64,13 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
 
         Arguments:
             input_ids: [B, T] int64, or instead inputs_embeds: [B, T, D], before the embedding scale.
-            attention_mask: [B, T], 1 = real, 0 = padding anywhere; None: all. With a prefix of S keys [B, S + T] will do too.
-            past_key_values: keys and values for each block, [B, G, S, K], that every token sees besides (prefix tuning).
+            attention_mask: [B, T], 1 = real, 0 = padding anywhere; None: all. With a prefix of S keys [B, S + T] will
+                do too.
+            past_key_values: keys and values for each block, [B, G, S, K], that every token sees besides (prefix
+                tuning).
 
-        Raises ValueError for a mask of another shape, for more than max_position_embeddings tokens where there is a limit, for
-        output_attentions, and for a prefix of a mechanism that has no state.
+        Raises ValueError for a mask of another shape, for more than max_position_embeddings tokens where there is a
+        limit, for output_attentions, and for a prefix of a mechanism that has no state.
         """
         check_rest(type(self).__name__, self.config, output_attentions, rest)
         if (input_ids is None) == (inputs_embeds is None):
@@ -117,7 +120,9 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
         return absorbed_prefix(past, self.blocks, like)
 
     def pooled(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
-        """One vector [B, D] for each sequence: the mean over real tokens (0 where there are none) or the symbol's state."""
+        """One vector [B, D] for each sequence: the mean over real tokens (0 where there are none) or the symbol's
+        state.
+        """
         return self.pool(
             self(input_ids, attention_mask, return_dict=True, **keywords).last_hidden_state, attention_mask
         )
@@ -178,19 +183,22 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
         """Logits [B, N], and the loss where labels are given.
 
         input_ids, inputs_embeds, attention_mask, past_key_values: as in `LeapformerEncoder.forward`; input_ids_1,
-        attention_mask_1: of the second sequence, which may have another length, with config.paired_inputs and only then (else
-        ValueError).
-        labels: by config.problem_type, or where it is None as transformers does: classes [B] int64 (cross-entropy); floats
+        attention_mask_1: of the second sequence, which may have another length, with config.paired_inputs and only then
+        (else ValueError).
+        labels: by config.problem_type, or where it is None as transformers does: classes [B] int64 (cross-entropy);
+        floats
             [B, N] for several labels at once (binary cross-entropy); floats [B], or [B, N], for a regression (squared
             error), which N = 1 is.
-        num_items_in_batch: the loss is the sum divided by this; None: the mean. output_hidden_states: those of the first
+        num_items_in_batch: the loss is the sum divided by this; None: the mean. output_hidden_states: those of the
+        first
             sequence.
         """
         if (input_ids_1 is not None) != self.config.paired_inputs:
             found = "none" if input_ids_1 is None else "one"
             expected = "a second sequence, input_ids_1," if self.config.paired_inputs else "no input_ids_1"
             raise ValueError(
-                f"sequence classification: expected {expected} with paired_inputs={self.config.paired_inputs}, found {found}"
+                f"sequence classification: expected {expected} with paired_inputs={self.config.paired_inputs}, found "
+                f"{found}"
             )
         keywords = {"output_attentions": output_attentions, "past_key_values": past_key_values, **rest}
         encoded = self.model(

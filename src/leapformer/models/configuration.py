@@ -41,7 +41,8 @@ class LeapformerConfig(AttentionFields):
         decay (None): data-dependent decay per head; paper False, gated True. Linear kinds only.
         conv_width (None): width of the causal depthwise convolution on the layer's input, 0 for none;
             paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
-        output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds only.
+        output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds
+            only.
         leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
         leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.
         leap_start ("default"): how the LeaP module starts, "default" or "spread".
@@ -52,19 +53,20 @@ class LeapformerConfig(AttentionFields):
         attention_eps (1e-6): the clamp of the normaliser.
         attention_bias (True): biases of the projections.
         attention_features (128): landmarks, projections, random features or chosen queries of the mechanisms from
-            "performer" on; attention_hashes (2): rounds of "reformer"; attention_block (64): tokens of a chunk of "reformer"
-            and of a block of "bigbird"; attention_random_blocks (3): of "bigbird".
+            "performer" on; attention_hashes (2): rounds of "reformer"; attention_block (64): tokens of a chunk of
+            "reformer" and of a block of "bigbird"; attention_random_blocks (3): of "bigbird".
     Positions:
         positions ("sinusoidal"): "sinusoidal" (any length), "learned" or "none".
         max_position_embeddings (2048): a limit for cosFormer, Linformer and learned positions, and for nothing else.
         position_scale (1.0): what sinusoidal positions are multiplied with.
     Classification (`LeapformerForSequenceClassification`), besides transformers' num_labels, id2label and label2id:
-        pooling ("mean"): of the last hidden states over real tokens, or "cls": the state of a symbol of its own put first,
-            which is no token of the vocabulary and takes none of max_position_embeddings.
+        pooling ("mean"): of the last hidden states over real tokens, or "cls": the state of a symbol of its own put
+            first, which is no token of the vocabulary and takes none of max_position_embeddings.
         paired_inputs (False): two sequences, input_ids and input_ids_1, through the same encoder.
         classifier_hidden_size (128), classifier_dropout (0.0): of the head, a ReLU network of one hidden layer.
     The rest:
-        hidden_act ("relu"; or "gelu", "silu"), hidden_dropout, attention_dropout, activation_dropout (0.0), layer_norm_eps,
+        hidden_act ("relu"; or "gelu", "silu"), hidden_dropout, attention_dropout, activation_dropout (0.0),
+        layer_norm_eps,
         final_norm (True): a LayerNorm after the last block.
         tie_word_embeddings (True): the output layer is the input embedding.
         adaptive_cutoffs (None): band limits such as [20000, 60000] of an adaptive input and softmax (Baevski and Auli);
@@ -182,7 +184,8 @@ class LeapformerConfig(AttentionFields):
         rising = limits == sorted(set(limits)) and len(limits) <= MOST_BANDS
         if not limits or not rising or limits[0] < 1 or limits[-1] >= self.vocab_size:
             raise ValueError(
-                f"config adaptive_cutoffs: expected rising limits between 1 and vocab_size - 1 = {self.vocab_size - 1}, "
+                "config adaptive_cutoffs: expected rising limits between 1 and vocab_size - 1 = "
+                f"{self.vocab_size - 1}, "
                 f"at most {MOST_BANDS}, found {shown(limits)}"
             )
         if not self.tie_word_embeddings:

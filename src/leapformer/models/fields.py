@@ -1,4 +1,5 @@
-"""Checks of a configuration's fields, which may come from a damaged or hostile config.json: types, ranges, choices, size.
+"""Checks of a configuration's fields, which may come from a damaged or hostile config.json: types, ranges, choices,
+size.
 
 A fault is a ValueError of one line that names the field, what was expected and what was found.
 """

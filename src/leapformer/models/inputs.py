@@ -53,7 +53,9 @@ def check_rest(name: str, config: Any, output_attentions: bool | None, rest: dic
 
 
 def wanted(value: bool | None, config: Any, field: str) -> bool:
-    """An argument of `forward` such as output_hidden_states or return_dict, or where it is None what the configuration says."""
+    """An argument of `forward` such as output_hidden_states or return_dict, or where it is None what the configuration
+    says.
+    """
     return bool(getattr(config, field) if value is None else value)
 
 
@@ -64,7 +66,8 @@ class Layout(NamedTuple):
         key_mask: bool [B, T], True = real; None where all are.
         position_ids: int64 [1 or B, T].
         cu_seqlens: int [N + 1] of packed sequences, or None.
-        rows: B where several rows were put behind one another into one, [1, B T] (then so are the fields above), else None.
+        rows: B where several rows were put behind one another into one, [1, B T] (then so are the fields above), else
+            None.
         counted: whether positions were counted here, so that none is beyond the number of slots.
     """
 
@@ -95,10 +98,10 @@ def read_layout(
 ) -> Layout:
     """The layout of B, T new tokens.
 
-    Sequences packed into a row are told by cu_seqlens or told["cu_seq_lens_q"]; or for each token, in one row or several, by
-    told["seq_idx"], by numbers from 1 in attention_mask, or, where there is neither mask nor cache, by position_ids that
-    don't go on by 1 (as in transformers). Values are looked at in eager mode only, so in a compiled graph the last two
-    don't tell.
+    Sequences packed into a row are told by cu_seqlens or told["cu_seq_lens_q"]; or for each token, in one row or
+    several, by told["seq_idx"], by numbers from 1 in attention_mask, or, where there is neither mask nor cache, by
+    position_ids that don't go on by 1 (as in transformers). Values are looked at in eager mode only, so in a compiled
+    graph the last two don't tell.
 
     Raises:
         ValueError: shapes that don't fit, ways of telling that contradict one another, or packing beside a cache.
@@ -191,7 +194,8 @@ def _begins_by_numbers(numbers: Tensor) -> Tensor:
     seen = whole.cummax(1).values  # padding belongs to the sequence before it
     if bool(((whole != numbers) | (whole < 0) | ((whole != 0) & (whole != seen))).any()):
         raise ValueError(
-            "attention_mask: expected 1 = real and 0 = padding, or the rising numbers of packed sequences (1, 1, 2, 2, 0), "
+            "attention_mask: expected 1 = real and 0 = padding, or the rising numbers of packed sequences (1, 1, 2, 2, "
+            "0), "
             "found others"
         )
     changes = (seen[:, 1:] != seen[:, :-1]) & (seen[:, :-1] != 0)
@@ -212,7 +216,8 @@ def _refuse_restart(positions: Tensor, mask: Tensor | None) -> None:
     if bool(falls.any()):
         beside = "a cache" if mask is None else "an attention_mask"
         raise ValueError(
-            f"position_ids: expected rising numbers beside {beside}, found a restart (packed sequences: give cu_seqlens)"
+            f"position_ids: expected rising numbers beside {beside}, found a restart (packed sequences: give "
+            "cu_seqlens)"
         )
 
 

@@ -1,4 +1,6 @@
-"""The next-token loss. Labels are shifted, never the logits: a shifted copy of the logits would be the largest tensor."""
+"""The next-token loss. Labels are shifted, never the logits: a shifted copy of the logits would be the largest
+tensor.
+"""
 
 import torch
 from torch import Tensor
@@ -13,14 +15,18 @@ def next_token_labels(labels: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats: logits [N, V], targets [N] -> [N], 0 where ignored. bf16 and fp16 are summed in float32."""
+    """-log p(target) in nats: logits [N, V], targets [N] -> [N], 0 where ignored. bf16 and fp16 are summed in
+    float32.
+    """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def reduce_losses(losses: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum over tokens, divided by `num_items` (the Trainer's count over an accumulated batch) or by the counted targets."""
+    """Sum over tokens, divided by `num_items` (the Trainer's count over an accumulated batch) or by the counted
+    targets.
+    """
     if num_items is None:
         # A batch without a single target has loss 0, not NaN.
         num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)

@@ -1,4 +1,5 @@
-"""Filling in masked tokens: the encoder of the classifier with an output layer, to pre-train it on its task's own inputs.
+"""Filling in masked tokens: the encoder of the classifier with an output layer, to pre-train it on its task's own
+inputs.
 
 Letters: B sequences, T tokens, D hidden size, V vocabulary, M masked tokens of all sequences.
 """
@@ -18,7 +19,8 @@ from leapformer.models.modeling import LeapformerPreTrainedModel
 
 
 class LeapformerForMaskedLM(LeapformerPreTrainedModel):
-    """`LeapformerEncoder` and an output layer over the vocabulary, whose weights are the embedding's where those are tied.
+    """`LeapformerEncoder` and an output layer over the vocabulary, whose weights are the embedding's where those are
+    tied.
 
     Example:
         >>> model = LeapformerForMaskedLM(LeapformerConfig(hidden_size=16, num_hidden_layers=1))
@@ -51,7 +53,8 @@ class LeapformerForMaskedLM(LeapformerPreTrainedModel):
         return_dict: bool | None = None,
         **rest: Any,
     ) -> MaskedLMOutput | tuple:
-        """Logits [B, T, V]; with labels [B, T] int64 (-100: not asked for) those of the M asked for, [M, V], and the loss.
+        """Logits [B, T, V]; with labels [B, T] int64 (-100: not asked for) those of the M asked for, [M, V], and the
+        loss.
 
         Logits of the rest would be most of the memory of a step. num_items_in_batch: the loss is the sum over the M
         divided by this; None: their mean. The other arguments are those of `LeapformerEncoder.forward`.

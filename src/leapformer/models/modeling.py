@@ -94,7 +94,9 @@ class LeapformerPreTrainedModel(PreTrainedModel):
                 start()
 
     def _check_length(self, position_ids: Tensor, slots: int | None, *, extra: int = 0) -> None:
-        """Refuse positions past the limit and `extra` ones. Counted positions stay below `slots`: mostly nothing is read."""
+        """Refuse positions past the limit and `extra` ones. Counted positions stay below `slots`: mostly nothing is
+        read.
+        """
         limit = self.config.length_limit()
         if limit is None or (slots is not None and slots <= limit[0] + extra) or torch.compiler.is_compiling():
             return
@@ -157,17 +159,17 @@ class LeapformerModel(LeapformerPreTrainedModel):
                 numbers of packed sequences (1, 1, 2, 2, 0) are taken too.
             position_ids: [B or 1, T] int64 from 0. None: counted over the real tokens, going on from the cache. Without
                 mask and cache a sequence begins wherever they don't go on by 1, as in transformers (in eager mode).
-            past_key_values: a `LeapformerCache`, updated in place; or a cache of keys and values for each block, [B, G, S, K]
-                (prefix tuning), which is absorbed into a new one. None makes one if use_cache.
+            past_key_values: a `LeapformerCache`, updated in place; or a cache of keys and values for each block, [B, G,
+                S, K] (prefix tuning), which is absorbed into a new one. None makes one if use_cache.
             use_cache: None means config.use_cache, but never in training or for packed sequences.
-            cu_seqlens: [N + 1] int32, for N sequences packed into one row (B = 1); attention and positions start anew in
-                each. A mask beside it says which of the slots are padding.
+            cu_seqlens: [N + 1] int32, for N sequences packed into one row (B = 1); attention and positions start anew
+                in each. A mask beside it says which of the slots are padding.
             rest: cu_seq_lens_q (the same as cu_seqlens) with an equal cu_seq_lens_k, seq_idx [B, T], the number of each
                 token's sequence; and what changes nothing, such as cache_position.
 
         Raises ValueError for a mask of another shape, another kind of cache, packing that contradicts itself,
-        output_attentions, or a sequence longer than max_position_embeddings where attention is cosFormer or positions are
-        learned.
+        output_attentions, or a sequence longer than max_position_embeddings where attention is cosFormer or positions
+        are learned.
         """
         told = {name: rest.pop(name, None) for name in PACKING_NAMES}
         check_rest(type(self).__name__, self.config, output_attentions, rest)
@@ -452,7 +454,9 @@ def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def _config_of(cls: Any, where: str, kwargs: dict[str, Any]) -> Any:
-    """The configuration that `from_pretrained` will use: the one given, or the folder's with the fields among ``kwargs``."""
+    """The configuration that `from_pretrained` will use: the one given, or the folder's with the fields among
+    ``kwargs``.
+    """
     given = kwargs.get("config")
     if isinstance(given, PreTrainedConfig):
         return given

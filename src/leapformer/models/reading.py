@@ -1,4 +1,6 @@
-"""What stands beside a model's weights, read so that a fault is one line and nothing is taken before it is looked at."""
+"""What stands beside a model's weights, read so that a fault is one line and nothing is taken before it is looked
+at.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +99,8 @@ def _check_generation(path: Path) -> None:
 def check_shapes(where: str, model_class: Any, config: PreTrainedConfig, subfolder: str = "") -> None:
     """Compare the weights that a file names with those of the model, before either takes memory.
 
-    Raises CheckpointError where a shape differs, or where more is missing than is there; a few that are missing or too many
-    are found when the weights are loaded.
+    Raises CheckpointError where a shape differs, or where more is missing than is there; a few that are missing or too
+    many are found when the weights are loaded.
     """
     path = Path(where, subfolder, "model.safetensors")
     if not path.is_file():

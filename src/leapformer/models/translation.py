@@ -1,8 +1,10 @@
-"""The simultaneous translation model: a block-causal encoder of speech or text, and a decoder with wait-k cross-attention.
+"""The simultaneous translation model: a block-causal encoder of speech or text, and a decoder with wait-k
+cross-attention.
 
 Everything here is the parallel form, for training; `leapformer.models.translation_stream` is the same step by step.
 
-Letters: B utterances, F feature frames, S source states, T target tokens, D hidden size, V vocabulary, k and r of wait-k.
+Letters: B utterances, F feature frames, S source states, T target tokens, D hidden size, V vocabulary, k and r of
+wait-k.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from leapformer.ops import Staircase
 from leapformer.ops.api import Visible
 
 NO_GENERATE = (
-    "translation: expected greedy_translation(model, model.encode(...)), or a DecoderStream to write while reading, found "
+    "translation: expected greedy_translation(model, model.encode(...)), or a DecoderStream to write while reading, "
+    "found "
     "generate()"
 )
 
@@ -82,7 +85,8 @@ class TranslationOutput(ModelOutput):
         nll: the cross-entropy without smoothing and CTC, nats per token, detached.
         ctc_loss: the CTC loss per target token, detached, where there is a CTC head.
         encoder_last_hidden_state: [B, S, D].
-        decoder_hidden_states: where asked for, what entered each block of the decoder and its last state, each [B, T, D].
+        decoder_hidden_states: where asked for, what entered each block of the decoder and its last state, each [B, T,
+            D].
     """
 
     loss: Tensor | None = None
@@ -128,7 +132,9 @@ class SourceEncoder(nn.Module):
         return "all" if self.config.context == "full" else Staircase.blocks(self.config.pre_decision)
 
     def embed(self, source: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features [B, F, num_features] or ids [B, S], real up to ``lengths`` [B] -> ([B, S, D], lengths of the states)."""
+        """Features [B, F, num_features] or ids [B, S], real up to ``lengths`` [B] -> ([B, S, D], lengths of the
+        states).
+        """
         if self.subsampling is not None:
             states = self.subsampling(source.to(home_of(self.norm)["dtype"]), lengths)
             return states, None if lengths is None else subsampled_length(lengths)
@@ -207,7 +213,8 @@ class TargetDecoder(nn.Module):
     def forward(
         self, ids: Tensor, source: SourceStates, visible: Visible, *, states: list[Tensor] | None = None
     ) -> Tensor:
-        """ids int64 [B, T], ``visible`` states of the source for each -> [B, T, D]; a list ``states`` gets each block's input.
+        """ids int64 [B, T], ``visible`` states of the source for each -> [B, T, D]; a list ``states`` gets each block's
+        input.
 
         Padding of the target stands on the right, where no real token sees it, so it needs no mask.
         """
@@ -234,7 +241,9 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
     training by the same linear form in which it is run.
 
     Example:
-        >>> config = LeapformerTranslationConfig(hidden_size=16, num_attention_heads=2, encoder_layers=1, decoder_layers=1)
+        >>> config = LeapformerTranslationConfig(
+        ...     hidden_size=16, num_attention_heads=2, encoder_layers=1, decoder_layers=1
+        ... )
         >>> model = LeapformerForConditionalGeneration(config)
         >>> labels = torch.tensor([[5, 6, 7, 2]])
         >>> model(torch.randn(1, 100, 80), labels=labels, k=3).logits.shape
@@ -283,20 +292,21 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         """The logits of every target token, each from the source states that wait-k lets it see, and the loss.
 
         Arguments:
-            input_features: floating [B, F, num_features]; or, where config.source is "text", input_ids: int64 [B, S]; or
-                instead of both source_states, from `encode`.
+            input_features: floating [B, F, num_features]; or, where config.source is "text", input_ids: int64 [B, S];
+                or instead of both source_states, from `encode`.
             attention_mask: [B, F] or [B, S], 1 = real, padding on the right. None: all real.
             labels: int64 [B, T], the target with its end of sentence, -100 = padding, on the right.
             decoder_input_ids: int64 [B, T]; None: bos_token_id and the labels before.
-            k: chunks read before the first token, at least 1, for all or int64 [B]; None (or a value below 1 in the tensor):
-                every token sees the whole source.
+            k: chunks read before the first token, at least 1, for all or int64 [B]; None (or a value below 1 in the
+                tensor): every token sees the whole source.
             ctc_labels: int64 [B, L], -100 = padding on the right, for the CTC head; None: the labels without the end of
                 sentence.
             num_items_in_batch: losses are sums over tokens divided by this; None: by the scored labels.
 
             output_hidden_states: also return what entered each block of the decoder, and its last hidden state.
 
-        Raises ValueError for missing or misshapen input and for output_attentions, SequenceTooLong past cosFormer's maximum.
+        Raises ValueError for missing or misshapen input and for output_attentions, SequenceTooLong past cosFormer's
+        maximum.
         """
         check_rest(type(self).__name__, self.config, output_attentions, rest)
         if source_states is None:
@@ -359,19 +369,25 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError: simultaneous translation is a `DecoderStream`, or `greedy_translation` for whole utterances."""
+        """Raises ValueError: simultaneous translation is a `DecoderStream`, or `greedy_translation` for whole
+        utterances.
+        """
         raise ValueError(NO_GENERATE)
 
     _prepare_encoder_decoder_kwargs_for_generation = prepare_inputs_for_generation
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """The decoder's input for labels [B, T]: bos_token_id, then all labels but the last, padding as pad_token_id."""
+        """The decoder's input for labels [B, T]: bos_token_id, then all labels but the last, padding as
+        pad_token_id.
+        """
         assert self.config.pad_token_id is not None and self.config.bos_token_id is not None
         shifted = F.pad(labels[:, :-1], (1, 0), value=self.config.bos_token_id)
         return shifted.masked_fill(shifted == IGNORE_INDEX, self.config.pad_token_id)
 
     def ctc_log_probs(self, source_states: SourceStates) -> Tensor:
-        """log p of every symbol at every state, [B, S, ctc_vocab_size + 1] in at least float32; the last is the blank."""
+        """log p of every symbol at every state, [B, S, ctc_vocab_size + 1] in at least float32; the last is the
+        blank.
+        """
         if self.ctc_head is None:
             raise ValueError("translation: expected a CTC head, found config.ctc_weight = 0")
         logits = self.ctc_head(source_states.hidden)
@@ -454,7 +470,8 @@ def wait_k_visibility(k: int | Tensor | None, ratio: int, states: int) -> Visibl
 
 
 def smoothed_losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with and without label smoothing: logits [B, T, V], labels [B, T] -> two of [B, T], 0 where ignored.
+    """Cross-entropy with and without label smoothing: logits [B, T, V], labels [B, T] -> two of [B, T], 0 where
+    ignored.
 
     A share ``smoothing`` of the target is spread over the whole vocabulary (arXiv 1512.00567, sec. 7).
     """
@@ -494,7 +511,9 @@ def _lengths(mask: Tensor | None, batch: int, slots: int) -> Tensor | None:
 
 
 def _check_right(name: str, real: Tensor) -> None:
-    """Refuse padding before something real in a row of bool [B, T]; looked at on the CPU, elsewhere it costs a synchronisation."""
+    """Refuse padding before something real in a row of bool [B, T]; looked at on the CPU, elsewhere it costs a
+    synchronisation.
+    """
     if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool((real[:, 1:] > real[:, :-1]).any()):
         raise ValueError(f"{name}: expected padding on the right only, found it elsewhere")
 

@@ -26,28 +26,31 @@ OWN_RANGES: dict[str, tuple[float, float]] = {
 
 
 class LeapformerTranslationConfig(AttentionFields):
-    r"""Configuration of `LeapformerForConditionalGeneration`; the defaults are the paper's sizes (arXiv 2405.13046, sec. 4.3).
+    r"""Configuration of `LeapformerForConditionalGeneration`; the defaults are the paper's sizes (arXiv 2405.13046,
+    sec. 4.3).
 
     Source:
         source ("speech"): "speech" (features [B, F, num_features]) or "text" (ids, no subsampling).
         num_features (80), conv_channels (256): of the front end for speech.
         source_vocab_size (None: vocab_size): of a text source.
-        pre_decision (9): source states read at a time, r: a chunk of the encoder, and a step of wait-k. A state of speech is
-            40 ms, so 9 are 360 ms. A text source reads 1 token at a time where this is 1.
-        context ("chunk"): "chunk" (a position sees its whole chunk and the past, so the encoder goes on from a state) or
-            "full" (it sees all that was read, so the encoder starts anew at every read, as in the paper; what it was trained
-            on, whole utterances, is then not what it reads).
+        pre_decision (9): source states read at a time, r: a chunk of the encoder, and a step of wait-k. A state of
+            speech is 40 ms, so 9 are 360 ms. A text source reads 1 token at a time where this is 1.
+        context ("chunk"): "chunk" (a position sees its whole chunk and the past, so the encoder goes on from a state)
+            or "full" (it sees all that was read, so the encoder starts anew at every read, as in the paper; what it was
+            trained on, whole utterances, is then not what it reads).
     Sizes:
-        vocab_size (10000) of the target, hidden_size (256), encoder_layers (12), decoder_layers (6), num_attention_heads (8),
-        num_key_value_heads (None: num_attention_heads), head_dim (None: hidden_size / heads), intermediate_size (2048).
+        vocab_size (10000) of the target, hidden_size (256), encoder_layers (12), decoder_layers (6),
+        num_attention_heads (8), num_key_value_heads (None: num_attention_heads), head_dim (None: hidden_size / heads),
+        intermediate_size (2048).
     Attention:
         encoder_attention, decoder_attention, cross_attention ("leap"): "leap", "cosformer", "linear" or "softmax", each
             chosen by itself.
-        max_source_positions, max_target_positions (None): cosFormer's M of the states of the source and of the tokens of the
-            target; a limit where cosFormer is, needed there, and not used elsewhere.
-        variant ("paper"), decay, conv_width, output_norm (None), leap_hidden (None: head_dim / 4), leap_start, leap_per_head,
-        leap_bins, feature_map, reweighting, attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`. The
-            decay is for the decoder's self-attention alone.
+        max_source_positions, max_target_positions (None): cosFormer's M of the states of the source and of the tokens
+            of the target; a limit where cosFormer is, needed there, and not used elsewhere.
+        variant ("paper"), decay, conv_width, output_norm (None), leap_hidden (None: head_dim / 4), leap_start,
+        leap_per_head,
+        leap_bins, feature_map, reweighting, attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`.
+            The decay is for the decoder's self-attention alone.
     Loss:
         label_smoothing (0.1): of the cross-entropy.
         ctc_weight (0.0): above 0 the encoder gets a CTC head, and this times its loss is added.
@@ -160,6 +163,7 @@ class LeapformerTranslationConfig(AttentionFields):
             found = self.limited(places)
             if found is not None and getattr(self, name) is None:
                 raise ValueError(
-                    f"config {name}: expected a number, since {found[0]}={found[1].name!r} needs the length beforehand, "
+                    f"config {name}: expected a number, since {found[0]}={found[1].name!r} needs the length "
+                    "beforehand, "
                     "found None"
                 )

@@ -1,4 +1,5 @@
-"""The simultaneous translation model step by step: an encoder stream and a decoder stream, at the level of features and tokens.
+"""The simultaneous translation model step by step: an encoder stream and a decoder stream, at the level of features and
+tokens.
 
     encoder, decoder = EncoderStream.begin(model), DecoderStream.begin(model, k=3)
     decoder.feed(encoder.push(frames))          # the states of the chunks that these frames complete
@@ -6,14 +7,15 @@
         logits = decoder.step(token)            # the token written last; at first bos_token_id
     decoder.feed(encoder.finish()); decoder.finish()
 
-Both give what the parallel form gives, and both keep a state of constant size where attention is linear. A stream holds one or
-several utterances as rows; ``reorder`` picks rows, ``join`` puts streams together, so many independent utterances make one
-batch for a step.
+Both give what the parallel form gives, and both keep a state of constant size where attention is linear. A stream holds
+one or several utterances as rows; ``reorder`` picks rows, ``join`` puts streams together, so many independent
+utterances make one batch for a step.
 
-What a layer keeps and how it goes on is the layer's own matter: `leapformer.nn.AttentionLayer`, `leapformer.nn.LayerState`.
+What a layer keeps and how it goes on is the layer's own matter: `leapformer.nn.AttentionLayer`,
+`leapformer.nn.LayerState`.
 
-Letters: B rows (utterances), n states or chunks that are new, S states, D hidden size, L layers, H query heads, M chunks,
-V vocabulary.
+Letters: B rows (utterances), n states or chunks that are new, S states, D hidden size, L layers, H query heads, M
+chunks, V vocabulary.
 """
 
 from __future__ import annotations
@@ -76,10 +78,11 @@ class EncoderStream:
 
     @torch.no_grad()
     def push(self, source: Tensor) -> Tensor:
-        """The encoder states [B, n, D] of all chunks that are complete with these features [B, F, num_features] or ids [B, F].
+        """The encoder states [B, n, D] of all chunks that are complete with these features [B, F, num_features] or ids
+        [B, F].
 
-        With context "full" they are those of all chunks so far, encoded anew, wherever a chunk was completed; push no more than
-        one chunk at a time where earlier tokens must not know of later ones.
+        With context "full" they are those of all chunks so far, encoded anew, wherever a chunk was completed; push no
+        more than one chunk at a time where earlier tokens must not know of later ones.
 
         Raises ValueError after ``finish``.
         """
@@ -94,7 +97,9 @@ class EncoderStream:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """The states [B, n, D] that were waiting for a chunk to be complete (context "full": all, encoded anew, if any did)."""
+        """The states [B, n, D] that were waiting for a chunk to be complete (context "full": all, encoded anew, if any
+        did).
+        """
         encoder, rest = self.model.encoder, self.waiting
         if encoder.subsampling is not None and self.cache is not None and not self.finished:
             rest = torch.cat([rest, encoder.subsampling.finish(self.cache)], dim=1)
@@ -117,7 +122,9 @@ class EncoderStream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept: the same at the end of every chunk, unless attention is softmax or context full."""
+        """Bytes of all that is kept: the same at the end of every chunk, unless attention is softmax or context
+        full.
+        """
         tensors = [self.waiting, self.length, *([] if self.prefix is None else [self.prefix])]
         cache = 0 if self.cache is None else self.cache.nbytes
         return cache + _nbytes(tensors) + sum(state.nbytes for state in self.states)
@@ -164,7 +171,8 @@ class EncoderStream:
         )
 
     def put(self, index: Tensor, part: EncoderStream) -> None:
-        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes back.
+        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes
+        back.
 
         Raises ValueError where one of the two is not at the end of a chunk, or context is "full".
         """
@@ -195,8 +203,8 @@ def wait_k_needs(k: int | Tensor, written: int | Tensor, ratio: int) -> int | Te
 class DecoderStream:
     """A decoder that writes one token at a time, each from its own g(i) source states; made by ``begin``.
 
-    Of the source it keeps sums over the states seen so far, S and z of every cross-attention (softmax: their keys and values),
-    and the states that no token may see yet. All counts are int64 [B] on the CPU:
+    Of the source it keeps sums over the states seen so far, S and z of every cross-attention (softmax: their keys and
+    values), and the states that no token may see yet. All counts are int64 [B] on the CPU:
 
     Attributes:
         model: whose decoder runs, in evaluation mode.
@@ -232,7 +240,8 @@ class DecoderStream:
         """The stream of ``batch`` utterances of which nothing was read or written.
 
         k: at least 1, for all or int64 [B]; None, or below 1 in a tensor: wait for the whole source.
-        keep_mass: keep what ``mass`` needs, for policies that look at the attention (2 K floats per chunk, head and layer).
+        keep_mass: keep what ``mass`` needs, for policies that look at the attention (2 K floats per chunk, head and
+        layer).
 
         Raises ValueError for an integer below 1, and for a model in training mode.
         """
@@ -256,7 +265,8 @@ class DecoderStream:
         )
 
     def feed(self, states: Tensor, lengths: Tensor | None = None, *, rows: Sequence[int] | None = None) -> None:
-        """More encoder states [B, n, D], real up to ``lengths`` int64 [B] (None: all), for the rows ``rows`` (None: all).
+        """More encoder states [B, n, D], real up to ``lengths`` int64 [B] (None: all), for the rows ``rows`` (None:
+        all).
 
         With config.context "full" they are the whole source so far, and take the place of all that came before.
         """
@@ -282,12 +292,15 @@ class DecoderStream:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, *, see: Tensor | None = None) -> Tensor:
-        """Logits [B, V] of the next token of every row after ``tokens`` int64 [B], those written last (at first bos_token_id).
+        """Logits [B, V] of the next token of every row after ``tokens`` int64 [B], those written last (at first
+        bos_token_id).
 
-        see: int64 [B], how many source states to look at, at least as many as before; None: g(i) = min((k + i) r, S). A policy
+        see: int64 [B], how many source states to look at, at least as many as before; None: g(i) = min((k + i) r, S). A
+        policy
             other than wait-k gives ``available``.
 
-        Raises ValueError, before anything is touched, where a row has to READ first; SequenceTooLong past cosFormer's maximum.
+        Raises ValueError, before anything is touched, where a row has to READ first; SequenceTooLong past cosFormer's
+        maximum.
         """
         if see is None:
             may, see = self.can_write(), wait_k_needs(self.k, self.written, self.model.config.pre_decision)  # type: ignore[assignment]
@@ -319,8 +332,8 @@ class DecoderStream:
     def absorb(self, upto: Tensor | None = None) -> None:
         """Put the states from ``seen`` up to ``upto`` int64 [B] (None: all that are available) into the sums.
 
-        A step does it by itself; a policy that looks ahead does it before it takes the snapshot that it goes back to, so that
-        what it has looked at does not pile up.
+        A step does it by itself; a policy that looks ahead does it before it takes the snapshot that it goes back to,
+        so that what it has looked at does not pile up.
         """
         upto = self.available if upto is None else upto
         counts = upto - self.seen
@@ -355,13 +368,17 @@ class DecoderStream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept: with linear attention the same after any number of tokens, but for ``keep_mass``."""
+        """Bytes of all that is kept: with linear attention the same after any number of tokens, but for
+        ``keep_mass``.
+        """
         counts = [self.k, self.written, self.available, self.seen, self.finished]
         states = sum(state.nbytes for state in (*self.own, *self.cross))
         return states + _nbytes([*counts, *self.waiting])
 
     def reorder(self, index: Tensor) -> DecoderStream:
-        """A stream of its own whose row b goes on from row index[b] of this one (beams); ``index`` int64 of any length."""
+        """A stream of its own whose row b goes on from row index[b] of this one (beams); ``index`` int64 of any
+        length.
+        """
         here, rows = index.to(self.own[0].length.device), index.to("cpu")
         return replace(
             self,
@@ -398,7 +415,9 @@ class DecoderStream:
         )
 
     def put(self, index: Tensor, part: DecoderStream) -> None:
-        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes back."""
+        """Row b of ``part`` takes the place of row index[b]: what was taken out by ``reorder``, and has gone on, goes
+        back.
+        """
         here, rows = index.to(self.own[0].length.device), index.to("cpu")
         for name in COUNTS:
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
@@ -424,7 +443,8 @@ def greedy_translation(
     k: int | Tensor | None = None,
     max_tokens: int = 200,
 ) -> list[list[int]]:
-    """The most likely token at every step, for whole utterances (`model.encode`): what a stream with this k would write.
+    """The most likely token at every step, for whole utterances (`model.encode`): what a stream with this k would
+    write.
 
     Returns for each row its tokens, without the end of sentence; at most ``max_tokens``.
     """

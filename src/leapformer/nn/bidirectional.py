@@ -1,4 +1,5 @@
-"""What the bidirectional mechanisms that LeaPformer is compared with share: refusals, padding, and their random numbers.
+"""What the bidirectional mechanisms that LeaPformer is compared with share: refusals, padding, and their random
+numbers.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
 """
@@ -24,11 +25,11 @@ class SharedBidirectional(Shared, total=False):
 class BidirectionalAttention(AttentionLayer):
     """An attention in which every query sees every key; a mechanism writes ``mix``.
 
-    Padding may lie anywhere: real tokens are moved to the front, in order, before ``mix`` sees them, and back after it. A
-    sample without a real key gets 0.
+    Padding may lie anywhere: real tokens are moved to the front, in order, before ``mix`` sees them, and back after it.
+    A sample without a real key gets 0.
 
-    Random numbers (``random``): in training from torch's own generator, as dropout's; in evaluation always the same ones,
-    of ``seed``. Further arguments as in ``AttentionLayer``.
+    Random numbers (``random``): in training from torch's own generator, as dropout's; in evaluation always the same
+    ones, of ``seed``. Further arguments as in ``AttentionLayer``.
     """
 
     name: str
@@ -66,7 +67,9 @@ class BidirectionalAttention(AttentionLayer):
         return y.masked_fill(~some[:, None, None, None], 0), None
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B, T, H, K], k, v [B, S, H, K] -> [B, T, H, K]; mask [B, S] bool, the real keys first, at least one, or None."""
+        """q [B, T, H, K], k, v [B, S, H, K] -> [B, T, H, K]; mask [B, S] bool, the real keys first, at least one, or
+        None.
+        """
         raise NotImplementedError
 
     def random(self, *shape: int) -> Tensor:

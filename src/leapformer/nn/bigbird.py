@@ -1,4 +1,6 @@
-"""BigBird. Letters: B batch, T tokens, H heads, K head width, C blocks, W tokens of a block, J key blocks of a query block."""
+"""BigBird. Letters: B batch, T tokens, H heads, K head width, C blocks, W tokens of a block, J key blocks of a query
+block.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ WINDOW = (-1, 0, 1)
 class BigBirdAttention(BidirectionalAttention):
     """softmax(q k^T / sqrt(K)) v where a sparse pattern of blocks allows it (arXiv 2007.14062, sec. 2 and appendix D).
 
-    A block of queries sees its neighbours and itself, the first and the last block, and some more at random, which differ from
-    head to head. The first and the last block see all. The random blocks are a part of the layer: they depend on ``seed`` and
-    nothing else, so training and evaluation have the same. Padding changes nothing. Dropout is on the attention weights.
+    A block of queries sees its neighbours and itself, the first and the last block, and some more at random, which
+    differ from head to head. The first and the last block see all. The random blocks are a part of the layer: they
+    depend on ``seed`` and nothing else, so training and evaluation have the same. Padding changes nothing. Dropout is
+    on the attention weights.
 
     Args:
         block_size: W. random_blocks: a query block. The others as in ``BidirectionalAttention``.
@@ -78,7 +81,9 @@ class BigBirdAttention(BidirectionalAttention):
         return F.scaled_dot_product_attention(ends, k, v, attn_mask=key_there[:, None, None], dropout_p=dropout)
 
     def pattern(self, C: int, used: Tensor) -> tuple[Tensor, Tensor]:
-        """Key blocks int64 [B or 1, H, C, J] of every query block, and which of them count; used [B or 1]: blocks with tokens."""
+        """Key blocks int64 [B or 1, H, C, J] of every query block, and which of them count; used [B or 1]: blocks with
+        tokens.
+        """
         row, column = torch.arange(C, device=used.device)[:, None], torch.arange(C, device=used.device)
         last = (used - 1)[:, None, None, None]
         inner = (column > 0) & (column < last)  # neither the first nor the last
@@ -94,7 +99,9 @@ class BigBirdAttention(BidirectionalAttention):
         return torch.cat(parts, -1), torch.cat([ends_there, near_there, drawn.values >= 0], -1)
 
     def _random_scores(self, C: int) -> Tensor:
-        """[H, C, C] in [0, 1): who scores most is seen. The scores of the first blocks don't depend on how many follow."""
+        """[H, C, C] in [0, 1): who scores most is seen. The scores of the first blocks don't depend on how many
+        follow.
+        """
         known = self._scores.shape[1]
         if known < C:
             generator = torch.Generator().manual_seed(self.seed)

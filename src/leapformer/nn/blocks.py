@@ -123,11 +123,13 @@ class DecoderBlock(EncoderBlock):
         """One token x [B, 1, D] in evaluation, with the source behind a state: what ``forward`` computes.
 
         Args:
-            own: the state of the self-attention. source: that of the cross-attention, after ``absorb``; it goes on in place.
+            own: the state of the self-attention. source: that of the cross-attention, after ``absorb``; it goes on in
+                place.
             position_ids: int64 [B, 1]. mass_of: places of a chunk of the source; None: no mass.
 
         Returns:
-            (y [B, 1, D], the new ``own``, the share of the attention that each chunk of the source has [B, H, chunks] or None).
+            (y [B, 1, D], the new ``own``, the share of the attention that each chunk of the source has [B, H, chunks]
+            or None).
         """
         assert self.cross_attention is not None and self.cross_norm is not None
         y, kept = self.attention(

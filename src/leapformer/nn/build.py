@@ -1,4 +1,6 @@
-"""The registry of mechanisms, and an attention layer by name. A new mechanism is a file beside this one and a line in ``MECHANISMS``."""
+"""The registry of mechanisms, and an attention layer by name. A new mechanism is a file beside this one and a line in
+``MECHANISMS``.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,13 @@ class Options(Shared, total=False):
 
 
 def build_attention(kind: str, *, hidden_size: int, num_heads: int, **options: Unpack[Options]) -> AttentionLayer:
-    """One attention layer by name, one of ``KINDS``; options of other mechanisms change nothing, and None is the default.
+    """One attention layer by name, one of ``KINDS``; options of other mechanisms change nothing, and None is the
+    default.
 
     ``variant`` "gated" turns on decay, a convolution of width 4 and the output norm for the linear kinds; each of the
     three switches can be set by itself. The other kinds take the convolution only where ``conv_width`` asks for it.
-    With ``max_source_positions`` it is cross-attention over a source of at most so many states, where cosFormer needs that.
-    All options are in docs/nn.md.
+    With ``max_source_positions`` it is cross-attention over a source of at most so many states, where cosFormer needs
+    that. All options are in docs/nn.md.
 
     Raises:
         ValueError: an unknown name, or a value that the mechanism refuses. TypeError: an unknown option.

@@ -13,7 +13,9 @@ from leapformer.nn.packing import check_packing, sequence_of
 
 
 class ShortConvolution(nn.Module):
-    """y_t = sum_w weight[w] x_{t - w}, channel by channel. It starts near the identity: weight[0] = 1, the rest small."""
+    """y_t = sum_w weight[w] x_{t - w}, channel by channel. It starts near the identity: weight[0] = 1, the rest
+    small.
+    """
 
     def __init__(self, hidden_size: int, *, width: int = 4) -> None:
         super().__init__()
@@ -33,9 +35,9 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> (y [B, T, D], the last W - 1 inputs [B, W - 1, D], the ``past`` of what follows).
 
-        Padding (``key_mask`` [B, T] False) is skipped, wherever it lies: y of the real tokens is what it is without padding,
-        and what follows goes on from each row's last real token. Packed sequences (``cu_seqlens``, B = 1) don't see one
-        another; ``past`` and the result are [N, W - 1, D].
+        Padding (``key_mask`` [B, T] False) is skipped, wherever it lies: y of the real tokens is what it is without
+        padding, and what follows goes on from each row's last real token. Packed sequences (``cu_seqlens``, B = 1)
+        don't see one another; ``past`` and the result are [N, W - 1, D].
 
         Raises:
             ValueError: ``cu_seqlens`` that doesn't divide the one row of x.
@@ -74,7 +76,9 @@ class ShortConvolution(nn.Module):
         return y, padded.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
     def _packed(self, x: Tensor, past: Tensor, cu_seqlens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The same over packed sequences of ``lengths`` [N]: an earlier input is a slot of the same sequence, or of its past."""
+        """The same over packed sequences of ``lengths`` [N]: an earlier input is a slot of the same sequence, or of its
+        past.
+        """
         (N, kept, D), T = past.shape, x.shape[1]
         slots = torch.arange(T, device=x.device)
         row, since_start = sequence_of(cu_seqlens, slots)
@@ -90,7 +94,9 @@ class ShortConvolution(nn.Module):
 
 
 def _ends_with_padding(mask: Tensor) -> bool:
-    """Whether it is known that padding [B, T] stands at the end of each row only; a look costs a synchronisation on a GPU."""
+    """Whether it is known that padding [B, T] stands at the end of each row only; a look costs a synchronisation on a
+    GPU.
+    """
     if mask.shape[1] == 1:
         return True
     if mask.device.type != "cpu" or torch.compiler.is_compiling():

@@ -14,10 +14,12 @@ from leapformer.nn.layer import Capabilities, Mechanism
 
 
 class InformerAttention(BidirectionalAttention):
-    """ProbSparse attention: the c ln n most telling queries get softmax, the others the mean of v (arXiv 2012.07436, sec. 3.1).
+    """ProbSparse attention: the c ln n most telling queries get softmax, the others the mean of v (arXiv 2012.07436,
+    sec. 3.1).
 
-    How telling a query is, the maximum minus the mean of its scores, is measured on c ln n keys drawn at random, the same for
-    all queries. Padding is neither drawn, chosen nor seen, so it changes nothing. Dropout is on the attention weights.
+    How telling a query is, the maximum minus the mean of its scores, is measured on c ln n keys drawn at random, the
+    same for all queries. Padding is neither drawn, chosen nor seen, so it changes nothing. Dropout is on the attention
+    weights.
 
     Args:
         num_features: about how many queries of ``max_positions`` are chosen: c = ceil(num_features / ln max_positions).

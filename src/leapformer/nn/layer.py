@@ -1,6 +1,7 @@
 """What all attention layers share: projections, short convolution, state handling, and the interface that models call.
 
-A mechanism is a class of its own in a file of its own, which writes ``attend`` and says what it is in one ``Mechanism``.
+A mechanism is a class of its own in a file of its own, which writes ``attend`` and says what it is in one
+``Mechanism``.
 
 Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value heads, K head width.
 """
@@ -174,7 +175,8 @@ class AttentionLayer(nn.Module):
         raise NotImplementedError
 
     def prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
-        """The state after S keys and values [B, S, G, K] that no token was projected to, such as those of prefix tuning.
+        """The state after S keys and values [B, S, G, K] that no token was projected to, such as those of prefix
+        tuning.
 
         They stand before the first token, do not fade, and the convolution doesn't see them.
 
@@ -213,10 +215,11 @@ class AttentionLayer(nn.Module):
     def absorb(
         self, context: Tensor, state: LayerState, *, first: Tensor, key_mask: Tensor | None = None, chunk: int = 1
     ) -> None:
-        """Put keys and values of context [B, n, D], a further piece of a source, into the state of cross-attention over it.
+        """Put keys and values of context [B, n, D], a further piece of a source, into the state of cross-attention over
+        it.
 
-        first: int64 [B], the place of the piece in each row's source. key_mask: bool [B, n], True = real. chunk: places of a
-        chunk, of which ``mass`` tells.
+        first: int64 [B], the place of the piece in each row's source. key_mask: bool [B, n], True = real. chunk: places
+        of a chunk, of which ``mass`` tells.
         """
         assert self.k_proj is not None  # where queries are the keys there is no cross-attention
         k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -224,7 +227,9 @@ class AttentionLayer(nn.Module):
         self._absorb(k, v, state, first=first, key_mask=key_mask, chunk=chunk)
 
     def read(self, x: Tensor, state: LayerState, *, position_ids: Tensor) -> Tensor:
-        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x goes on in ``state``."""
+        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x goes on in
+        ``state``.
+        """
         none = x.new_zeros(len(x), 0, x.shape[2])
         moves = self.conv is not None
         y, kept = self(x, none, position_ids=position_ids, state=replace(state), return_state=moves)
@@ -233,7 +238,8 @@ class AttentionLayer(nn.Module):
         return y
 
     def mass(self, x: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:
-        """The share of the attention of x [B, 1, D] over what ``state`` has absorbed that each chunk has, [B, H, chunks].
+        """The share of the attention of x [B, 1, D] over what ``state`` has absorbed that each chunk has, [B, H,
+        chunks].
 
         ``state`` began with ``keep_mass``; ``chunk`` is as in ``absorb``. It comes before ``read``.
         """
@@ -259,17 +265,18 @@ class AttentionLayer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Mechanism:
-    """All that the rest of the package has to know of one mechanism: its entry in the registry (``leapformer.nn.build``).
+    """All that the rest of the package has to know of one mechanism: its entry in the registry
+    (``leapformer.nn.build``).
 
     Attributes:
         name: in configurations and recipes, ``build_attention``'s ``kind``. layer: its class.
         label: in tables and pictures. row: its place there, equal ones in the order of the registry.
         compared: whether it is a row of its own where all mechanisms are compared.
         options: arguments of ``layer`` besides those of ``AttentionLayer``, each with the field of a configuration that
-            sets it (None: the model sets it). fixed: arguments that the name stands for. gated: what the variant "gated"
-            sets where nothing else is asked for.
-        limit: why ``max_positions`` is the longest length, "{field}" standing for its name in a configuration; None: any
-            length will do. over_source: its cross-attention where the source has a maximum of its own.
+            sets it (None: the model sets it). fixed: arguments that the name stands for. gated: what the variant
+            "gated" sets where nothing else is asked for.
+        limit: why ``max_positions`` is the longest length, "{field}" standing for its name in a configuration; None:
+            any length will do. over_source: its cross-attention where the source has a maximum of its own.
         weights: how many weights a layer with these arguments has beyond projections and LeaP, where that may be many.
         translates: whether a translation model offers it; then it goes on from a state, also over a source.
     """

@@ -1,6 +1,8 @@
-"""Linear attention as a layer: feature map x proportion x re-weighting, with decay, convolution and output norm as switches.
+"""Linear attention as a layer: feature map x proportion x re-weighting, with decay, convolution and output norm as
+switches.
 
-Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value heads, K head width, R rank of the re-weighting.
+Letters: B batch, T queries, S keys, D hidden size, H query heads, G key/value heads, K head width, R rank of the
+re-weighting.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class LinearAttention(SummingAttention):
     Args:
         hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
         feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers.
-        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), or a ``Proportion``, or two,
-            for queries and for keys.
+        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), or a ``Proportion``,
+            or two, for queries and for keys.
         reweighting: "cosine", "quadratic" or a ``Reweighting``.
         max_positions: cosFormer's M.
         leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.

@@ -15,8 +15,8 @@ from leapformer.nn.layer import Capabilities, Mechanism
 class LinformerAttention(BidirectionalAttention):
     """softmax(q (E k)^T / sqrt(K)) (F v), E and F [M, N] learned and shared by the heads (arXiv 2006.04768, eq. 7).
 
-    A shorter sequence uses the first columns of E and F, and padding counts as zeros, so it changes nothing. Dropout is on
-    the attention weights.
+    A shorter sequence uses the first columns of E and F, and padding counts as zeros, so it changes nothing. Dropout is
+    on the attention weights.
 
     Args:
         num_features: M. max_positions: N, a limit. The others as in ``BidirectionalAttention``.

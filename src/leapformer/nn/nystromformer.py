@@ -14,15 +14,16 @@ from leapformer.ops.autocast import without_autocast
 
 
 class NystromformerAttention(BidirectionalAttention):
-    """softmax(q k~^T) pinv(softmax(q~ k~^T)) softmax(q~ k^T) v, plus a depthwise convolution of v (arXiv 2102.03902, eq. 13).
+    """softmax(q k~^T) pinv(softmax(q~ k~^T)) softmax(q~ k^T) v, plus a depthwise convolution of v (arXiv 2102.03902,
+    eq. 13).
 
-    The landmarks q~, k~ are means of M segments of equal length, as nearly as the number of real tokens allows. Fewer tokens
-    than landmarks are their own landmarks, and then it is softmax as far as the pseudo-inverse has converged. Padding changes
-    nothing. Dropout is on the output.
+    The landmarks q~, k~ are means of M segments of equal length, as nearly as the number of real tokens allows. Fewer
+    tokens than landmarks are their own landmarks, and then it is softmax as far as the pseudo-inverse has converged.
+    Padding changes nothing. Dropout is on the output.
 
     Args:
-        num_features: M. iterations: of the pseudo-inverse. conv_kernel: width of the convolution over tokens, odd, one filter
-            a head; 0 for none. The others as in ``BidirectionalAttention``.
+        num_features: M. iterations: of the pseudo-inverse. conv_kernel: width of the convolution over tokens, odd, one
+            filter a head; 0 for none. The others as in ``BidirectionalAttention``.
     """
 
     name = "nystromformer"
@@ -66,7 +67,9 @@ class NystromformerAttention(BidirectionalAttention):
         return y.transpose(1, 2)
 
     def _landmarks(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Means [B, H, M, K] of the segments of x [B, T, H, K], and which of them there are, [B or 1, M], None for all."""
+        """Means [B, H, M, K] of the segments of x [B, T, H, K], and which of them there are, [B or 1, M], None for
+        all.
+        """
         M, T = self.num_landmarks, x.shape[1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if mask is None and T % M == 0:
@@ -90,10 +93,11 @@ MECHANISM = Mechanism(
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """The Moore-Penrose inverse of matrices [..., M, M], nearly, by an iteration of third order (arXiv 2102.03902, eq. 11).
+    """The Moore-Penrose inverse of matrices [..., M, M], nearly, by an iteration of third order (arXiv 2102.03902, eq.
+    11).
 
-    Every matrix starts from its own norms, so a result doesn't depend on what else is in the batch. Rows and columns of zeros
-    stay zero.
+    Every matrix starts from its own norms, so a result doesn't depend on what else is in the batch. Rows and columns of
+    zeros stay zero.
     """
     norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
     z = a.transpose(-1, -2) / norms[..., None, None]

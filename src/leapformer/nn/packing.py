@@ -1,4 +1,6 @@
-"""Packed sequences, and which token of its sequence a slot is. Letters: B batch, T slots, N sequences, D hidden size."""
+"""Packed sequences, and which token of its sequence a slot is. Letters: B batch, T slots, N sequences, D hidden
+size.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def sequence_of(cu_seqlens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_packing(name: str, shape: Sequence[int], cu_seqlens: Tensor | None, *, what: str = "cu_seqlens") -> None:
-    """Refuse bounds int [N + 1] that don't divide the one row of something of ``shape`` [1, T, ...]; None: nothing is packed.
+    """Refuse bounds int [N + 1] that don't divide the one row of something of ``shape`` [1, T, ...]; None: nothing is
+    packed.
 
     The values are looked at on the CPU only; elsewhere that would be a synchronisation for every layer.
     """
@@ -46,7 +49,8 @@ def token_positions(
 ) -> Tensor:
     """How many real tokens stand before each of T slots, int64 [1 or B, T]: in its row, or in its packed sequence.
 
-    key_mask: bool [B, T], True = real; a slot of padding has the position of the token before it, 0 where there is none.
+    key_mask: bool [B, T], True = real; a slot of padding has the position of the token before it, 0 where there is
+    none.
     first: int64 [B or N], what each row or sequence counts from; None: 0.
     """
     slots = torch.arange(T, device=device)

@@ -20,7 +20,8 @@ EPS = 1e-30
 
 
 class PerformerAttention(SummingAttention):
-    """Linear attention with FAVOR+ features, an unbiased estimate of softmax attention (arXiv 2009.14794, sec. 2.2 to 2.4).
+    """Linear attention with FAVOR+ features, an unbiased estimate of softmax attention (arXiv 2009.14794, sec. 2.2 to
+    2.4).
 
     Padding changes nothing. Dropout is on the output.
 

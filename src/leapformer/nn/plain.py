@@ -11,9 +11,9 @@ from torch.nn.modules import module as torch_module
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` would do no more than ``kind.forward`` with the weights that it holds.
 
-    Everything that wraps a module changes one of four things. Its class: parametrisations (weight norm among them), adapters,
-    quantisation, subclasses. Its ``forward``: accelerate's hooks, whose weights may lie elsewhere until the call. Its hooks:
-    pruning, what looks at or changes inputs, outputs and gradients. Or the hooks of all modules.
+    Everything that wraps a module changes one of four things. Its class: parametrisations (weight norm among them),
+    adapters, quantisation, subclasses. Its ``forward``: accelerate's hooks, whose weights may lie elsewhere until the
+    call. Its hooks: pruning, what looks at or changes inputs, outputs and gradients. Or the hooks of all modules.
     """
     own = module.__dict__
     return (
@@ -35,7 +35,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def home_of(module: nn.Module) -> dict[str, Any]:
     """``dtype`` and ``device`` of what a module works with, for a tensor that is to meet it.
 
-    Offloaded weights lie on the device "meta"; then accelerate's hook says where they will be when the module is called.
+    Offloaded weights lie on the device "meta"; then accelerate's hook says where they will be when the module is
+    called.
     """
     weight = next(iter([*module.parameters(), *module.buffers()]))
     device = weight.device

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of the position, computed on the fly for any length (arXiv 1706.03762, sec. 3.5); no weights."""
+    """Sines and cosines of the position, computed on the fly for any length (arXiv 1706.03762, sec. 3.5); no
+    weights.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

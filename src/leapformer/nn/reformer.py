@@ -18,10 +18,10 @@ ALONE = -1e5  # a token looks at itself only where nothing else is seen
 class ReformerAttention(BidirectionalAttention):
     """softmax(q . q / |q|) v among tokens that hash alike (arXiv 2001.04451, sec. 2), with queries as keys.
 
-    Every round hashes by random rotations, sorts by bucket, cuts into chunks and looks from a chunk into itself and the one
-    before (the first: the last). Rounds are merged by their softmax normalisers. Scores are not divided by sqrt(K), as in the
-    authors' code. A sample of n real tokens has 2 (n // W) buckets, at least 2, and padding is sorted to the end, so padding
-    changes nothing. Dropout is on the attention weights.
+    Every round hashes by random rotations, sorts by bucket, cuts into chunks and looks from a chunk into itself and the
+    one before (the first: the last). Rounds are merged by their softmax normalisers. Scores are not divided by sqrt(K),
+    as in the authors' code. A sample of n real tokens has 2 (n // W) buckets, at least 2, and padding is sorted to the
+    end, so padding changes nothing. Dropout is on the attention weights.
 
     Args:
         num_hashes: R. block_size: W. The others as in ``BidirectionalAttention``.
@@ -110,7 +110,9 @@ def _chunks(x: Tensor, order: Tensor, W: int) -> Tensor:
 
 
 def _chunk_before(real: Tensor, C: int, W: int) -> tuple[Tensor, Tensor]:
-    """The number of the chunk before, [B or 1, C], from the first to the last with real tokens; and whether there is one."""
+    """The number of the chunk before, [B or 1, C], from the first to the last with real tokens; and whether there is
+    one.
+    """
     used = ((real + W - 1) // W)[:, None]
     chunk = torch.arange(C, device=real.device)
     return torch.where(chunk == 0, used - 1, chunk - 1), (used[:, 0] > 1)

@@ -15,12 +15,14 @@ from leapformer.ops.autocast import without_autocast
 
 
 class SkyformerAttention(BidirectionalAttention):
-    """C v with C_ij = exp(-|q_i - k_j|^2 / (2 sqrt(K))), by Nystrom's method and without a normaliser (arXiv 2111.00035, eq. 5).
+    """C v with C_ij = exp(-|q_i - k_j|^2 / (2 sqrt(K))), by Nystrom's method and without a normaliser (arXiv
+    2111.00035, eq. 5).
 
-    The Gaussian kernel of all queries and keys stacked is positive semi-definite. With C_S its columns at the landmarks, half
-    of them queries, half keys, C is nearly C_S (C_SS + gamma)^-1 C_S^T, whose inverse is iterated after scaling rows and
-    columns by their sums (the paper's lemma 3). The landmarks are drawn one from each of M segments of equal length: at random
-    in training, the middle ones in evaluation. Padding changes nothing. Dropout is on the output.
+    The Gaussian kernel of all queries and keys stacked is positive semi-definite. With C_S its columns at the
+    landmarks, half of them queries, half keys, C is nearly C_S (C_SS + gamma)^-1 C_S^T, whose inverse is iterated after
+    scaling rows and columns by their sums (the paper's lemma 3). The landmarks are drawn one from each of M segments of
+    equal length: at random in training, the middle ones in evaluation. Padding changes nothing. Dropout is on the
+    output.
 
     Args:
         num_features: 2 M. gamma: added to the diagonal of C_SS. iterations: of the inverse. The others as in

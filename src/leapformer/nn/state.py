@@ -1,6 +1,7 @@
 """What an attention layer keeps between calls.
 
-Letters: B batch, S tokens kept, G heads, K, V widths, W convolution width, M chunks of a source, R rank of the re-weighting.
+Letters: B batch, S tokens kept, G heads, K, V widths, W convolution width, M chunks of a source, R rank of the
+re-weighting.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class LayerState:
         keys, values: [B, S, G, K], [B, S, G, V] of softmax attention, growing; None for linear attention.
         key_mask: bool [B, S] for keys and values.
         conv: [B, W - 1, D], the last inputs of the short convolution; None without one.
-        chunk_keys: [B, M, G, R, K], the sum of the key features of every chunk of a source, where its mass is asked for.
+        chunk_keys: [B, M, G, R, K], the sum of the key features of every chunk of a source, where its mass is asked
+            for.
     """
 
     length: Tensor
@@ -111,7 +113,9 @@ class LayerState:
             self.chunk_keys = own.index_copy(0, index, new)
 
     def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-        """Keys and values [B, n, G, K], [B, n, G, V] behind those that are there; ``key_mask`` bool [B, n], True = real."""
+        """Keys and values [B, n, G, K], [B, n, G, V] behind those that are there; ``key_mask`` bool [B, n], True =
+        real.
+        """
         assert self.keys is not None and self.values is not None
         if key_mask is not None or self.key_mask is not None:
             self.key_mask = torch.cat([_mask_of(self.keys, self.key_mask), _mask_of(k, key_mask)], dim=1)
@@ -133,7 +137,9 @@ class LayerState:
             self.key_mask = None
 
     def update(self, new: LayerState) -> LayerState:
-        """The state after one more call: without gradients it is written into this one's tensors, at fixed addresses."""
+        """The state after one more call: without gradients it is written into this one's tensors, at fixed
+        addresses.
+        """
         if not self.updates_in_place or new.keys is not None:
             return new
         self.restore(new)

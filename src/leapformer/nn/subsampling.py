@@ -27,7 +27,9 @@ def subsampled_length(frames: Length) -> Length:
 
 @dataclass(frozen=True)
 class SubsamplingCache:
-    """What the next states need of the past: one or two inputs of each convolution, [B, 1, 1 or 2, M] and [B, C, ...]."""
+    """What the next states need of the past: one or two inputs of each convolution, [B, 1, 1 or 2, M] and [B, C,
+    ...].
+    """
 
     inputs: tuple[Tensor, ...]
 
@@ -49,9 +51,9 @@ class SubsamplingCache:
 class ConvSubsampling(nn.Module):
     """Two Conv2d (kernel 3, stride 2, padding 1) with ReLU over time and features, then a linear layer.
 
-    State j sees frames 4j - 3 ... 4j + 3, so the states of a prefix of 4n frames are final, all n of them. What lies before
-    the first and after the last frame of an utterance is zero for both convolutions. The last state of F frames, F no
-    multiple of 4, therefore exists (T = ceil(F / 4)) and sees the 1 to 3 frames that there are.
+    State j sees frames 4j - 3 ... 4j + 3, so the states of a prefix of 4n frames are final, all n of them. What lies
+    before the first and after the last frame of an utterance is zero for both convolutions. The last state of F frames,
+    F no multiple of 4, therefore exists (T = ceil(F / 4)) and sees the 1 to 3 frames that there are.
 
     Args:
         features: M. hidden_size: D. channels: C, of both convolutions.
@@ -70,8 +72,8 @@ class ConvSubsampling(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x [B, F, M] -> [B, T, D]; states beyond ceil(lengths / 4) are 0.
 
-        lengths: int64 [B], real frames of each row; None: all. Padding frames may hold anything, even NaN: they are zero
-        for both convolutions, as what follows the end of an utterance is.
+        lengths: int64 [B], real frames of each row; None: all. Padding frames may hold anything, even NaN: they are
+        zero for both convolutions, as what follows the end of an utterance is.
         """
         hidden = self._check(x)[:, None]
         if lengths is not None:

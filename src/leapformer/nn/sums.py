@@ -1,6 +1,8 @@
-"""Attention whose past is two sums, with a size that doesn't depend on the length: what its mechanisms share step by step.
+"""Attention whose past is two sums, with a size that doesn't depend on the length: what its mechanisms share step by
+step.
 
-Letters: B batch, n keys, G key/value heads, H query heads, R rank of the re-weighting, K head width, F feature width, M chunks.
+Letters: B batch, n keys, G key/value heads, H query heads, R rank of the re-weighting, K head width, F feature width, M
+chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ class SummingAttention(AttentionLayer):
     """Linear attention of any features. A mechanism writes ``attend``, ``key_features`` and ``query_features``.
 
     Attributes:
-        eps: the clamp of the normaliser. rank: R. feature_width: F. has_decay: a state for every query head, which fades.
+        eps: the clamp of the normaliser. rank: R. feature_width: F. has_decay: a state for every query head, which
+            fades.
     """
 
     eps: float
@@ -27,7 +30,9 @@ class SummingAttention(AttentionLayer):
     has_decay: bool = False
 
     def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        """k [B, n, G, K] at ``places`` int64 [B or 1, n] -> features [B, n, G, F], factors [B, n, G or 1, R] or None."""
+        """k [B, n, G, K] at ``places`` int64 [B or 1, n] -> features [B, n, G, F], factors [B, n, G or 1, R] or
+        None.
+        """
         raise NotImplementedError
 
     def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +96,9 @@ class SummingAttention(AttentionLayer):
 
 
 def _add_to_chunks(keys: Tensor, phi: Tensor, factors: Tensor | None, key_mask: Tensor | None, chunk: Tensor) -> Tensor:
-    """``keys`` [B, M, G, R, F] with the features of further keys added to the chunks int64 [B, n] that they belong to."""
+    """``keys`` [B, M, G, R, F] with the features of further keys added to the chunks int64 [B, n] that they belong
+    to.
+    """
     B, n = phi.shape[:2]
     phi = phi[..., None, :].to(keys.dtype)
     if factors is not None:

@@ -1,4 +1,6 @@
-"""Files that several tasks read: text and rows of JSON, compressed or not. Every fault is one line with file and row."""
+"""Files that several tasks read: text and rows of JSON, compressed or not. Every fault is one line with file and
+row.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def bare_name(path: Path) -> str:
 def is_hidden(name: str) -> bool:
     """Whether a name, perhaps with folders before it, is one that people don't see.
 
-    Such files lie in most folders that passed a Mac (`.DS_Store`, `._NAME` beside NAME, `__MACOSX` in a zip) or a version
-    control, and are no data, whatever their suffix.
+    Such files lie in most folders that passed a Mac (`.DS_Store`, `._NAME` beside NAME, `__MACOSX` in a zip) or a
+    version control, and are no data, whatever their suffix.
     """
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
@@ -60,7 +62,8 @@ def read_bytes(path: str | Path) -> bytes:
 def read_text(path: str | Path) -> str:
     """The UTF-8 text of a file, decompressed by its last suffix, line ends untouched.
 
-    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not UTF-8.
+    Raises LeapformerError with the file, and the offset (in the decompressed bytes) of the first byte that is not
+    UTF-8.
     """
     path = Path(path)
     raw = read_bytes(path)
@@ -76,7 +79,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_raw_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file before they are decoded (see `decode_line`), so that a bad byte has a row; none if it is empty.
+    """The lines of a file before they are decoded (see `decode_line`), so that a bad byte has a row; none if it is
+    empty.
 
     Raises:
         LeapformerError: as `read_bytes`.

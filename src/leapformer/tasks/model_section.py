@@ -28,7 +28,9 @@ def model_fields(*set_by_task: str, config_class: Any = LeapformerConfig) -> dic
 
 
 def _with_text(kind: Any) -> Any:
-    """A type that takes any text where ``kind`` takes certain names, so that there are the same words for all choices."""
+    """A type that takes any text where ``kind`` takes certain names, so that there are the same words for all
+    choices.
+    """
     if get_origin(kind) is Literal:
         return str
     return Union[tuple(map(_with_text, get_args(kind)))] if get_origin(kind) is Union else kind  # noqa: UP007

@@ -1,8 +1,8 @@
 """What every preparation of data shares: bad rows, progress, and shards that are made in processes.
 
 An interrupted preparation leaves a folder without card.json, which nothing takes for whole: files get their names when
-they are complete, and the card is written last. Shards are kept in `.parts` until then, so that the same command goes on
-where it was.
+they are complete, and the card is written last. Shards are kept in `.parts` until then, so that the same command goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class BadRows:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Notes the LeapformerError that ends the block, if bad rows are to be skipped. A missing package is no bad row."""
+        """Notes the LeapformerError that ends the block, if bad rows are to be skipped. A missing package is no bad
+        row.
+        """
         try:
             yield
         except MissingExtra:

@@ -43,7 +43,9 @@ def get_results(name: str) -> TaskResults:
 
 
 def task_of(results: Mapping[str, Any]) -> str:
-    """The task of a run by its results.json: what it says, or what the figures tell where an older version said nothing."""
+    """The task of a run by its results.json: what it says, or what the figures tell where an older version said
+    nothing.
+    """
     if results.get("task"):
         return results["task"]
     splits = [split for split in results.get("splits", {}).values() if split]

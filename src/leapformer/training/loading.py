@@ -1,8 +1,8 @@
 """Load the trained model of a run and its tokenizer, safely, and say clearly why where that can't be done.
 
-A folder decides what is loaded and nothing else: no code out of it runs, nothing outside it is read, nothing is fetched, and
-no more memory is taken than its weights fill. So transformers' loaders never see the folder: the files named here are read
-one by one, checked, and handed over as values.
+A folder decides what is loaded and nothing else: no code out of it runs, nothing outside it is read, nothing is
+fetched, and no more memory is taken than its weights fill. So transformers' loaders never see the folder: the files
+named here are read one by one, checked, and handed over as values.
 
 config.json            the fields of our configurations; others are passed over
 model.safetensors      the weights
@@ -56,8 +56,8 @@ _TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 @contextmanager
 def one_line(where: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Whatever a library raises within the block becomes one line, "where: what (its first line)"; its warnings and bars are
-    not shown.
+    """Whatever a library raises within the block becomes one line, "where: what (its first line)"; its warnings and
+    bars are not shown.
 
     The one place that does so. `tokenizers` panics with an exception that is no Exception.
     """
@@ -133,7 +133,8 @@ def _check_keys(content: Mapping[str, Any], path: Path) -> None:
     for name in _NEVER:
         if content.get(name) is not None:
             raise LeapformerError(
-                f"{cut(path, 240)}: {name}: expected none, found {shown(content[name])}; what a folder brings with it is not run"
+                f"{cut(path, 240)}: {name}: expected none, found {shown(content[name])}; what a folder brings with it "
+                "is not run"
             )
 
 
@@ -165,7 +166,8 @@ def _check_layers(content: Mapping[str, Any], tensors: int, folder: Path) -> Non
         value = content.get(name, 0)
         if isinstance(value, int) and value > tensors:
             raise LeapformerError(
-                f"{cut(folder, 240)}: {name}: expected at most the {tensors} weights that are there, found {shown(value)}"
+                f"{cut(folder, 240)}: {name}: expected at most the {tensors} weights that are there, found "
+                f"{shown(value)}"
             )
 
 
@@ -295,7 +297,8 @@ def check_fit(model: Any, tokenizer: Any, folder: str | Path) -> None:
     size, highest = model.config.vocab_size, max(ids, default=-1)
     if highest >= size:
         raise LeapformerError(
-            f"{cut(folder, 240)}: expected a tokenizer of the model's {size:,} tokens, found one with the id {highest:,}"
+            f"{cut(folder, 240)}: expected a tokenizer of the model's {size:,} tokens, found one with the id "
+            f"{highest:,}"
         )
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, f"{name}_id") is None:

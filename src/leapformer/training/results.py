@@ -1,6 +1,8 @@
-"""What a task says of its results: the figures of tables and pages, which of them it is judged by, its line after a training.
+"""What a task says of its results: the figures of tables and pages, which of them it is judged by, its line after a
+training.
 
-Plain data beside the task (`leapformer.tasks.NAME.results`), so that showing a run needs neither torch nor the run's data.
+Plain data beside the task (`leapformer.tasks.NAME.results`), so that showing a run needs neither torch nor the run's
+data.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ class Metric:
         key: its name there.
         heading: of its column.
         digits: decimals.
-        place: it is one of a split, of the whole run, or of the curve of wait-k at `k` (None: the whole source read first).
+        place: it is one of a split, of the whole run, or of the curve of wait-k at `k` (None: the whole source read
+            first).
         factor: what it is multiplied by before it is shown.
         unit: put behind a value on a page, and behind a difference of two runs.
         better: the direction.

@@ -24,7 +24,9 @@ def drawn() -> Pictures:
 
 
 def connected(pixels: np.ndarray, first: np.ndarray, last: np.ndarray, *, gap: float) -> bool:
-    """Whether one comes from the pixel nearest `first` to the one nearest `last` by steps of at most `gap` rows and columns."""
+    """Whether one comes from the pixel nearest `first` to the one nearest `last` by steps of at most `gap` rows and
+    columns.
+    """
     places = np.argwhere(pixels)
     near = np.abs(places[:, None] - places[None]).max(axis=-1) <= gap
     begin, end = (np.linalg.norm(places - marker, axis=1).argmin() for marker in (first, last))
@@ -106,7 +108,9 @@ def test_pictures_do_not_depend_on_the_workers(small, tmp_path, monkeypatch):
 
 
 def test_the_generator_is_still_the_version_that_it_says():
-    """Another picture from the same seed needs another version in GENERATOR, for shards and cards to tell them apart."""
+    """Another picture from the same seed needs another version in GENERATOR, for shards and cards to tell them
+    apart.
+    """
     pictures = draw(np.random.default_rng(0), SETTINGS[32], paddles=6, count=8)
     digest = hashlib.sha256(pictures.images.tobytes() + pictures.labels.tobytes()).hexdigest()
     assert (pathfinder.GENERATOR, digest[:16]) == ("pathfinder generator 1", "c1b394a6938c15ef")

@@ -18,11 +18,18 @@ from tests.tasks.lra.builders import fails
 @pytest.mark.parametrize("protocol", range(6))
 def test_numbers_text_and_arrays_come_back(tmp_path, protocol):
     content = {
-        "text": "x", "number": 3, "bytes": b"\x00\xff", "none": None, "list": [1, 2.5],
-        "bytes array": np.arange(6, dtype=np.uint8).reshape(2, 3), "long": np.arange(3), "scalar": np.int64(7),
-        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)), "big": np.arange(3, dtype=">i4"),
+        "text": "x",
+        "number": 3,
+        "bytes": b"\x00\xff",
+        "none": None,
+        "list": [1, 2.5],
+        "bytes array": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "long": np.arange(3),
+        "scalar": np.int64(7),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "big": np.arange(3, dtype=">i4"),
         "empty": np.zeros((0, 3), np.float32),
-    }  # fmt: skip
+    }
     path = tmp_path / "x.pickle"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
     found = read_pickle(path)
@@ -212,8 +219,32 @@ def test_many_tuples_are_read_with_care_and_the_same(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_operation_is_known(protocol, tmp_path):
-    value = [0, 1, 255, 256, 70_000, -1, 2**40, 2**300, 2**3000, 1.5, None, True, False, "t" * 300, b"r" * 300, bytearray(b"p"),
-             (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [[]], {}, {"a": {"b": [1]}}]  # fmt: skip
+    value = [
+        0,
+        1,
+        255,
+        256,
+        70_000,
+        -1,
+        2**40,
+        2**300,
+        2**3000,
+        1.5,
+        None,
+        True,
+        False,
+        "t" * 300,
+        b"r" * 300,
+        bytearray(b"p"),
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        [[]],
+        {},
+        {"a": {"b": [1]}},
+    ]
     value += [value[13], list(range(600)), {str(n): n for n in range(600)}, np.ones((2, 3)), np.int16(4)]
     content = pickle.dumps(value, protocol)
     if protocol < 5:

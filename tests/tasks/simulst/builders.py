@@ -42,8 +42,14 @@ def write_speech(folder: Path) -> Path:
     """The pairs as prepared audio: each character is a tone of 20 ms."""
     folder.mkdir(parents=True, exist_ok=True)
     card: dict[str, Any] = {
-        "format": FORMAT, "task": "spoken", "made": {}, "sample_rate": 16_000, "licence": "none", "splits": {}, "bad_rows": [],
-    }  # fmt: skip
+        "format": FORMAT,
+        "task": "spoken",
+        "made": {},
+        "sample_rate": 16_000,
+        "licence": "none",
+        "splits": {},
+        "bad_rows": [],
+    }
     for split in SIZES:
         rows, start, pieces = [], 0, []
         for number, (text, translation) in enumerate(pairs(split)):
@@ -53,17 +59,23 @@ def write_speech(folder: Path) -> Path:
             pieces.append(audio)
             rows.append(
                 {
-                    "id": f"{split}-{number:06d}", "text": text, "translation": translation,
-                    "start": start, "samples": len(audio),
+                    "id": f"{split}-{number:06d}",
+                    "text": text,
+                    "translation": translation,
+                    "start": start,
+                    "samples": len(audio),
                 }
-            )  # fmt: skip
+            )
             start += len(audio)
         (folder / f"{split}.int16").write_bytes(np.concatenate(pieces).tobytes())
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         card["splits"][split] = {
-            "utterances": len(rows), "seconds": start / 16_000, "bytes": 2 * start, "speakers": 1,
+            "utterances": len(rows),
+            "seconds": start / 16_000,
+            "bytes": 2 * start,
+            "speakers": 1,
             "sha256": {"made": f"{split} of a test"},
-        }  # fmt: skip
+        }
     (folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
     return folder
 

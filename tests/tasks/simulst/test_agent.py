@@ -1,4 +1,6 @@
-"""The SimulEval agent: its protocol with stand-ins for SimulEval's classes, and SimulEval itself where it is installed."""
+"""The SimulEval agent: its protocol with stand-ins for SimulEval's classes, and SimulEval itself where it is
+installed.
+"""
 
 from __future__ import annotations
 

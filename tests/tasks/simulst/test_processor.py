@@ -1,4 +1,6 @@
-"""The files beside a translation model: what is damaged in them is told in one line; what a vocabulary is trained on is all."""
+"""The files beside a translation model: what is damaged in them is told in one line; what a vocabulary is trained on is
+all.
+"""
 
 from __future__ import annotations
 

@@ -230,7 +230,8 @@ def _load_wikitext(path: Any, subset: str | None, text_field: str, validation_sh
             short = "valid" if split == "validation" else split
             found = cut(", ".join(sorted(file.name for file in root.iterdir())[:8])) or "nothing"
             raise LeapformerError(
-                f"data.path: expected wiki.{short}.tokens or {short}.txt (or with .gz, .xz, .zst) in {root}, found {found}"
+                f"data.path: expected wiki.{short}.tokens or {short}.txt (or with .gz, .xz, .zst) in {root}, found "
+                f"{found}"
             )
     articles = {split: split_articles(read_text(file)) if file else [] for split, file in texts.items()}
     return _corpus(f"wikitext ({root.name})", articles, separate_documents=False)

@@ -63,8 +63,8 @@ class SplitMetrics:
 class LossByPosition:
     """Sums nats and counts by position, over batches; kept in float64 and int64 on the CPU.
 
-    Position p is that of the token a prediction is made from: p tokens of context come before it. In a block of L tokens
-    it runs from 0 to L - 2; for blocks that are packed within documents it begins again at each document.
+    Position p is that of the token a prediction is made from: p tokens of context come before it. In a block of L
+    tokens it runs from 0 to L - 2; for blocks that are packed within documents it begins again at each document.
 
     Arguments:
         length: number of positions, L - 1.
@@ -121,7 +121,8 @@ class LossByPosition:
     def perplexity(self, *, bins: int | None = None) -> list[dict[str, float]]:
         """Perplexity per token by position, in `bins` equal stretches (default: every position on its own).
 
-        Each entry has `start` and `end` (end excluded), `tokens` and `perplexity`; stretches without tokens are left out.
+        Each entry has `start` and `end` (end excluded), `tokens` and `perplexity`; stretches without tokens are left
+        out.
         """
         length = len(self.counts)
         edges = np.unique(np.linspace(0, length, min(bins or length, length) + 1).round().astype(int))

@@ -176,7 +176,8 @@ class PackedDataset(Dataset):
             is added to each block, for `PackedCollator` to make `cu_seqlens` from. The first token of a document is
             still predicted, from the last state of the document before it.
         context: tokens that a block repeats of the one before it, 0 to L - 2, without predicting them again. Every
-            prediction then sees at least `context` + 1 tokens, where the array has so many: L - 2 slides token by token.
+            prediction then sees at least `context` + 1 tokens, where the array has so many: L - 2 slides token by
+            token.
 
     Each item is a dictionary of int64 [L]: `input_ids`, `labels` (equal to `input_ids`, as the models shift inside;
     -100 where padded) and `attention_mask` (0 where padded). Only the last block is padded, with `pad_id` (default 0).

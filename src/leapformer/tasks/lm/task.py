@@ -95,7 +95,9 @@ class LanguageModelRecipe(Recipe):
 
 
 def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a softmax."""
+    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a
+    softmax.
+    """
     return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
@@ -151,7 +153,8 @@ class LanguageModelData(TaskData):
         limit, longest = model.config.length_limit(), self.recipe.data.block_size
         if limit is not None and longest > limit[0]:
             raise LeapformerError(
-                f"data.block_size: expected at most the model's max_position_embeddings={limit[0]}, found {longest}; {limit[1]}"
+                f"data.block_size: expected at most the model's max_position_embeddings={limit[0]}, found {longest}; "
+                f"{limit[1]}"
             )
 
     def count_targets(self, batch: dict[str, torch.Tensor]) -> int:

@@ -1,8 +1,8 @@
 """Tokenizers of the language models: bytes, BPE trained on the data, and whole words.
 
-All three are `PreTrainedTokenizerFast`, so they are saved beside the model and `AutoTokenizer` loads them. Text is cut at
-line ends before anything else, so a document may be encoded line by line with the same result. A token's name inside the
-text, such as "<eos>", is text: only packing adds the real one.
+All three are `PreTrainedTokenizerFast`, so they are saved beside the model and `AutoTokenizer` loads them. Text is cut
+at line ends before anything else, so a document may be encoded line by line with the same result. A token's name inside
+the text, such as "<eos>", is text: only packing adds the real one.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def majority_baseline(train: LraDataset, evaluated: LraDataset) -> float:
 
 
 def root_operator_baseline(train: LraDataset, evaluated: LraDataset) -> float:
-    """Accuracy of the commonest label for each first symbol, counted on `train`: what a model gets that reads one token.
+    """Accuracy of the commonest label for each first symbol, counted on `train`: what a model gets that reads one
+    token.
 
     It is 36.3 % on generated data, and the plateau of 36 to 39 % in the literature is that.
     """

@@ -79,7 +79,8 @@ class LraData(TaskData):
         limit = self.config().length_limit()
         if limit is not None and train.max_length > limit[0]:
             raise LeapformerError(
-                f"recipe {recipe.name}: model.max_position_embeddings: expected at least the {train.max_length} tokens of "
+                f"recipe {recipe.name}: model.max_position_embeddings: expected at least the {train.max_length} tokens "
+                "of "
                 f"the longest document, found {limit[0]}; {limit[1]}"
             )
 
@@ -117,13 +118,15 @@ class LraData(TaskData):
         for name in ("vocab_size", "num_labels", "paired_inputs"):
             if getattr(found, name) != getattr(own, name):
                 raise LeapformerError(
-                    f"recipe {self.recipe.name}: expected a model of {name}={getattr(own, name)}, as the data has it, found "
+                    f"recipe {self.recipe.name}: expected a model of {name}={getattr(own, name)}, as the data has it, "
+                    "found "
                     f"{getattr(found, name)}"
                 )
         limit, longest = found.length_limit(), self.split("train").max_length
         if limit is not None and longest > limit[0]:
             raise LeapformerError(
-                f"recipe {self.recipe.name}: expected a model that takes the {longest} tokens of the longest document, found "
+                f"recipe {self.recipe.name}: expected a model that takes the {longest} tokens of the longest document, "
+                "found "
                 f"one of max_position_embeddings={limit[0]}; {limit[1]}"
             )
 
@@ -159,7 +162,9 @@ class LraData(TaskData):
 
     @torch.no_grad()
     def metrics(self, model: Any, dataset: LraDataset, indices: Iterable[int], *, told: str = "") -> dict[str, float]:
-        """Mean loss in nats, accuracy and its standard error, with the model in evaluation mode; ``told``: to ``progress``."""
+        """Mean loss in nats, accuracy and its standard error, with the model in evaluation mode; ``told``: to
+        ``progress``.
+        """
         was_training = model.training
         model.eval()
         nats, right, count = 0.0, 0, 0

@@ -87,7 +87,8 @@ def find_layout(source: Path) -> Callable[[Job, str], Examples]:
     if (source / "train").is_dir():
         return lambda job, split: _read_folder(job, source / split)
     raise LeapformerError(
-        f"--from {source}: expected data_batch_1 or data_batch_1.bin, or train and test as folders or zips of pictures, "
+        f"--from {source}: expected data_batch_1 or data_batch_1.bin, or train and test as folders or zips of "
+        "pictures, "
         "found none"
     )
 

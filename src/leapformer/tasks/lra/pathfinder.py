@@ -1,8 +1,8 @@
 """Pathfinder: are the two discs on one dashed curve? 1,024 pixels in a row at 32 x 32 (Linsley et al. 2018; Tay et al.
 2021). At 128 x 128 it is Path-X.
 
-A picture has no padding: pixel 0 is black, and a symbol like the others. 80 % for training, 10 % for validation and 10 %
-for the test, drawn with the seed.
+A picture has no padding: pixel 0 is black, and a symbol like the others. 80 % for training, 10 % for validation and 10
+% for the test, drawn with the seed.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def _read_release(job: Job, split: str) -> Pairs:
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise LeapformerError(
-            f"--from {job.source}: expected tsv_data/{name}, or pairs.{PAIR_NAMES[split]}.tsv and papers.jsonl, found none"
+            f"--from {job.source}: expected tsv_data/{name}, or pairs.{PAIR_NAMES[split]}.tsv and papers.jsonl, found "
+            "none"
         )
     size, position = path.stat().st_size, 0
     for row, line in enumerate(iterate_lines(path), start=1):

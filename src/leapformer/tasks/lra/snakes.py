@@ -214,9 +214,9 @@ _FREE, _FRAME = 0, -1
 class _Batch:
     """Pictures that grow in step; the paddles of a picture are numbered from 1 in the order of growth.
 
-    `grid` [B, side * side] holds for each pixel 0, or the number of the paddle that blocks it alone, or -1. What it holds
-    of a paddle is free for the paddle that follows it. (A distractor grows by itself: there the first that blocked a
-    pixel keeps it, so that its own pixels can be given back.)
+    `grid` [B, side * side] holds for each pixel 0, or the number of the paddle that blocks it alone, or -1. What it
+    holds of a paddle is free for the paddle that follows it. (A distractor grows by itself: there the first that
+    blocked a pixel keeps it, so that its own pixels can be given back.)
     """
 
     ARRAYS = ("grid", "strokes", "first_tips", "heads", "directions")

@@ -3,7 +3,8 @@
 A pickle may ask for any function to be called. Here it may ask for numpy arrays and numbers alone, and even those are
 put together by the code below from their shape, dtype and bytes; numpy's own functions are never reached.
 
-A pickle is looked through before it is read, as three of its operations can take any amount of memory, or the process with
+A pickle is looked through before it is read, as three of its operations can take any amount of memory, or the process
+with
 it: a place in its table of values that is far beyond the file, the length of bytes, and keys that are tuples of tuples.
 What stands at several places is one value, as in the pickle; nothing is copied for each.
 """

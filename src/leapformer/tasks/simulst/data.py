@@ -1,7 +1,7 @@
 """The data of one recipe of simultaneous translation: its examples, its model, and the metrics of what that writes.
 
-Its parts are the sentences that the recipe chose (`sentences`), what is fitted to them (`fitting`), the examples, and the
-scores (`scoring`).
+Its parts are the sentences that the recipe chose (`sentences`), what is fitted to them (`fitting`), the examples, and
+the scores (`scoring`).
 """
 
 from __future__ import annotations

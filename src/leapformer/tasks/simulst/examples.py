@@ -40,7 +40,8 @@ class Sentence:
 
 
 class TranslationDataset(Dataset):
-    """Items are {"input_features": float32 [F, M] or "input_ids": [S], "labels": [T], "ctc_labels": [L], "index": its number}.
+    """Items are {"input_features": float32 [F, M] or "input_ids": [S], "labels": [T], "ctc_labels": [L], "index": its
+    number}.
 
     Arguments:
         sentences: to take. features: of the whole split, or None for a text source.
@@ -102,7 +103,8 @@ class TranslationDataset(Dataset):
 
 
 class TranslationCollator:
-    """Pads a batch on the right and draws for it, by the seed and its examples alone, its k and the augmentation of speech.
+    """Pads a batch on the right and draws for it, by the seed and its examples alone, its k and the augmentation of
+    speech.
 
     Arguments:
         seed: of the draws.

@@ -2,8 +2,8 @@
 
 translation.json      the kind of source and the languages
 features.safetensors  statistics of the features, where the source is speech
-source.spm            the vocabulary of a text source; with speech, of its transcripts, where the model has a CTC head for them
-target.spm            the vocabulary of the target
+source.spm            the vocabulary of a text source; with speech, of its transcripts, where the model has a CTC head
+for them target.spm            the vocabulary of the target
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class TranslationProcessor:
         kind, languages = about.get("source"), about.get("languages") or []
         if kind not in ("speech", "text") or not _are_codes(languages):
             raise LeapformerError(
-                f"{folder / ABOUT}: expected the kind of source and two languages, found {shown(kind)} and {shown(languages)}"
+                f"{folder / ABOUT}: expected the kind of source and two languages, found {shown(kind)} and "
+                f"{shown(languages)}"
             )
         source, target = languages
         has_source = kind == "text" or (folder / SOURCE).is_file()

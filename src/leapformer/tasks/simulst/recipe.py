@@ -18,8 +18,8 @@ class DataSection(Section):
     source: Literal["speech", "text", "grammar"] = "speech"
     path: str | None = Field(
         default=None,
-        description="speech: folder that `leapformer data prepare speech-...` filled; text: folder with SPLIT.LANGUAGE files; "
-        "grammar: none, text of the built-in grammar",
+        description="speech: folder that `leapformer data prepare speech-...` filled; text: folder with "
+        "SPLIT.LANGUAGE files; grammar: none, text of the built-in grammar",
     )
     source_language: str = "en"
     target_language: str = "de"

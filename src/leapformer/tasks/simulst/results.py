@@ -64,8 +64,10 @@ RESULTS = TaskResults(
         headline=_HEADLINE,
         aside=_PAGE_OFFLINE,
         explanation="""\
-<b>BLEU</b>: how many runs of one to four words stand in the reference translation too, 0 to 100; <b>k</b>: how many chunks of the source are read before the first word; <b>offline</b>: the whole source is read first.
-<b>Lagging</b> (LAAL): how far, on average, a word comes after the part of the source that an even translator would need for it.
+<b>BLEU</b>: how many runs of one to four words stand in the reference translation too, 0 to 100; <b>k</b>: how many \
+chunks of the source are read before the first word; <b>offline</b>: the whole source is read first.
+<b>Lagging</b> (LAAL): how far, on average, a word comes after the part of the source that an even translator would \
+need for it.
 <b>LeaP modules</b> are the small networks that learn the proportions of the re-weighting.""",
         has_lagging=True,
     ),

@@ -1,14 +1,16 @@
 """An agent for SimulEval 1.1.4, which scores a trained run by playing audio to it.
 
     simuleval --agent simuleval_agent.py --run runs/NAME --policy wait-k --k 5 --source source.txt \\
-        --target target.txt --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output scores
+        --target target.txt --source-segment-size 360 --quality-metrics BLEU --latency-metrics LAAL AL AP DAL --output
+            scores
 
-SimulEval's pins conflict with those of the training, so it lives in an environment of its own: with torch, transformers and
-leapformer, kaldi-native-fbank, sentencepiece, soundfile, and soxr for audio of another rate than 16 kHz. Nothing else of
-leapformer is imported here.
+SimulEval's pins conflict with those of the training, so it lives in an environment of its own: with torch, transformers
+and leapformer, kaldi-native-fbank, sentencepiece, soundfile, and soxr for audio of another rate than 16 kHz. Nothing
+else of leapformer is imported here.
 
-SimulEval calls `policy` after each segment, and once after the last; whatever is not written then is lost. Where a sentence is
-said to be finished before its source is, SimulEval begins a new one with the rest of the audio, so an early end is kept back.
+SimulEval calls `policy` after each segment, and once after the last; whatever is not written then is lost. Where a
+sentence is said to be finished before its source is, SimulEval begins a new one with the rest of the audio, so an early
+end is kept back.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class TranslationTask(Task):
         return open_translation(folder)
 
     def pretraining(self, recipe: TranslationRecipe) -> tuple[Recipe, Task] | None:
-        """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed, on its device."""
+        """The recipe that `pretraining` names, on this recipe's data, with its encoder, vocabularies and seed, on its
+        device.
+        """
         if recipe.pretraining is None:
             return None
         content = read_recipe(recipe.pretraining)

@@ -38,7 +38,9 @@ def warped_frequency(f: torch.Tensor, factor: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("factor", [0.8, 0.93, 1.1, 1.25])
 def test_the_warp_is_that_of_the_paper(factor):
-    """Bins that hold their own place in mel show where each took its content from; lines are interpolated without error."""
+    """Bins that hold their own place in mel show where each took its content from; lines are interpolated without
+    error.
+    """
     mel = torch.log1p(centres() / 700)
     found = 700 * torch.expm1(warp(mel[None], factor))[0]
     inside = (found > centres()[0]) & (found < centres()[-1])  # else the nearest bin

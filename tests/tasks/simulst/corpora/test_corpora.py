@@ -1,4 +1,6 @@
-"""Corpora of recorded speech: tiny copies of the exact layouts, cut and decoded as they say, and one line for every fault."""
+"""Corpora of recorded speech: tiny copies of the exact layouts, cut and decoded as they say, and one line for every
+fault.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def write_mustc(folder: Path) -> Path:
         write_lines(
             data / split / "txt" / f"{split}.yaml",
             *(
-                f"- {{duration: {duration}, offset: {offset}, rW: 9, uW: 0, speaker_id: spk.{number}, wav: ted_{number}.wav}}"
+                "- "
+                f"{{duration: {duration}, offset: {offset}, rW: 9, uW: 0, speaker_id: spk.{number}, wav: ted_{number}.wav}}"
                 for number, offset, duration in segments
             ),
         )
@@ -216,11 +219,16 @@ def write_covost(folder: Path) -> Path:
 
 def check_covost(output: Path, card: dict) -> None:
     assert {split: facts["utterances"] for split, facts in card["splits"].items()} == {
-        "train": 2, "validation": 1, "test": 1,
-    }  # fmt: skip
+        "train": 2,
+        "validation": 1,
+        "test": 1,
+    }
     assert rows(output, "train")[1] == {
-        "id": "common_voice_fr_2", "text": '"Phrase 2', "translation": 'Sentence "2', "speaker": "client0",
-    }  # fmt: skip
+        "id": "common_voice_fr_2",
+        "text": '"Phrase 2',
+        "translation": 'Sentence "2',
+        "speaker": "client0",
+    }
 
 
 def test_covost_with_one_file(tmp_path):
@@ -258,11 +266,21 @@ def test_bad_rows_of_covost(tmp_path):
     change_line(file, 4, "../validated.tsv\tSentence\tdev")
     (folder / "clips" / "common_voice_fr_4.mp3").unlink()
     change_line(folder / "validated.tsv", 7, b"\xff")
-    write_lines(folder / "validated.tsv", *folder.joinpath("validated.tsv").read_text(errors="replace").splitlines(),
-                "c\t../validated.tsv\tx\t1\t")  # fmt: skip
+    write_lines(
+        folder / "validated.tsv",
+        *folder.joinpath("validated.tsv").read_text(errors="replace").splitlines(),
+        "c\t../validated.tsv\tx\t1\t",
+    )
     fails(r"covost_v2.fr_en.tsv:2: expected 3 columns, found 2", "covost", folder, tmp_path / "x", "fr", "en")
-    fails("test: expected at least one good utterance, found none", "covost", folder, tmp_path / "x", "fr", "en",
-          skip_bad=True)  # fmt: skip
+    fails(
+        "test: expected at least one good utterance, found none",
+        "covost",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "en",
+        skip_bad=True,
+    )
     write_audio(folder / "clips" / "common_voice_fr_4.mp3", talk(0.5, 4))
     change_line(file, 6, "common_voice_fr_5.mp3\tSentence 5\ttrain")
     card = prepare("covost", folder, tmp_path / "y", "fr", "en", skip_bad=True)
@@ -282,13 +300,25 @@ def test_bad_rows_of_covost(tmp_path):
 
 def test_files_of_covost_that_are_missing(tmp_path):
     folder = write_covost(tmp_path / "fr")
-    fails("expected covost_v2.fr_de.tsv or covost_v2.fr_de.train.tsv, found neither", "covost", folder, tmp_path / "x",
-          "fr", "de")  # fmt: skip
+    fails(
+        "expected covost_v2.fr_de.tsv or covost_v2.fr_de.train.tsv, found neither",
+        "covost",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "de",
+    )
     (folder / "validated.tsv").unlink()
     fails("expected Common Voice's validated.tsv, found none", "covost", folder, tmp_path / "x", "fr", "en")
     write_lines(folder / "covost_v2.fr_en.tsv", "path\tsplit")
-    fails("fr_en.tsv:1: expected the columns path, translation, split, found path, split", "covost", folder,
-          tmp_path / "x", "fr", "en")  # fmt: skip
+    fails(
+        "fr_en.tsv:1: expected the columns path, translation, split, found path, split",
+        "covost",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "en",
+    )
     write_lines(folder / "covost_v2.fr_en.tsv")
     fails("fr_en.tsv:1: .*, found an empty file", "covost", folder, tmp_path / "x", "fr", "en")
 
@@ -303,9 +333,11 @@ def write_europarl(folder: Path) -> Path:
     for split in ("train", "dev", "test"):
         part = folder / "en" / "de" / split
         write_lines(
-            part / "segments.lst", "en.20081120.26.3-145 0.5 2.25", "en.20081120.26.3-145 2.25 4.0",
+            part / "segments.lst",
+            "en.20081120.26.3-145 0.5 2.25",
+            "en.20081120.26.3-145 2.25 4.0",
             "en.20081120.26.3-146 0.00 3.00",
-        )  # fmt: skip
+        )
         write_lines(part / "segments.en", "One.", "Two.", "Three.")
         write_lines(part / "segments.de", "Eins.", "Zwei.", "Drei.")
         write_lines(part / "speakers.lst", "A", "A", "B")
@@ -394,8 +426,11 @@ def test_manifests(tmp_path):
     assert {split: facts["utterances"] for split, facts in card["splits"].items()} == {"train": 3, "test": 1}
     assert card["left_out"] == {"other languages": 1}
     assert rows(tmp_path / "x", "train")[0] == {
-        "id": "a", "text": "All a", "translation": 'Ganz "a', "speaker": "s1",
-    }  # fmt: skip
+        "id": "a",
+        "text": "All a",
+        "translation": 'Ganz "a',
+        "speaker": "s1",
+    }
     assert rows(tmp_path / "x", "test") == [{"id": "a", "text": "", "translation": "Ganz a", "speaker": ""}]
     expected = talk(2, 1), talk(1, 2), talk(2, 1)[8_000:12_000]
     for item, samples in zip(SpokenSplit(tmp_path / "x", "train"), expected, strict=True):
@@ -445,8 +480,18 @@ def write_stamps(folder: Path, *, pack: bool = True) -> Path:
     lines, files = [("lang", "file", "stamp_id", "seconds", "transcript", "en", "de", "fr")], {}
     for take, number in enumerate([*numbers, 99]):
         text = f"Une image {number}." if number < 99 else "Une longue phrase qui ne fut pas dite en entier."
-        lines.append(("fr", f"fr/{take}.ogg", f"a/{take}", "1.000", text.upper() if take > 30 else text, f"Picture {number}.",
-                      "" if take == 3 else f"Bild {number}.", text))  # fmt: skip
+        lines.append(
+            (
+                "fr",
+                f"fr/{take}.ogg",
+                f"a/{take}",
+                "1.000",
+                text.upper() if take > 30 else text,
+                f"Picture {number}.",
+                "" if take == 3 else f"Bild {number}.",
+                text,
+            )
+        )
         audio = io.BytesIO()
         sf.write(audio, talk(1, take), RATE, format="OGG", subtype="VORBIS")
         files[f"fr/{take}.ogg"] = audio.getvalue()
@@ -475,8 +520,10 @@ def test_stamps(tmp_path):
     folder = write_stamps(tmp_path / "tuxpaint")
     card = prepare("tuxpaint", folder, tmp_path / "x", "fr", "en")
     assert {split: facts["utterances"] for split, facts in card["splits"].items()}.keys() == {
-        "train", "validation", "test",
-    }  # fmt: skip
+        "train",
+        "validation",
+        "test",
+    }
     assert card["left_out"] == {"more than 28 characters a second": 1} and "GPL-2" in card["licence"]
     texts = [{row["text"].lower() for row in rows(tmp_path / "x", split)} for split in card["splits"]]
     assert [len(each) for each in texts] == [24, 3, 3] and len(set.union(*texts)) == 30
@@ -527,8 +574,14 @@ def test_nothing_of_an_archive_is_written_or_followed(tmp_path):
     files["../escaped.ogg"] = files.pop("fr/1.ogg")
     write_tar(folder / "fr.tar.xz", files, links)
     before = sorted(path for path in tmp_path.rglob("*"))
-    fails("manifest.tsv:3: expected fr/1.ogg in fr.tar.xz, found no such file in it", "tuxpaint", folder, tmp_path / "x",
-          "fr", "en")  # fmt: skip
+    fails(
+        "manifest.tsv:3: expected fr/1.ogg in fr.tar.xz, found no such file in it",
+        "tuxpaint",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "en",
+    )
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
@@ -541,8 +594,14 @@ def test_damaged_archives_and_recordings(tmp_path):
     folder = write_stamps(tmp_path / "b", pack=False)
     recording = folder / "fr" / "5.ogg"
     recording.write_bytes(recording.read_bytes()[:4_500])
-    fails(r"manifest.tsv:7: fr/5.ogg: expected a last ogg page .*: the file is cut off", "tuxpaint", folder,
-          tmp_path / "x", "fr", "en")  # fmt: skip
+    fails(
+        r"manifest.tsv:7: fr/5.ogg: expected a last ogg page .*: the file is cut off",
+        "tuxpaint",
+        folder,
+        tmp_path / "x",
+        "fr",
+        "en",
+    )
     change_line(folder / "manifest.tsv", 3, "fr\tfr/1.ogg\ta/1\tsoon\tUne\tOne\tEins\tUne")
     card = prepare("tuxpaint", folder, tmp_path / "x", "fr", "en", skip_bad=True)
     assert "manifest.tsv:3: seconds: expected seconds, found 'soon'" in card["bad_rows"][0]
@@ -717,9 +776,11 @@ def test_values_of_mustc_of_other_kinds(tmp_path):
     index = next(folder.rglob("train.yaml"))
     whole = index.read_text().splitlines()
     for row in (
-        "- {duration: 1, offset: " + "9" * 400 + ", wav: a.wav}", "- {duration: [1], offset: 0, wav: a.wav}",
-        "- {duration: 1, offset: 0, wav: [a.wav]}", "- {duration: 1, offset: 0, wav: " + "a" * 5000 + "}",
-    ):  # fmt: skip
+        "- {duration: 1, offset: " + "9" * 400 + ", wav: a.wav}",
+        "- {duration: [1], offset: 0, wav: a.wav}",
+        "- {duration: 1, offset: 0, wav: [a.wav]}",
+        "- {duration: 1, offset: 0, wav: " + "a" * 5000 + "}",
+    ):
         index.write_text("\n".join([row, *whole[1:]]) + "\n")
         with pytest.raises(LeapformerError) as caught:
             prepare("mustc", folder, tmp_path / "x")

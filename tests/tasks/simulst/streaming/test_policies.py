@@ -1,4 +1,6 @@
-"""Policies against a target written out by hand: what they ask the decoder, what they write, and what they take back."""
+"""Policies against a target written out by hand: what they ask the decoder, what they write, and what they take
+back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The table of policies: from a name and options to a policy, and all that is fed from it, shown with a test's own one."""
+"""The table of policies: from a name and options to a policy, and all that is fed from it, shown with a test's own
+one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Streaming from samples or words to words: the training forward, whatever the pushes; independent streams; bad input."""
+"""Streaming from samples or words to words: the training forward, whatever the pushes; independent streams; bad
+input.
+"""
 
 from __future__ import annotations
 

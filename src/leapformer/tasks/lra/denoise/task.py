@@ -1,8 +1,9 @@
 """`task: lra-denoise`: pre-training on the inputs of a Long-Range Arena task alone, by filling in what was masked.
 
-The largest gain that the literature knows on these tasks comes from this (Amos et al., arXiv 2310.02980): half of the pixels
-of an image, 15 % of the bytes of a text or 10 % of the symbols of an expression are hidden, and the encoder says what they were.
-`pretrain=denoise` in a recipe of `task: lra` runs it first, in the run's folder `pretraining`, and goes on from its encoder.
+The largest gain that the literature knows on these tasks comes from this (Amos et al., arXiv 2310.02980): half of the
+pixels of an image, 15 % of the bytes of a text or 10 % of the symbols of an expression are hidden, and the encoder says
+what they were. `pretrain=denoise` in a recipe of `task: lra` runs it first, in the run's folder `pretraining`, and goes
+on from its encoder.
 
 Letters: B sequences, T tokens, M masked tokens, V symbols.
 """
@@ -50,8 +51,9 @@ class Documents(Dataset):
 class MaskCollator:
     """Pads a batch and hides a share of its real tokens behind `mask_id`; labels are those tokens, -100 elsewhere.
 
-    What is hidden depends on the seed and on which documents are in the batch, and on nothing else that draws random numbers:
-    it is the same in a run that was interrupted, and another in every pass over the data, whose batches are others.
+    What is hidden depends on the seed and on which documents are in the batch, and on nothing else that draws random
+    numbers: it is the same in a run that was interrupted, and another in every pass over the data, whose batches are
+    others.
     """
 
     def __init__(self, pad: PadCollator, *, share: float, mask_id: int, seed: int) -> None:

@@ -40,7 +40,9 @@ def _factor(share: float, generator: torch.Generator) -> float:
 
 
 def stretch(features: Tensor, factor: float) -> Tensor:
-    """Features [F, M] of speech that is `factor` times as long, by linear interpolation in time: [round(F factor), M]."""
+    """Features [F, M] of speech that is `factor` times as long, by linear interpolation in time: [round(F factor),
+    M].
+    """
     frames = max(1, round(len(features) * factor))
     return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear", align_corners=False)[0].T
 
@@ -48,8 +50,8 @@ def stretch(features: Tensor, factor: float) -> Tensor:
 def warp(features: Tensor, factor: float) -> Tensor:
     """Features [T, M] as of a speaker whose formants lie `factor` times as high, by linear interpolation between bins.
 
-    Frequency f takes what stood at f / factor, up to 4.8 kHz times the lesser of factor and 1; from there to 8 kHz, which stays
-    in its place, the map is a straight line too.
+    Frequency f takes what stood at f / factor, up to 4.8 kHz times the lesser of factor and 1; from there to 8 kHz,
+    which stays in its place, the map is a straight line too.
 
     Source: vocal tract length perturbation, Jaitly and Hinton 2013, eq. 1.
     """
@@ -81,7 +83,9 @@ def _hertz(mel: float) -> float:
 
 @cache
 def _mel_centres(bins: int) -> list[float]:
-    """Centres of the triangles of a filterbank, in mel: bins + 1 equal steps from its lowest frequency to its highest."""
+    """Centres of the triangles of a filterbank, in mel: bins + 1 equal steps from its lowest frequency to its
+    highest.
+    """
     low, high = _mel(LOWEST_HZ), _mel(HIGHEST_HZ)
     return [low + (high - low) * number / (bins + 1) for number in range(1, bins + 1)]
 

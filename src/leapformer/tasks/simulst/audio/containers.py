@@ -1,7 +1,7 @@
 """Whether an audio file is whole, told from its container before it is decoded.
 
-libsndfile takes most files that are cut off for shorter ones. Here what the header promises is held against what the file
-has. Kinds of files that promise nothing are not read at all: nobody could tell whether they are whole.
+libsndfile takes most files that are cut off for shorter ones. Here what the header promises is held against what the
+file has. Kinds of files that promise nothing are not read at all: nobody could tell whether they are whole.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
 def read_archive(path: Path) -> dict[str, bytes]:
     """The files of a tar archive in memory, by their names; links, devices, folders and what is hidden are left out.
 
-    The archive is decompressed first, within the bounds of `leapformer.files.expanding`, so that nothing in it can be larger
-    than it is.
+    The archive is decompressed first, within the bounds of `leapformer.files.expanding`, so that nothing in it can be
+    larger than it is.
 
     Raises:
         LeapformerError: it cannot be read, or is not whole, or holds a sparse file.

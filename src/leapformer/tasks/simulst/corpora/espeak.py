@@ -1,10 +1,11 @@
-"""Text to speech with espeak-ng, through the library that the package `espeakng-loader` carries; no network, no sound card.
+"""Text to speech with espeak-ng, through the library that the package `espeakng-loader` carries; no network, no sound
+card.
 
 espeak-ng is under the GPL-3: it is an extra of its own, and what it speaks is no derived work of it.
 
 The library keeps state between utterances that nothing resets (flutter, noise, the phase of the wave), so that the same
-text would sound a little different after another. It is therefore loaded anew for each utterance, which takes a tenth of
-the time of speaking it: the samples depend on the arguments alone, whoever speaks them and in what order.
+text would sound a little different after another. It is therefore loaded anew for each utterance, which takes a tenth
+of the time of speaking it: the samples depend on the arguments alone, whoever speaks them and in what order.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The features of all utterances of a split, computed once and kept on disk beside the runs that share them.
 
-They are computed in shards, by several processes where there are many; shards that are there are kept over an interrupt.
+They are computed in shards, by several processes where there are many; shards that are there are kept over an
+interrupt.
 
-A file holds float16 [frames of all utterances, M]: half the size, and an error of at most 2^-11 of a log-mel value (0.01),
-a hundredth of what the least noise changes. Training reads it through a memory map, in random order. Beside it lies its
-checksum; it is looked at when the file is opened, and features that are damaged are computed again.
+A file holds float16 [frames of all utterances, M]: half the size, and an error of at most 2^-11 of a log-mel value
+(0.01), a hundredth of what the least noise changes. Training reads it through a memory map, in random order. Beside it
+lies its checksum; it is looked at when the file is opened, and features that are damaged are computed again.
 """
 
 from __future__ import annotations

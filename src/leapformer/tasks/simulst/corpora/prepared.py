@@ -6,8 +6,9 @@ SPLIT.int16   the samples of all utterances one after another: int16, little-end
 SPLIT.jsonl   one row each: id, text, translation, start and samples (where it is in the file), and what its maker knows
               of it besides (`spoken`: voice, speed, pitch, snr; `corpora`: speaker)
 
-and card.json, which is written last. The samples are not compressed: training reads them again in every epoch, at random
-places and through a memory map, while the processors are busy with the model; FLAC would save about 40 % of the disk.
+and card.json, which is written last. The samples are not compressed: training reads them again in every epoch, at
+random places and through a memory map, while the processors are busy with the model; FLAC would save about 40 % of the
+disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Readers of the corpora of speech translation, in the layouts in which they are published.
 
-MuST-C (Di Gangi et al. 2019), CoVoST 2 (Wang, Wu, Pino 2020, arXiv 2007.10310), Europarl-ST (Iranzo-Sanchez et al. 2020,
-arXiv 1911.03167), and manifests of fairseq S2T (Wang et al. 2020, arXiv 2010.05171), to which many others are brought.
+MuST-C (Di Gangi et al. 2019), CoVoST 2 (Wang, Wu, Pino 2020, arXiv 2007.10310), Europarl-ST (Iranzo-Sanchez et al.
+2020, arXiv 1911.03167), and manifests of fairseq S2T (Wang et al. 2020, arXiv 2010.05171), to which many others are
+brought.
 """
 
 from __future__ import annotations
@@ -176,7 +177,9 @@ def _first_file(folders: Sequence[Path], name: str) -> Path | None:
 
 
 def read_europarl(source: Source) -> Splits:
-    """SRC/audios/ID.wav (converted from .m4a), SRC/TGT/SPLIT/{segments.lst, segments.SRC, segments.TGT, speakers.lst}."""
+    """SRC/audios/ID.wav (converted from .m4a), SRC/TGT/SPLIT/{segments.lst, segments.SRC, segments.TGT,
+    speakers.lst}.
+    """
     spoken = source.folder / source.source
     folder = first_folder([spoken / source.target], source, "Europarl-ST")
     splits = {}

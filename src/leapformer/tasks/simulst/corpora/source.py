@@ -100,7 +100,8 @@ def read_table(path: Path, columns: Sequence[str], bad: BadRows) -> Iterator[tup
     missing = [name for name in columns if name not in names]
     if missing:
         raise LeapformerError(
-            f"data: {path}:1: expected the columns {', '.join(columns)}, found {cut(', '.join(names)) or 'an empty file'}"
+            f"data: {path}:1: expected the columns {', '.join(columns)}, found "
+            f"{cut(', '.join(names)) or 'an empty file'}"
         )
     for number, line in enumerate(lines[1:], start=2):
         where = f"{path}:{number}"

@@ -44,7 +44,8 @@ _THEY = {"m": "er", "f": "sie", "n": "es", "p": "sie"}
 
 @dataclass(frozen=True)
 class Determiner:
-    """A word before a noun: its English, its German up to the ending, how it is declined, and what it makes of the noun.
+    """A word before a noun: its English, its German up to the ending, how it is declined, and what it makes of the
+    noun.
 
     Arguments:
         kind: "the", "der" (declined like dieser), "ein" (like mein), "viel" or "uninflected" (numbers, or no word).

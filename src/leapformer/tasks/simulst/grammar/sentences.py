@@ -1,9 +1,9 @@
 """A grammar of English sentences with their German translations, whose word order truly differs.
 
 A *template* is a kind of sentence: the past with the time in front, "that" with the verb at the end, and so on. It has
-pairs of a verb and an object, and for each pair some independent *slots* (who, when, which form of the object, ...). One
-choice for each slot is a sentence, so that sentences can be counted without making them. Training, validation and test
-are told apart by a hash of (template, verb, object): no two of them share such a triple.
+pairs of a verb and an object, and for each pair some independent *slots* (who, when, which form of the object, ...).
+One choice for each slot is a sentence, so that sentences can be counted without making them. Training, validation and
+test are told apart by a hash of (template, verb, object): no two of them share such a triple.
 
 English has numbers, dates and clock times in digits, which espeak reads aloud; German has them as they are written.
 """

@@ -4,8 +4,9 @@ RUN/evaluation/SPLIT/k-5/instances.log                   what was written with w
 RUN/evaluation/SPLIT/offline/...                         with the whole source before the first word, the ceiling
 RUN/evaluation/SPLIT/align-att-frames-2/...              with another policy
 
-results.json has the scores of wait-k, which models are trained with, under `curves`, a list of points by split, and those
-of the other policies under `policy_curves`, by split a list of lines {"label", "option", "points"}; see `keep_points`.
+results.json has the scores of wait-k, which models are trained with, under `curves`, a list of points by split, and
+those of the other policies under `policy_curves`, by split a list of lines {"label", "option", "points"}; see
+`keep_points`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a model would write live with a given k, for a whole data set: batched, without waiting for the audio to pass.
 
-The encoder's states of whole utterances are those of its stream, and a token is computed from the states that it may see, so
-the words and their delays are those of `StreamingTranslator`; only the computation takes another time.
+The encoder's states of whole utterances are those of its stream, and a token is computed from the states that it may
+see, so the words and their delays are those of `StreamingTranslator`; only the computation takes another time.
 """
 
 from __future__ import annotations

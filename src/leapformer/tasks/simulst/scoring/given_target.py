@@ -1,4 +1,6 @@
-"""Loss and accuracy of a translation model where the target is given: every token is told after the right ones before it."""
+"""Loss and accuracy of a translation model where the target is given: every token is told after the right ones before
+it.
+"""
 
 from __future__ import annotations
 

@@ -48,10 +48,11 @@ class WaitK:
 
 @dataclass(frozen=True)
 class LocalAgreement:
-    """Translate all that was read so far, anew after every chunk, and write what the last n translations begin with alike.
+    """Translate all that was read so far, anew after every chunk, and write what the last n translations begin with
+    alike.
 
-    A translation goes on from what is written, which is never taken back. Each step sees all that was read. A sentence does
-    not end before its source, since every translation of a part ends somewhere (unless it is `continuous`).
+    A translation goes on from what is written, which is never taken back. Each step sees all that was read. A sentence
+    does not end before its source, since every translation of a part ends somewhere (unless it is `continuous`).
 
     Arguments:
         n: translations that have to agree, at least 2.
@@ -94,10 +95,11 @@ class LocalAgreement:
 
 @dataclass(frozen=True)
 class AlignAtt:
-    """Write as long as the next token looks back: its attention is largest on a chunk that lies `frames` before the last.
+    """Write as long as the next token looks back: its attention is largest on a chunk that lies `frames` before the
+    last.
 
-    Looking at the latest chunks means that the token may depend on what comes next, so that is read first. Each step sees
-    all that was read. A sentence does not end before its source (unless it is `continuous`).
+    Looking at the latest chunks means that the token may depend on what comes next, so that is read first. Each step
+    sees all that was read. A sentence does not end before its source (unless it is `continuous`).
 
     Arguments:
         frames: chunks that the largest share has to lie before the last one read, at least 1.
@@ -129,7 +131,9 @@ class AlignAtt:
                 yield Read()
 
     def looks_back(self, mass: Tensor | None, chunks: int) -> bool:
-        """Whether the largest share of `mass` [L, H, M] is far enough from the last of `chunks`; not where there is none."""
+        """Whether the largest share of `mass` [L, H, M] is far enough from the last of `chunks`; not where there is
+        none.
+        """
         assert mass is not None
         if self.layers is not None:
             wrong = [layer for layer in self.layers if not -len(mass) <= layer < len(mass)]

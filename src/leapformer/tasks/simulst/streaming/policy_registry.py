@@ -1,7 +1,8 @@
 """The policies that the commands know: their names, their options, and the one way from text to a policy.
 
 Adding one is its class, in a file of its own, and an entry here; the options of `leapformer translate` and `evaluate`,
-the agent for SimulEval and the table in docs/simulst.md come from it. Nothing heavy is imported before a policy is made.
+the agent for SimulEval and the table in docs/simulst.md come from it. Nothing heavy is imported before a policy is
+made.
 """
 
 from __future__ import annotations

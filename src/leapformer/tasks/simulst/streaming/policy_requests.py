@@ -7,8 +7,9 @@ Each time it is asked, a policy takes a *turn*, a generator of requests:
     Restore  take the stream back to what was saved, with all that was written since
     Read     the turn is over: ask again when there is another chunk
 
-Whoever runs the streams does what is asked (`leapformer.tasks.simulst.streaming.turns`); a policy only looks at its `Target` and
-touches nothing. The tokens that many streams ask for at the same time are one batch, whatever their policies are.
+Whoever runs the streams does what is asked (`leapformer.tasks.simulst.streaming.turns`); a policy only looks at its
+`Target` and touches nothing. The tokens that many streams ask for at the same time are one batch, whatever their
+policies are.
 
 A policy keeps nothing itself, so that one object serves any number of streams: what it wants to remember of one goes
 with `Read` and comes back as `Target.memory`.

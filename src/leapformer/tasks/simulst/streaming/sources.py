@@ -1,7 +1,7 @@
 """The source of one stream, cut into the chunks that the encoder takes: audio becomes frames, text becomes tokens.
 
-A chunk is what the encoder's states come in: r states, so 4 r frames of speech (r = 9: 360 ms), or r tokens of text. However
-the source arrives, the chunks are the same, and so is all that is computed from them.
+A chunk is what the encoder's states come in: r states, so 4 r frames of speech (r = 9: 360 ms), or r tokens of text.
+However the source arrives, the chunks are the same, and so is all that is computed from them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ STATE_MS = 1000 * FRAMES_OF_A_STATE * SHIFT / SAMPLE_RATE  # 40
 
 
 class Chunk(NamedTuple):
-    """`inputs` float [4 r, M] or int64 [r] for the encoder (the last of a source may have less), and how much of the source
-    was read with it, in ms or words."""
+    """`inputs` float [4 r, M] or int64 [r] for the encoder (the last of a source may have less), and how much of the
+    source was read with it, in ms or words."""
 
     inputs: Tensor
     read: float

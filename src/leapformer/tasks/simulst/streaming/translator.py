@@ -6,8 +6,8 @@
                 print(word.text)
         words = translator.finish()
 
-Whatever the size of the pushes, the source is cut into the same chunks, each chunk is encoded by itself and followed by the
-policy, so the words and their times are the same too, and what comes later changes nothing.
+Whatever the size of the pushes, the source is cut into the same chunks, each chunk is encoded by itself and followed by
+the policy, so the words and their times are the same too, and what comes later changes nothing.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class StreamingTranslator:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept for what comes next (`TranslatorBatch.nbytes`), 0 after `close`; the written text is not
-        among it."""
+        """Bytes of all that is kept for what comes next (`TranslatorBatch.nbytes`), 0 after `close`; the written text
+        is not among it."""
         return self._batch.nbytes
 
     def snapshot(self) -> tuple[Snapshot, tuple[str, ...]]:

@@ -63,8 +63,8 @@ class TranslatorBatch:
         batch.finish(a)             # step on until nothing waits
         batch.close(a)
 
-    `push` and `finish` only take the source; `step` computes: one chunk of every stream that has one, and all that the policies
-    then write. Nothing of one stream enters another: each row is what it would be alone, to rounding.
+    `push` and `finish` only take the source; `step` computes: one chunk of every stream that has one, and all that the
+    policies then write. Nothing of one stream enters another: each row is what it would be alone, to rounding.
 
     Arguments:
         model: `LeapformerForConditionalGeneration` in evaluation mode, on any device.
@@ -110,7 +110,9 @@ class TranslatorBatch:
     # ---- streams
 
     def open(self, policy: Policy | None = None) -> int:
-        """A new stream's number. `policy`: its own, if any; it looks at the attention if and only if the batch's does."""
+        """A new stream's number. `policy`: its own, if any; it looks at the attention if and only if the batch's
+        does.
+        """
         policy = self.policy if policy is None else policy
         if policy.keep_mass != self.policy.keep_mass:
             raise ValueError("policy: expected one that looks at the attention as the batch's policy does, or neither")

@@ -46,7 +46,8 @@ def take_token(pieces: tuple[int, ...], token: int | None, vocabulary: Vocabular
 def complete_words(tokens: Sequence[int], vocabulary: Vocabulary) -> list[tuple[str, int]]:
     """The words of some tokens, each with the place of the token that showed it to be complete.
 
-    That is the next word's first piece. The last word is complete with the end of the sentence, at the place len(tokens).
+    That is the next word's first piece. The last word is complete with the end of the sentence, at the place
+    len(tokens).
     """
     words: list[tuple[str, int]] = []
     pieces: tuple[int, ...] = ()
