@@ -347,8 +347,9 @@ class DecoderStream:
         if min(rows) < longest:
             mask = (torch.arange(longest) < counts[:, None]).to(context.device)
         first = self.seen.to(context.device)
+        chunk = self.model.config.pre_decision
         for block, cross in zip(self.model.decoder.layers, self.cross, strict=True):
-            _over_source(block).absorb(context, cross, first=first, key_mask=mask, chunk=self.model.config.pre_decision)
+            _over_source(block).absorb(context, cross, first=first, key_mask=mask, chunk=chunk)
         self.seen = upto
 
     def _forget_source(self, rows: Sequence[int]) -> None:
