@@ -35,7 +35,7 @@ def proportions_of(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Ten
     handles = []
     for layer in layers:
         for module in (layer.q_proportion, layer.k_proportion):
-            assert module is not None
+            assert isinstance(module, nn.Module)
             handles.append(module.register_forward_hook(lambda m, _, out: seen.update({id(m): out.detach()})))
     model.zero_grad()
     model(**batch).loss.backward()

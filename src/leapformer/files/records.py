@@ -35,10 +35,15 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class SplitRecord(Record):
-    """Figures of one split of the data; those without a line here are numbers too."""
+class Figures(Record):
+    """Keys that it doesn't know are numbers."""
 
     __pydantic_extra__: dict[str, Number | None]  # type: ignore[reportIncompatibleVariableOverride]
+
+
+class SplitRecord(Figures):
+    """Figures of one split of the data; those without a line here are numbers too."""
+
     loss: Number | None = None
     perplexity: Positive | None = None
     word_perplexity: Positive | None = None
@@ -52,19 +57,16 @@ class SplitRecord(Record):
     k: K | None = None
 
 
-class CurvePoint(Record):
+class CurvePoint(Figures):
     """Scores of a translation model at one k of wait-k, or with the whole source read first (None)."""
 
-    __pydantic_extra__: dict[str, Number | None]  # type: ignore[reportIncompatibleVariableOverride]
     k: K | None
     sentences: Count | None = None
     BLEU: Number | None = None
 
 
-class PolicyPoint(Record):
+class PolicyPoint(Figures):
     """Scores at one value of a policy's option."""
-
-    __pydantic_extra__: dict[str, Number | None]  # type: ignore[reportIncompatibleVariableOverride]
 
 
 class PolicyCurve(Record):

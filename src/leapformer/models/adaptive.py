@@ -7,6 +7,8 @@ one class per further band; a tail scores the words inside its band. The trainin
 Letters: N tokens, V vocabulary, D hidden size, n_i words and d_i = D / factor^i dimensions of band i.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,14 +78,16 @@ class AdaptiveEmbedding(nn.Module):
 def _table(embedding: nn.Module, words: int) -> Tensor:
     """The vectors [words, d] that an embedding gives, read off the module where it is plain, else asked for."""
     if is_plain(embedding, nn.Embedding):
-        return embedding.weight  # type: ignore[return-value]
+        weight: Any = embedding.weight
+        return weight
     return embedding(torch.arange(words, device=home_of(embedding)["device"]))
 
 
 def _matrix(projection: nn.Module, width: int) -> Tensor:
     """The matrix [D, width] that a projection without bias multiplies with, in the same way."""
     if is_plain(projection, nn.Linear):
-        return projection.weight  # type: ignore[return-value]
+        weight: Any = projection.weight
+        return weight
     return projection(torch.eye(width, **home_of(projection))).T
 
 

@@ -139,7 +139,8 @@ def absorbed_prefix(past: Cache, blocks: Any, like: Tensor) -> LeapformerCache:
     """
     cache = LeapformerCache(len(past.layers))
     for number, (block, layer) in enumerate(zip(blocks, past.layers, strict=True)):
-        keys, values = (x.transpose(1, 2).to(like) for x in (layer.keys, layer.values))  # type: ignore[union-attr]
+        kept: Any = layer
+        keys, values = (x.transpose(1, 2).to(like) for x in (kept.keys, kept.values))
         cache.layer(number).store(block.attention.prefix_state(keys, values), slots=keys.shape[1])
     return cache
 

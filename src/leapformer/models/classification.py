@@ -91,7 +91,8 @@ class LeapformerEncoder(LeapformerPreTrainedModel):
         first = None if prefix is None else prefix.length
         position_ids = token_positions(tokens, hidden.device, key_mask=key_mask, first=first)
         self._check_length(position_ids, before + tokens, extra=self.symbols_before)
-        hidden = hidden * self.config.embedding_scale  # type: ignore[operator]
+        assert self.config.embedding_scale is not None
+        hidden = hidden * self.config.embedding_scale
         if self.positions is not None:
             hidden = hidden + self.positions(position_ids).to(hidden.dtype) * self.config.position_scale
         hidden = self.dropout(hidden)
@@ -156,11 +157,12 @@ class LeapformerForSequenceClassification(LeapformerPreTrainedModel):
         super().__init__(config)
         self.model = LeapformerEncoder(config)
         width = config.hidden_size * (4 if config.paired_inputs else 1)
+        labels: Any = config.num_labels
         self.classifier = nn.Sequential(
             nn.Linear(width, config.classifier_hidden_size),
             nn.ReLU(),
             nn.Dropout(config.classifier_dropout),
-            nn.Linear(config.classifier_hidden_size, config.num_labels),  # type: ignore[arg-type]
+            nn.Linear(config.classifier_hidden_size, labels),
         )
         self.post_init()
 

@@ -238,7 +238,8 @@ class LeapformerModel(LeapformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LeapformerModel: expected either input_ids or inputs_embeds, found both or neither")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        return embeds * self.config.embedding_scale  # type: ignore[operator]
+        assert self.config.embedding_scale is not None
+        return embeds * self.config.embedding_scale
 
     def _run_block(
         self, block: nn.Module, hidden: Tensor, keywords: dict, cache: LeapformerCache | None, layer: int
@@ -327,7 +328,8 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
             **rest,
         )
         hidden = outputs.last_hidden_state
-        loss, logits = None, None
+        loss: Any = None
+        logits: Any = None
         if labels is not None:
             targets = next_token_labels(labels)
             losses, logits = self._losses(hidden, targets)
@@ -336,8 +338,8 @@ class LeapformerForCausalLM(LeapformerPreTrainedModel, GenerationMixin):
         else:
             logits = self._logits(_keep(hidden, logits_to_keep))
         output = CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
-            logits=logits,  # type: ignore[arg-type]
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
@@ -392,12 +394,13 @@ def build_embedding(config: LeapformerConfig) -> nn.Module:
     """The token embeddings of the configuration, plain or adaptive."""
     if config.adaptive_cutoffs is None:
         return nn.Embedding(config.vocab_size, config.hidden_size)
+    assert config.embedding_initializer_range is not None
     return AdaptiveEmbedding(
         config.vocab_size,
         config.hidden_size,
         cutoffs=list(config.adaptive_cutoffs),
         factor=config.adaptive_factor,
-        std=config.embedding_initializer_range,  # type: ignore[arg-type]
+        std=config.embedding_initializer_range,
     )
 
 

@@ -262,7 +262,8 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
     config: LeapformerTranslationConfig  # type: ignore[assignment]
 
     def __init__(self, config: LeapformerTranslationConfig):
-        super().__init__(config)  # type: ignore[arg-type]
+        own: Any = config
+        super().__init__(own)
         if config.source == "text":
             self.main_input_name = "input_ids"
         self.encoder = SourceEncoder(config)
@@ -354,7 +355,8 @@ class LeapformerForConditionalGeneration(LeapformerPreTrainedModel):
         return self.decoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.embed_tokens = value  # type: ignore[assignment]
+        decoder: Any = self.decoder
+        decoder.embed_tokens = value
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """`shift_right`, by the name that transformers' collators look for."""

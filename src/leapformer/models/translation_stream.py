@@ -303,7 +303,8 @@ class DecoderStream:
         maximum.
         """
         if see is None:
-            may, see = self.can_write(), wait_k_needs(self.k, self.written, self.model.config.pre_decision)  # type: ignore[assignment]
+            may, needs = self.can_write(), wait_k_needs(self.k, self.written, self.model.config.pre_decision)
+            see = torch.as_tensor(needs)
         else:
             may = self.finished | (self.available >= see.to("cpu"))
         assert see is not None

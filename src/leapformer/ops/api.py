@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -306,13 +306,13 @@ def _block_states(
     every = min(every, max(1, S))  # what is longer is padded to no more than the keys there are
     n = -(-S // every)
 
-    def by_block(x: Tensor | None) -> Tensor | None:
+    def by_block(x: Tensor | None) -> Any:
         if x is None:
             return None
         padding = [0, 0] * (x.dim() - 2) + [0, n * every - S]
         return F.pad(x, padding).reshape(B * n, every, *x.shape[2:])
 
-    blocks = linear_state(by_block(k), by_block(v), by_block(k_factors), key_mask=by_block(key_mask))  # type: ignore[arg-type]
+    blocks = linear_state(by_block(k), by_block(v), by_block(k_factors), key_mask=by_block(key_mask))
     kv, z = (field.unflatten(0, (B, n)).cumsum(1) for field in (blocks.kv, blocks.z))
     if initial is not None:
         kv, z = kv + initial.kv[:, None], z + initial.z[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class GradientBuffers(NamedTuple):
     z: Tensor | None
 
 
-_NO_GRADIENTS = GradientBuffers(*[None] * 10)  # type: ignore[arg-type]
+_NOTHING: Any = [None] * 10
+_NO_GRADIENTS = GradientBuffers(*_NOTHING)
 _NOTHING = (0, 0, 0, 0, 0)  # a view of nothing
 
 
@@ -188,7 +189,8 @@ def _module(m: LeapWeights | None) -> LeapWeights | None:
     if m is None:
         return None
     b1 = m.w2.new_zeros(m.w1.shape[:2]) if m.w1 is not None and m.b1 is None else m.b1
-    return LeapWeights(_ready(m.w1), _ready(b1), _ready(m.w2), _ready(m.b2))  # type: ignore[arg-type]
+    ready: Any = map(_ready, (m.w1, b1, m.w2, m.b2))
+    return LeapWeights(*ready)
 
 
 def _leap(m: LeapWeights | None, gradient: Tensor | None) -> tuple[int, ...]:

@@ -33,7 +33,8 @@ RESULTS = TaskResults(
         explanation="""\
 <b>Word perplexity</b>: among how many equally likely next words the model is left guessing, on average.
 <b>Bits per byte</b>: how far the model could compress the text; raw text has 8.
-The <b>counted</b> rows need no training: they predict a token from how often it (unigram), or it after the token before (bigram), stands in the training text.
+The <b>counted</b> rows need no training: they predict a token from how often it (unigram), or it after the token \
+before (bigram), stands in the training text.
 <b>LeaP modules</b> are the small networks that learn the proportions shown below.""",
         has_speed=True,
     ),

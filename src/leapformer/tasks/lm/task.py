@@ -137,12 +137,13 @@ class LanguageModelData(TaskData):
     def packed(self, split: str, *, context: int = 0) -> PackedDataset:
         """The blocks of a split, each repeating `context` tokens of the one before it."""
         encoded = self.encoded(split)
+        pad_id: Any = self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.pad_token))
         return PackedDataset(
             encoded.tokens,
             block_size=self.recipe.data.block_size,
             document_starts=encoded.document_starts,
             across_documents=self.recipe.data.across_documents,
-            pad_id=self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.pad_token)),  # type: ignore[arg-type]
+            pad_id=pad_id,
             context=context,
         )
 

@@ -13,6 +13,9 @@ sentence is said to be finished before its source is, SimulEval begins a new one
 end is kept back.
 """
 
+# SimulEval lives in an environment of its own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
@@ -21,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from simuleval.agents import SpeechToTextAgent  # type: ignore[import-not-found]
-from simuleval.agents.actions import ReadAction, WriteAction  # type: ignore[import-not-found]
-from simuleval.utils import entrypoint  # type: ignore[import-not-found]
+from simuleval.agents import SpeechToTextAgent
+from simuleval.agents.actions import ReadAction, WriteAction
+from simuleval.utils import entrypoint
 
 from leapformer.errors import LeapformerError
 from leapformer.tasks.simulst.processor import open_translation

@@ -83,8 +83,8 @@ def write_mustc(folder: Path) -> Path:
         write_lines(
             data / split / "txt" / f"{split}.yaml",
             *(
-                "- "
-                f"{{duration: {duration}, offset: {offset}, rW: 9, uW: 0, speaker_id: spk.{number}, wav: ted_{number}.wav}}"
+                f"- {{duration: {duration}, offset: {offset}, rW: 9, uW: 0, "
+                f"speaker_id: spk.{number}, wav: ted_{number}.wav}}"
                 for number, offset, duration in segments
             ),
         )

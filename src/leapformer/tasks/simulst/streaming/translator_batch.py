@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -144,10 +145,11 @@ class TranslatorBatch:
         stream = self._stream(number)
         if stream.source.finished:
             raise ValueError("translator: expected no push after finish")
+        taker: Any = stream.source  # of samples or of words, and it looks at what it is given
         if stream.over:
-            stream.source.skip(source)  # type: ignore[arg-type]
+            taker.skip(source)
             return
-        stream.source.push(source)  # type: ignore[arg-type]
+        taker.push(source)
         self._check_length(stream)
 
     def finish(self, number: int) -> None:
