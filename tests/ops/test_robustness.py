@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.profiler import profile
 
-from leapformer.ops import LinearState, Staircase, chunks, linear_state
+from leapformer.ops import LinearState, Staircase, blocking, linear_state
 from tests.ops.oracle import (
     VISIBILITIES,
     Case,
@@ -349,7 +349,7 @@ BLOCK_FORMS = {
 @pytest.mark.parametrize("form", BLOCK_FORMS)
 def test_result_does_not_depend_on_the_blocks(form, monkeypatch):
     """Blocks of one chunk of one head of one sample, where these inputs would else fit into one or two blocks."""
-    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(blocking, "BLOCK_ELEMENTS", {"cpu": 1})
     visible, options = BLOCK_FORMS[form]
     check(make_case(visible, T=130, **options), "torch")
 
