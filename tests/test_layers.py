@@ -73,31 +73,6 @@ def test_each_layer_imports_only_from_its_left():
     assert back_edges == []
 
 
-def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules among `known` that a source file imports anywhere, those of `from package import module` among
-    them.
-    """
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return (found | {module for _, module in imported_modules(path)}) & known.keys()
-
-
-@pytest.mark.parametrize("layer", ["files", "training", "tasks", "analysis"])
-def test_no_module_of_a_layer_imports_itself_in_a_circle(layer):
-    modules = {
-        ".".join(["leapformer", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
-        for path in SOURCES
-        if layer_of(path) == layer
-    }
-    edges = {name: imports_of(path, modules) - {name} for name, path in modules.items()}
-    while leaves := [name for name, wanted in edges.items() if not wanted & edges.keys()]:
-        for name in leaves:
-            del edges[name]
-    assert edges == {}  # what is left imports, or is imported by, a circle
-
-
 def imports_within(path: Path, names: set[str]) -> set[str]:
     """The modules of the package that a source file imports, within functions too: a late import is still one."""
     package = path.relative_to(PACKAGE).parts[:-1]

@@ -29,7 +29,8 @@ def speak_text(
 ) -> dict[str, Any]:
     """Speak a file of text."""
     others = {"validation": validation_pairs, "test": test_pairs}
-    return prepare_text_pairs(*pairs, output, **others, speaking=Speaking(language), **general)
+    held_out = {split: pair for split, pair in others.items() if pair is not None}
+    return prepare_text_pairs(*pairs, output, held_out=held_out, speaking=Speaking(language), **general)
 
 
 def convert_corpus(output: Path, *, corpus: str, source: Path, **options: Any) -> dict[str, Any]:

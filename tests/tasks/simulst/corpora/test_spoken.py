@@ -323,11 +323,11 @@ def test_splits_with_files_of_their_own(tmp_path):
         with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
             file.write("Good morning.\n" if name == "b.en" else "Guten Morgen.\n")
     other = (tmp_path / "b.en.gz", tmp_path / "b.de.gz")
-    prepare_text_pairs(*pair, tmp_path / "x", validation=other, test=other, count=3, workers=1)
+    prepare_text_pairs(*pair, tmp_path / "x", held_out={"validation": other, "test": other}, count=3, workers=1)
     assert texts(tmp_path / "x", "test") == texts(tmp_path / "x", "validation") == ["Good morning."]
     assert len(texts(tmp_path / "x", "train")) == 3
     with pytest.raises(LeapformerError, match="holds data with count 3, expected 4"):
-        prepare_text_pairs(*pair, tmp_path / "x", validation=other, test=other, count=4)
+        prepare_text_pairs(*pair, tmp_path / "x", held_out={"validation": other, "test": other}, count=4)
 
 
 def test_another_source_under_the_same_name(tmp_path):

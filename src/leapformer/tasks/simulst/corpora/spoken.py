@@ -207,8 +207,7 @@ def prepare_text_pairs(
     target_file: str | Path,
     output: str | Path,
     *,
-    validation: tuple[str | Path, str | Path] | None = None,
-    test: tuple[str | Path, str | Path] | None = None,
+    held_out: Mapping[str, tuple[str | Path, str | Path]] | None = None,
     count: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -221,8 +220,8 @@ def prepare_text_pairs(
     Arguments:
         source_file, target_file: as many lines in both, UTF-8, also .gz, .xz or .zst.
         output: as in `prepare_grammar`; so are seed, workers and what is raised.
-        validation, test: files like these; default: a tenth of the pairs each, at most 1,000, held out by a hash of the
-            text, so that the same text is in one split alone.
+        held_out: files like these of "validation" and "test"; of one that is missing: a tenth of the pairs each, at
+            most 1,000, held out by a hash of the text, so that the same text is in one split alone.
         count: training pairs to take, drawn with the seed; default: all.
         speaking: the language of the source is one of its arguments.
         skip_bad: go on over lines that are empty or not UTF-8; the card lists them.
@@ -230,8 +229,8 @@ def prepare_text_pairs(
     Raises:
         LeapformerError: also: the files have not the same number of lines, or a line is bad (with file and row).
     """
-    files = {"train": (source_file, target_file), "validation": validation, "test": test}
-    given = {split: (Path(pair[0]), Path(pair[1])) for split, pair in files.items() if pair is not None}
+    files = {"train": (source_file, target_file), **(held_out or {})}
+    given = {split: (Path(pair[0]), Path(pair[1])) for split, pair in files.items()}
     check_general(seed=seed, count=count, workers=workers)
     made = {
         "source": {split: [_identity(file) for file in pair] for split, pair in given.items()},
