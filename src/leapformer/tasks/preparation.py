@@ -215,8 +215,11 @@ def _make_in_processes(
     try:
         for process in processes:
             process.start()
-        while running := [process for process in processes if process.is_alive()]:
+        running = processes
+        while running:
             wait([process.sentinel for process in running], timeout=0.5)
+            # Looked at before the exit codes: one that ends in between is waited for once more, and its code seen then.
+            running = [process for process in running if process.is_alive()]
             progress(done + sum(call[0].is_file() for call in calls), done + len(calls), "shards")
             for code in filter(None, (process.exitcode for process in processes)):
                 told = None if errors.empty() else errors.get()
