@@ -23,10 +23,11 @@ HEAVY = {"torch", "transformers", "numpy", "matplotlib", "datasets", "tqdm"}
 def test_the_command_is_quick_to_start(command):
     program = (
         "import sys, io; from leapformer.cli import main; out, sys.stdout = sys.stdout, io.StringIO(); "
-        "main(sys.argv[1:]); print(*{name.split('.')[0] for name in sys.modules}, file=out)"
+        "code = main(sys.argv[1:]); print(*{name.split('.')[0] for name in sys.modules}, file=out); sys.exit(code)"
     )
     ran = subprocess.run([sys.executable, "-c", program, *command.split()], capture_output=True, text=True, check=True)
-    assert set(ran.stdout.split()) & HEAVY == set()
+    loaded = set(ran.stdout.split())
+    assert "leapformer" in loaded and loaded & HEAVY == set()
 
 
 def named_modules() -> set[str]:
