@@ -118,7 +118,7 @@ def _skip_zeros(raw: bytes, position: int, suffix: str) -> int:
     return end
 
 
-class _Gz:
+class _Stream:
     """What the three libraries have in common: `make` takes bytes and gives a piece of the content.
 
     Attributes:
@@ -126,8 +126,26 @@ class _Gz:
         eof: the stream has ended; `unused`: what it was given beyond its end.
     """
 
-    has_more = False
+    _stream: Any
 
+    @property
+    def left(self) -> bytes:
+        return b""
+
+    @property
+    def has_more(self) -> bool:
+        return False
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused(self) -> bytes:
+        return self._stream.unused_data
+
+
+class _Gz(_Stream):
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(wbits=31)
 
@@ -138,18 +156,8 @@ class _Gz:
     def left(self) -> bytes:
         return self._stream.unconsumed_tail
 
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
 
-    @property
-    def unused(self) -> bytes:
-        return self._stream.unused_data
-
-
-class _Xz:
-    left = b""  # it keeps what it was given
-
+class _Xz(_Stream):
     def __init__(self) -> None:
         self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
 
@@ -160,18 +168,8 @@ class _Xz:
     def has_more(self) -> bool:
         return not self._stream.needs_input
 
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
 
-    @property
-    def unused(self) -> bytes:
-        return self._stream.unused_data
-
-
-class _Zst:
-    left, has_more = b"", False
-
+class _Zst(_Stream):
     def __init__(self) -> None:
         try:
             import zstandard
@@ -184,14 +182,6 @@ class _Zst:
             return self._stream.decompress(some)
         except self._error as error:
             raise OSError(str(error)) from None
-
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def unused(self) -> bytes:
-        return self._stream.unused_data
 
 
 _OPENERS: dict[str, Callable[[], Any]] = {".gz": _Gz, ".xz": _Xz, ".zst": _Zst}
