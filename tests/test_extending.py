@@ -141,11 +141,11 @@ def test_a_policy_is_a_class_and_an_entry(monkeypatch, capsys):
 # ---- a data set
 
 
-def prepare_letters(*, output: Path, count: int | None, letters: int = 2, **general: Any) -> dict[str, Any]:
+def prepare_letters(*, output: Path, letters: int = 2, **general: Any) -> dict[str, Any]:
     """A text of so many letters."""
     general["progress"](1, 1, "letters")
     output.mkdir(parents=True)
-    write_text(output / "text.txt", "abcdefgh"[:letters] * (count or 1))
+    write_text(output / "text.txt", "abcdefgh"[:letters])
     return {"bad_rows": [], "letters": letters}
 
 
@@ -168,7 +168,7 @@ def test_a_data_set_is_a_function_and_an_entry(monkeypatch, capsys, tmp_path):
     assert "--letters" in shown and "--output" in shown and "--min-length" not in shown
     output = tmp_path / "x"
     arguments = ["data", "prepare", "letters", "--output", str(output)]
-    assert text_of(capsys, *arguments, "--letters", "3", "--count", "2") == f"3 letters in {output}\n"
+    assert text_of(capsys, *arguments, "--letters", "3") == f"3 letters in {output}\n"
     assert (output / "text.txt").read_text() == "abcabc"
     assert "'--letters'" in refusal(capsys, *arguments, "--letters", "9")
     assert "letters: --size is not an option of this data set" in refusal(capsys, *arguments, "--size", "3")

@@ -181,14 +181,14 @@ def test_help_lists_the_data_sets_with_a_line_each(capsys):
 
 
 def test_help_of_one_shows_its_options_alone(capsys):
-    general = {"--output", "--seed", "--workers", "--count", "--skip-bad", "--help"}
+    general = {"--output", "--seed", "--workers", "--skip-bad", "--help"}
     for name, own in {
-        "lra-listops": {"--from", "--min-length", "--max-length"},
+        "lra-listops": {"--from", "--count", "--min-length", "--max-length"},
         "lra-image": {"--from"},
-        "lra-pathfinder": {"--from", "--size", "--level"},
-        "speech-demo": set(),
-        "speech-from-text": {"--pairs", "--validation-pairs", "--test-pairs", "--language"},
-        "speech-covost": {"--from", "--source-language", "--target-language"},
+        "lra-pathfinder": {"--from", "--count", "--size", "--level"},
+        "speech-demo": {"--count"},
+        "speech-from-text": {"--count", "--pairs", "--validation-pairs", "--test-pairs", "--language"},
+        "speech-covost": {"--count", "--from", "--source-language", "--target-language"},
     }.items():
         shown = {line.split()[0] for line in help_of(capsys, name).splitlines() if line.startswith("  --")}
         assert shown == general | own
@@ -201,6 +201,7 @@ def test_help_of_one_shows_its_options_alone(capsys):
         (["--output", "x"], "Missing argument 'NAME'"),
         (["--output", "x", "--skip-bad", "lra-text"], "lra-text: expected --from"),
         (["--pairs", "a", "b", "lra-image", "--output=x"], "lra-image: --pairs is not an option of this task"),
+        (["--count", "9", "lra-text", "--from=x", "--output=x"], "lra-text: --count is not an option of this task"),
         (["--output=x", "--", "bogus"], "found 'bogus'"),
         (["--bogus", "lra-text"], "No such option: --bogus"),
         (["lra-text", "--output", "x", "--bogus", "3"], "No such option: --bogus"),

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from leapformer.cli.data_sets import DATA_SETS, DataSet
 from leapformer.cli.late import load
-from leapformer.cli.options import MOST, MOST_SEED, MOST_THREADS, a_path, with_options
+from leapformer.cli.options import MOST_SEED, MOST_THREADS, a_path, with_options
 from leapformer.errors import LeapformerError
 from leapformer.files.showing import shown
 
@@ -120,9 +120,6 @@ def prepare_data(
     workers: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Processes; default: one for each processor.")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Training examples to make; default: in full.")
-    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on over bad rows; count and list them.")] = False,
     **options: Any,
 ) -> None:
@@ -144,7 +141,7 @@ def prepare_data(
         if any(name not in given for name in names):
             found = next((given[name] for name in names if name in given), "none")
             raise LeapformerError(f"{entry.name}: expected {expected}, found {found}")
-    general = {"seed": seed, "workers": workers, "count": count, "skip_bad": skip_bad}
+    general = {"seed": seed, "workers": workers, "skip_bad": skip_bad}
     try:
         with _progress(entry.name) as progress:
             work = getattr(import_module(module), function)

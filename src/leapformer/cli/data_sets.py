@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leapformer.cli.options import MOST_TOKENS, a_path
+from leapformer.cli.options import MOST, MOST_TOKENS, a_path
 
 Card = Mapping[str, Any]  # what a preparation says of the folder that it has made
 
@@ -25,7 +25,7 @@ class DataSet:
     Attributes:
         name: on the command line.
         about: what it is, in a line.
-        work: "module:function", called by the names output, seed, workers, count, skip_bad, progress, those of
+        work: "module:function", called by the names output, seed, workers, skip_bad, progress, those of
             `fixed`, and those of its options that were given; it returns the card of the folder.
         extra: the extra of leapformer that brings what it needs.
         tell: the lines that say what a card holds.
@@ -78,6 +78,10 @@ def _number(text: str) -> Any:
     return Annotated[int | None, typer.Option(min=1, max=MOST_TOKENS, help=text)]
 
 
+def _count(text: str) -> Any:
+    return Annotated[int | None, typer.Option(min=1, max=MOST, help=text)]
+
+
 def _text(text: str) -> Any:
     return Annotated[str | None, typer.Option(help=text)]
 
@@ -109,6 +113,7 @@ def _recorded(corpus: str, about: str) -> DataSet:
         extra="speech",
         tell=tell_speech,
         options={
+            "count": _count("Training utterances to take; default: all."),
             "source": _path("Folder of the corpus."),
             "source_language": _text("Of the speech, such as fr."),
             "target_language": _text("Of the translations."),
@@ -123,6 +128,8 @@ def _recorded(corpus: str, about: str) -> DataSet:
 
 _RELEASE = "File or folder to convert."
 _RELEASE_OR_NONE = "File or folder to convert; without it the set is generated."
+_GENERATED = "Training examples to make; default: in full."
+_TAKEN = "Training pairs to take; default: all."
 _CUT = "Where a text is cut; default 4000."
 
 DATA_SETS = {
@@ -132,6 +139,7 @@ DATA_SETS = {
             "listops",
             "Long-Range Arena: nested lists, generated.",
             _RELEASE_OR_NONE,
+            count=_count(_GENERATED),
             min_length=_number("Shortest expression; default 501."),
             max_length=_number("Longest expression; default 1999."),
         ),
@@ -142,6 +150,7 @@ DATA_SETS = {
             "pathfinder",
             "Long-Range Arena: dashed paths, generated.",
             _RELEASE_OR_NONE,
+            count=_count(_GENERATED),
             size=_number("32, 64, 128 or 256; default 32."),
             level=_number("6, 9 or 14 paddles; default 14."),
         ),
@@ -151,6 +160,7 @@ DATA_SETS = {
             "leapformer.cli.speaking:speak_grammar",
             extra="espeak",
             tell=tell_speech,
+            options={"count": _count(_GENERATED)},
         ),
         DataSet(
             "speech-from-text",
@@ -159,6 +169,7 @@ DATA_SETS = {
             extra="espeak",
             tell=tell_speech,
             options={
+                "count": _count(_TAKEN),
                 "pairs": _pair("Sentences to speak, and their translations."),
                 "validation_pairs": _pair("The same for validation; default: a tenth of --pairs."),
                 "test_pairs": _pair("The same for the test; default: a tenth."),

@@ -11,7 +11,7 @@ from leapformer.tasks.simulst.corpora.spoken import SIZES, Speaking, prepare_gra
 Pair = tuple[Path, Path]
 
 
-def speak_grammar(output: Path, *, count: int | None, skip_bad: bool, **general: Any) -> dict[str, Any]:
+def speak_grammar(output: Path, *, count: int | None = None, skip_bad: bool, **general: Any) -> dict[str, Any]:
     """Speak the built-in grammar, which has no bad rows."""
     held_out = SIZES["test"] if count is None else max(1, min(SIZES["test"], count // 10))
     sizes = {"train": count or SIZES["train"], "validation": held_out, "test": held_out}

@@ -221,7 +221,7 @@ def test_wrong_options(tmp_path):
     fails("1 <= shortest <= longest", "listops", tmp_path / "x", min_length=9, max_length=3)
     fails("--size is not an option of this task", "listops", tmp_path / "x", size=32)
     fails("expected more different expressions", "listops", tmp_path / "x", min_length=1, max_length=3, workers=1)
-    fails("--count: expected none, or 1 or more", "listops", tmp_path / "x", count=0)
+    fails("--count: expected none beside --from, or an integer from 1 on, found 0", "listops", tmp_path / "x", count=0)
 
 
 # ---- the release's files

@@ -121,7 +121,7 @@ def prepare(
     if source is not None and not os.path.exists(source):
         raise LeapformerError(f"--from {cut(source, 240)}: expected a file or folder, found nothing")
     if count is not None and (source is not None or count < 1):
-        raise LeapformerError(f"--count: expected none, or 1 or more for a generator, found {shown(count)}")
+        raise LeapformerError(f"--count: expected none beside --from, or an integer from 1 on, found {shown(count)}")
     shared.check_general(seed=seed, count=count, workers=workers)
     made = {
         "task": task,
