@@ -169,7 +169,7 @@ def test_a_data_set_is_a_function_and_an_entry(monkeypatch, capsys, tmp_path):
     output = tmp_path / "x"
     arguments = ["data", "prepare", "letters", "--output", str(output)]
     assert text_of(capsys, *arguments, "--letters", "3") == f"3 letters in {output}\n"
-    assert (output / "text.txt").read_text() == "abcabc"
+    assert (output / "text.txt").read_text() == "abc"
     assert "'--letters'" in refusal(capsys, *arguments, "--letters", "9")
     assert "letters: --size is not an option of this data set" in refusal(capsys, *arguments, "--size", "3")
     others = ["data", "prepare", "lra-text", "--output", "x", "--letters", "3"]
