@@ -60,7 +60,25 @@ WRONG = {
     "cu_seqlens_k alone": ({**one, "cu_seqlens_k": bounds}, "cu_seqlens_k"),
     "cu_seqlens_k of other sequences": ({**one, "cu_seqlens": bounds, "cu_seqlens_k": bounds[:2]}, "cu_seqlens_k"),
     "other keys without cu_seqlens_k": ({"q": q[:1], "k": k[:1], "v": v[:1], "cu_seqlens": bounds}, "cu_seqlens_k"),
-    "log_decay not causal": ({**square, "log_decay": -torch.rand(2, 5, 4)}, "log_decay"),
+    "log_decay under another staircase": (
+        {**square, "visible": Staircase.wait_k(3, 1), "log_decay": -torch.rand(2, 5, 4)},
+        "log_decay",
+    ),
+    "log_decay with numbers of keys": (
+        {**square, "visible": torch.full((2, 5), 5), "log_decay": -torch.rand(2, 5, 4)},
+        "log_decay",
+    ),
+    "log_decay with other keys": ({"log_decay": -torch.rand(2, 5, 4)}, "log_decay"),
+    "one sort of angles": ({"q_angles": torch.rand(2, 5, 4, 1)}, "k_angles"),
+    "angles beside factors": (
+        {
+            f"{side}_{what}": torch.rand(2, n, 1, 2)
+            for side, n in (("q", 5), ("k", 6))
+            for what in ("angles", "factors")
+        },
+        "q_factors with q_angles",
+    ),
+    "angles of other numbers": ({"q_angles": torch.rand(2, 5, 4, 2), "k_angles": torch.rand(2, 6, 2, 1)}, "k_angles"),
     "log_decay of other heads": ({**square, "visible": "causal", "log_decay": -torch.rand(2, 5, 2)}, "log_decay"),
     "log_decay of integers": (
         {**square, "visible": "causal", "log_decay": -torch.ones(2, 5, 4, dtype=torch.long)},

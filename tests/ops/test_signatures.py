@@ -24,12 +24,14 @@ def test_signature_is_the_documented_one(function):
     assert as_written(function) in re.sub(r"\s+", " ", PAGE)
 
 
-def test_leap_attention_takes_the_same_keywords_but_its_relu():
+def test_leap_attention_takes_the_same_keywords_but_what_it_sets_itself():
+    only_linear = ("relu", "q_angles", "k_angles")
+
     def keywords(function):
         parameters = inspect.signature(function).parameters.values()
         return [(p.name, p.default) for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY]
 
-    assert keywords(ops.leap_attention) == [k for k in keywords(ops.linear_attention) if k[0] != "relu"]
+    assert keywords(ops.leap_attention) == [k for k in keywords(ops.linear_attention) if k[0] not in only_linear]
     assert as_written(ops.leap_attention).startswith("leap_attention(q, k, v, q_leap, k_leap, *, ")
 
 

@@ -39,11 +39,12 @@ def errors() -> dict[str, dict[str, tuple[float, float]] | str]:
 @needs_triton
 @pytest.mark.parametrize("name", triton_cases.CASES)
 def test_interpreter_agrees_with_float64(name, errors):
-    """No further off than twice the torch implementation in the same dtype, plus 4 eps of the dtype."""
+    """No further off than twice the torch implementation in the same dtype, plus 8 eps of the dtype: the sums have up
+    to 64 terms, and a product of matrices that adds them one by one errs by the root of that."""
     result = errors[name]
     assert isinstance(result, dict), result
     eps = torch.finfo(triton_cases.dtype_of(name)).eps
-    wrong = {what: pair for what, pair in result.items() if not pair[0] <= 2 * pair[1] + 4 * eps}
+    wrong = {what: pair for what, pair in result.items() if not pair[0] <= 2 * pair[1] + 8 * eps}
     assert wrong == {}
 
 

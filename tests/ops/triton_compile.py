@@ -19,7 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from leapformer.ops.arguments import Arguments, Incoming
+from leapformer.ops.arguments import Arguments, Incoming, by_name
 from leapformer.ops.triton import kernels, operator, plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -130,15 +130,16 @@ def compile_case(
     key_mask = torch.ones(1, T, dtype=torch.bool) if mask else None
     counts = torch.zeros(1, T, dtype=torch.int64) if visible == "counts" else None
     bounds = torch.tensor([0, T // 2, T], dtype=torch.int32) if packed else None
-    tensors: list[Any] = [q, k, v, *factors, log_decay, None, None, *leaps, key_mask, counts, bounds, bounds]
-    options = (visible == "causal", True, 1e-6, relu or leap > 0)
-    x = Arguments(*tensors, *options)
+    weights = by_name("q", leaps[:4]) | by_name("k", leaps[4:])
+    masks: dict[str, Any] = {"key_mask": key_mask, "counts": counts, "cu_seqlens": bounds, "cu_seqlens_k": bounds}
+    options = {"causal": visible == "causal", "relu": relu or leap > 0}
+    x = Arguments(q, k, v, *factors, log_decay=log_decay, **weights, **masks, **options)
     results = operator._forward(x)
     operator._backward(x, results, Incoming(*(torch.zeros_like(t) for t in results[:3])))
     _, kv, z, *_ = results
     one = [t if t is None else t[:, :1] for t in (q, k, v, *factors)]
     operator._step(
-        Arguments(*one, log_decay, kv[:1], z[:1], *leaps, key_mask, None, None, None, True, True, 1e-6, options[-1])
+        Arguments(*one, log_decay=log_decay, kv=kv[:1], z=z[:1], key_mask=key_mask, causal=True, **weights, relu=x.relu)
     )
 
 

@@ -47,6 +47,8 @@ def linear_attention(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    q_angles: Tensor | None = None,
+    k_angles: Tensor | None = None,
     log_decay: Tensor | None = None,
     initial_state: LinearState | None = None,
     return_state: bool = False,
@@ -67,7 +69,12 @@ def linear_attention(
         key_mask: bool [B, S], True = real; masked keys enter neither numerator, normaliser nor state.
         cu_seqlens: int32 [N + 1], B = 1: N sequences packed behind one another; states are then [N, ...] and visibility
             counts from the start of each sequence. cu_seqlens_k where keys are packed otherwise.
-        log_decay: [B, T, H] <= 0, causal only; the state is multiplied by exp(log_decay[t]) before key t is added.
+        q_angles: [B, T, H or 1, m] and k_angles [B, S, G or 1, m], both or neither, any floating dtype: in place of
+            factors, for sigma(i, j) = sum_m cos(q_angles[i, m] - k_angles[j, m]), which is of rank R = 2 m, the cosines
+            first. It may be negative, so it goes with ``normalize=False``.
+        log_decay: [B, T, H] <= 0; the state is multiplied by exp(log_decay[t]) before key t is added. Where later keys
+            are seen too (T = S and "all", or blocks and all before them) a weight is multiplied by the decay between
+            the two tokens: exp of the sum over j < t <= i for an earlier key j, over i <= t < j for a later one.
         initial_state: keys before slot 0, seen by every query; with a decay it has H heads.
         return_state: also return the state after all unmasked keys (float32 or better).
         update_state: write that state into the tensors of ``initial_state``, at their addresses, and return it; without
@@ -94,6 +101,8 @@ def linear_attention(
         v=v,
         q_factors=q_factors,
         k_factors=k_factors,
+        q_angles=q_angles,
+        k_angles=k_angles,
         log_decay=log_decay,
         kv=kv,
         z=z,
@@ -227,7 +236,7 @@ def _attend(
     x = lower(x, visible)
     chosen = _implementation(impl, x)
     with without_autocast(x.q.device.type):
-        x = fit(x, chosen.takes_modules)
+        x = fit(x, chosen.takes_modules, chosen.takes_angles)
         output, kv, z = chosen.attend(x, update_state)
     if not return_state and not update_state:
         return AttentionOutput(output, None)

@@ -6,6 +6,7 @@ LeaP module, K key width, V value width, N packed sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -27,10 +28,12 @@ class LeapWeights(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], log_decay [B,T,H] (then G =
-    H), kv [N,G,R,K,V] and z [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no
-    factors), key_mask [B,S] (True = real), counts int64 [B or 1,T] of the keys each query sees (None: all, or
-    ``causal``), cu_seqlens and cu_seqlens_k [N + 1] or neither; relu: features are those of relu(q) and relu(k).
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], q_factors [B,T,H|1,R], k_factors [B,S,G|1,R], or in their place (R = 2 m)
+    q_angles [B,T,H|1,m], k_angles [B,S,G|1,m], log_decay [B,T,H] (then G = H), later_decay [B,T,H] (``causal`` with a
+    log_decay; then later keys are seen too, each multiplied by exp of the sum over t <= s < j), kv [N,G,R,K,V] and z
+    [N,G,R,K] the initial state, weights of LeaP modules for queries and keys (then no factors), key_mask [B,S] (True =
+    real), counts int64 [B or 1,T] of the keys each query sees (None: all, or ``causal``), cu_seqlens and cu_seqlens_k
+    [N + 1] or neither; relu: features are those of relu(q) and relu(k).
 
     Tensors come first, and of them those that may have a gradient, in the order of ``Gradients``; then numbers. What is
     not given has its default, and only implementations that take a field are ever given another value of it."""
@@ -40,7 +43,10 @@ class Arguments(NamedTuple):
     v: Tensor
     q_factors: Tensor | None = None
     k_factors: Tensor | None = None
+    q_angles: Tensor | None = None
+    k_angles: Tensor | None = None
     log_decay: Tensor | None = None
+    later_decay: Tensor | None = None
     kv: Tensor | None = None
     z: Tensor | None = None
     q_w1: Tensor | None = None
@@ -97,6 +103,8 @@ class Arguments(NamedTuple):
     def rank(self) -> int:
         if self.q_w2 is not None:
             return 2
+        if self.q_angles is not None:
+            return 2 * self.q_angles.shape[-1]
         return 1 if self.q_factors is None else self.q_factors.shape[-1]
 
     @property
@@ -127,7 +135,10 @@ class Gradients(NamedTuple):
     v: Tensor
     q_factors: Tensor | None = None
     k_factors: Tensor | None = None
+    q_angles: Tensor | None = None
+    k_angles: Tensor | None = None
     log_decay: Tensor | None = None
+    later_decay: Tensor | None = None
     kv: Tensor | None = None
     z: Tensor | None = None
     q_w1: Tensor | None = None
@@ -140,9 +151,15 @@ class Gradients(NamedTuple):
     k_b2: Tensor | None = None
 
 
+def by_name(side: str, weights: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """w1, b1, w2 and b2 of the LeaP module of one side, "q" or "k", by the names of ``Arguments``."""
+    return {f"{side}_{name}": weight for name, weight in zip(LeapWeights._fields, weights, strict=True)}
+
+
 FIELDS = Arguments._fields
-DIFFERENTIABLE = 16  # of the fields
-TENSORS = 20  # of the fields; the others are numbers
+DIFFERENTIABLE = 19  # of the fields
+TENSORS = 23  # of the fields; the others are numbers
 NUMBERS = {name: kind for name, kind in get_type_hints(Arguments).items() if name in FIELDS[TENSORS:]}
 FACTORS = frozenset(("q_factors", "k_factors"))
+ANGLES = frozenset(("q_angles", "k_angles"))
 MODULES = frozenset(f"{side}_{weight}" for side in "qk" for weight in LeapWeights._fields)

@@ -81,7 +81,10 @@ def check_arguments(
         if not isinstance(option, bool):
             expect(False, name, "True or False", option)
     if x.q_factors is not None or x.k_factors is not None:
-        _check_factors(q, k, x.q_factors, x.k_factors)
+        _check_pair("factors", q, k, x.q_factors, x.k_factors)
+    if x.q_angles is not None or x.k_angles is not None:
+        expect(x.q_factors is None, "q_factors with q_angles", "None", "a tensor")
+        _check_pair("angles", q, k, x.q_angles, x.k_angles)
     if x.key_mask is not None:
         expect(x.key_mask.dtype == torch.bool, "key_mask", "dtype torch.bool (True = real)", x.key_mask.dtype)
         expect(x.key_mask.shape == k.shape[:2], "key_mask", "shape [{}, {}]", x.key_mask.shape, B, S)
@@ -89,7 +92,8 @@ def check_arguments(
         _check_packing(B, T, S, x.cu_seqlens, x.cu_seqlens_k)
     _check_visible(visible, x)
     if x.log_decay is not None:
-        expect(isinstance(visible, str) and visible == "causal", "visible with log_decay", "'causal'", visible)
+        if not x.causal:
+            _check_two_sided(visible, T, S)
         expect(x.log_decay.shape == q.shape[:3], "log_decay", "shape [{}, {}, {}]", x.log_decay.shape, B, T, H)
         expect(x.log_decay.dtype in FLOATING, "log_decay", "a floating dtype", x.log_decay.dtype)
     if initial_state is not None:
@@ -244,15 +248,30 @@ def _addresses(t: Tensor) -> Tensor:
     return found.flatten()
 
 
-def _check_factors(q: Tensor, k: Tensor, q_factors: Tensor | None, k_factors: Tensor | None) -> None:
-    if q_factors is None or k_factors is None:
-        raise ValueError("q_factors and k_factors: expected both or neither, got only one")
-    for name, x, of in (("q_factors", q_factors, q), ("k_factors", k_factors, k)):
+def _check_pair(what: str, q: Tensor, k: Tensor, of_q: Tensor | None, of_k: Tensor | None) -> None:
+    """Factors of queries and of keys, or their angles: as many for each."""
+    if of_q is None or of_k is None:
+        raise ValueError(f"q_{what} and k_{what}: expected both or neither, got only one")
+    last, rank = ("R", "rank") if what == "factors" else ("m", "number")
+    for name, x, of in ((f"q_{what}", of_q, q), (f"k_{what}", of_k, k)):
         B, T, H, _ = of.shape
         fits = x.dim() == 4 and x.shape[:2] == of.shape[:2] and x.shape[2] in (1, H)
-        expect(fits, name, "shape [{}, {}, {} or 1, R]", x.shape, B, T, H)
+        expect(fits, name, "shape [{}, {}, {} or 1, " + last + "]", x.shape, B, T, H)
         expect(x.dtype in FLOATING, name, "a floating dtype", x.dtype)
-    expect(q_factors.shape[3] == k_factors.shape[3], "rank of k_factors", "{}", k_factors.shape[3], q_factors.shape[3])
+    expect(of_q.shape[3] == of_k.shape[3], f"{rank} of k_{what}", "{}", of_k.shape[3], of_q.shape[3])
+
+
+def _check_two_sided(visible: Visible, T: int, S: int) -> None:
+    """What may be seen with a decay that is not causal: all, or blocks of a number of tokens and all before them."""
+    expected = "'all', 'causal' or blocks (offset = every - phase, step = every, integers)"
+    if isinstance(visible, Staircase):
+        offset, step, every, phase = visible
+        fits = not any(isinstance(field, Tensor) for field in visible)
+        fits = fits and bool(step == every and offset == every - phase)
+        expect(fits, "visible with log_decay", expected, visible)
+    else:
+        expect(isinstance(visible, str), "visible with log_decay", expected, type(visible).__name__)
+    expect(T == S, "keys with log_decay", "as many as queries ({})", S, T)
 
 
 def _check_visible(visible: Visible, x: Arguments) -> None:

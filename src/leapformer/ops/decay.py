@@ -21,7 +21,9 @@ def running_sum(log_decay: Tensor, dim: int, compute_dtype: torch.dtype) -> Tens
     return log_decay.to(torch.float64).clamp(min=least_step(compute_dtype)).cumsum(dim)
 
 
-def without_resets(gradient: Tensor, log_decay: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def without_resets(gradient: Tensor | None, log_decay: Tensor | None, compute_dtype: torch.dtype) -> Tensor | None:
     """The gradient of ``log_decay`` with exactly 0 where a step leaves nothing; found by differences, it is noise
-    there."""
+    there. None without one."""
+    if gradient is None or log_decay is None:
+        return None
     return gradient.masked_fill(log_decay <= least_step(compute_dtype), 0)

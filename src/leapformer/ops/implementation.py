@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from leapformer.ops.arguments import FACTORS, FIELDS, MODULES, Arguments
+from leapformer.ops.arguments import ANGLES, FACTORS, FIELDS, MODULES, Arguments
 
 # What each of the four takes. A new field of ``Arguments`` is not in here: who supports it adds it.
 BASIS = FACTORS | {
@@ -40,8 +40,8 @@ class Implementation:
     Args:
         attend: from lowered arguments, and whether the final state goes into the tensors of the initial one, to the
             output [B, T, H, V] and the final kv and z.
-        takes: the fields of ``Arguments`` that it understands; a call with another one is refused. Without the weights
-            of LeaP modules it gets the factors that they give.
+        takes: the fields of ``Arguments`` that it understands; a call with another one is refused. Without angles, or
+            the weights of LeaP modules, it gets the factors that they give.
         limits: why it can't run here (None), or for a call; empty where it can.
     """
 
@@ -49,11 +49,13 @@ class Implementation:
     takes: frozenset[str] = BASIS
     limits: Callable[[Arguments | None], list[str]] = no_limits
     takes_modules: bool = field(init=False)
+    takes_angles: bool = field(init=False)
     _foreign: tuple[int, ...] = field(init=False)  # fields that it does not take, and that nothing can stand in for
 
     def __post_init__(self) -> None:
-        foreign = tuple(i for i, name in enumerate(FIELDS) if name not in self.takes | MODULES)
+        foreign = tuple(i for i, name in enumerate(FIELDS) if name not in self.takes | MODULES | ANGLES)
         object.__setattr__(self, "takes_modules", self.takes >= MODULES)
+        object.__setattr__(self, "takes_angles", self.takes >= ANGLES)
         object.__setattr__(self, "_foreign", foreign)
 
     def reasons(self, x: Arguments | None) -> list[str]:

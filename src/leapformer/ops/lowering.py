@@ -1,4 +1,4 @@
-"""From what a door was given to what implementations take: visibility, packing, head groups and LeaP modules.
+"""From what a door was given to what implementations take: visibility, packing, head groups, angles and LeaP modules.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, R rank, r hidden units of a LeaP module, K key
 width, N packed sequences.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.ops.arguments import MODULES, Arguments, LeapWeights
+from leapformer.ops.arguments import ANGLES, MODULES, Arguments, LeapWeights
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.visibility import Staircase, Visible
 
@@ -29,6 +29,8 @@ def lower(x: Arguments, visible: Visible) -> Arguments:
     The same object where nothing is to do: that is the step of one token.
     """
     changes: dict[str, Any] = {}
+    if x.log_decay is not None and not x.causal:
+        x, visible = x.but(later_decay=_later_decay(x, visible), causal=True), "causal"
     if x.cu_seqlens is not None or not isinstance(visible, str):
         causal, counts = _causal_and_counts(x, visible)
         bounds = x.cu_seqlens if x.cu_seqlens_k is None else x.cu_seqlens_k
@@ -39,18 +41,34 @@ def lower(x: Arguments, visible: Visible) -> Arguments:
     return x.but(**changes) if changes else x
 
 
-def fit(x: Arguments, takes_modules: bool) -> Arguments:
-    """Lowered arguments for an implementation: LeaP modules only where it takes them, and with a decay a key head for
-    each query head, for which modules, which are of the key heads, become factors."""
+def fit(x: Arguments, takes_modules: bool, takes_angles: bool) -> Arguments:
+    """Lowered arguments for an implementation: LeaP modules and angles only where it takes them, and with a decay a key
+    head for each query head, for which modules, which are of the key heads, become factors."""
     grouped = x.log_decay is not None and x.q.shape[2] != x.k.shape[2]
+    if x.q_angles is not None and not takes_angles:
+        x = without_angles(x)
     if x.q_w2 is not None and (grouped or not takes_modules):
         x = without_modules(x)
     if not grouped:
         return x
-    H, k_factors = x.q.shape[2], x.k_factors
-    if k_factors is not None and k_factors.shape[2] > 1:
-        k_factors = _for_query_heads(k_factors, H)
-    return x.but(k=_for_query_heads(x.k, H), v=_for_query_heads(x.v, H), k_factors=k_factors)
+    H = x.q.shape[2]
+    own = {
+        name: _for_query_heads(field, H)
+        for name, field in (("k_factors", x.k_factors), ("k_angles", x.k_angles))
+        if field is not None and field.shape[2] > 1
+    }
+    return x.but(k=_for_query_heads(x.k, H), v=_for_query_heads(x.v, H), **own)
+
+
+def without_angles(x: Arguments) -> Arguments:
+    """The same attention with factors in place of angles; padding may hold anything, so its angles are hidden."""
+    if x.q_angles is None or x.k_angles is None:
+        return x
+    k_angles = x.k_angles
+    if x.key_mask is not None:
+        k_angles = k_angles.masked_fill(~x.key_mask[:, :, None, None], 0)
+    q_factors, k_factors = angle_factors(x.q_angles), angle_factors(k_angles)
+    return x.but(q_factors=q_factors, k_factors=k_factors, **dict.fromkeys(ANGLES))
 
 
 def without_modules(x: Arguments) -> Arguments:
@@ -70,6 +88,12 @@ def without_modules(x: Arguments) -> Arguments:
         relu=False,
         **dict.fromkeys(MODULES),
     )
+
+
+def angle_factors(angles: Tensor) -> Tensor:
+    """[cos a, sin a] of angles [B, T, H, m] -> [B, T, H, 2 m], in float32 or better."""
+    angles = angles.to(torch.promote_types(angles.dtype, torch.float32))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def leap_score(x: Tensor, weights: LeapWeights) -> Tensor:
@@ -129,6 +153,24 @@ def _causal_and_counts(x: Arguments, visible: Visible) -> tuple[bool, Tensor | N
         return False, torch.minimum(visible.to(torch.int64).clamp(min=0), lengths[None])
     own = Staircase(*(f.to(device)[row] if isinstance(f, Tensor) and f.numel() > 1 else f for f in visible))
     return False, own.at((slots - starts[row])[:, None], lengths[:, None]).reshape(1, T)
+
+
+def _later_decay(x: Arguments, visible: Visible) -> Tensor | None:
+    """The decay [B, T, H] towards earlier queries, of a key in a later one's place: none leads out of a block."""
+    assert x.log_decay is not None
+    T, device = x.q.shape[1], x.q.device
+    if T <= 1:
+        return None
+    if not isinstance(visible, Staircase):
+        return x.log_decay
+    # With packed sequences blocks count from the start of each.
+    i = torch.arange(T, device=device)
+    if x.cu_seqlens is not None:
+        starts = x.cu_seqlens.to(torch.int64)
+        row = torch.searchsorted(starts[1:].contiguous(), i, right=True).clamp(max=max(starts.shape[0] - 2, 0))
+        i = i - starts[row]
+    is_last = (i + visible.phase + 1) % visible.every == 0
+    return x.log_decay.masked_fill(is_last[None, :, None], -math.inf)
 
 
 def _same_boundaries(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> bool:

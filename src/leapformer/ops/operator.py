@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from leapformer.ops.arguments import (
+    ANGLES,
     DIFFERENTIABLE,
     FACTORS,
     FIELDS,
@@ -40,9 +41,9 @@ Differentiate = Callable[[Arguments, Sequence[Tensor], Incoming], Gradients]
 
 class Operator:
     """The custom operator ``leapformer::NAME`` and the door to it; ``leapformer::NAME_leap`` where it takes LeaP
-    modules.
+    modules, and ``leapformer::NAME_angles`` where it takes angles.
 
-    Two, because every argument of an operator costs some microseconds a call, given or not.
+    Three, because every argument of an operator costs some microseconds a call, given or not.
 
     Args:
         name: in the namespace "leapformer".
@@ -69,8 +70,12 @@ class Operator:
     ) -> None:
         self._direct = direct
         functions = forward, empty, backward
-        self.linear = Form(name, takes - MODULES, functions, results)
-        self.leap = Form(f"{name}_leap", takes - FACTORS, functions, results) if takes >= MODULES else None
+        self.linear = Form(name, takes - MODULES - ANGLES, functions, results)
+        forms = (("leap", MODULES, FACTORS | ANGLES), ("angles", ANGLES, FACTORS | MODULES))
+        self.leap, self.angles = (
+            Form(f"{name}_{kind}", takes - others, functions, results) if takes >= own else self.linear
+            for kind, own, others in forms
+        )
 
     def attend(self, x: Arguments, update_state: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, T, H, V] and the final kv and z."""
@@ -82,7 +87,7 @@ class Operator:
                 if update_state:  # a graph that has kept the old state must not be followed backward with the new one
                     increment_version([t for t in (x.kv, x.z) if t is not None])
                 return output, kv, z
-        form = self.linear if x.q_w2 is None or self.leap is None else self.leap
+        form = self.leap if x.q_w2 is not None else self.linear if x.q_angles is None else self.angles
         output, kv, z, *_ = form(x)
         return output, kv, z
 
@@ -140,9 +145,10 @@ class Form:
         *results, grad, grad_kv, grad_z = given[n:-options]
         with without_autocast(x.q.device.type):
             gradients = self._backward(x, results, Incoming(grad, grad_kv, grad_z))
-            if gradients.log_decay is not None and x.log_decay is not None:
-                kept = without_resets(gradients.log_decay, x.log_decay, x.compute_dtype)
-                gradients = gradients._replace(log_decay=kept)
+            gradients = gradients._replace(
+                log_decay=without_resets(gradients.log_decay, x.log_decay, x.compute_dtype),
+                later_decay=without_resets(gradients.later_decay, x.later_decay, x.compute_dtype),
+            )
         pairs = zip(gradients, x.differentiable, strict=True)
         return [g.to(t.dtype).contiguous() for g, t in pairs if g is not None and t is not None]
 

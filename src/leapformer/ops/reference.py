@@ -7,11 +7,12 @@ No fast path imports this file.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops.arguments import Arguments
 from leapformer.ops.checks import boundaries
-from leapformer.ops.implementation import Implementation
+from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.visibility import Staircase
 
 
@@ -26,7 +27,7 @@ def attend(x: Arguments, update_state: bool = False) -> tuple[Tensor, Tensor, Te
     return torch.cat(output, dim=1).to(x.q.dtype), torch.cat(kv), torch.cat(z)
 
 
-IMPLEMENTATION = Implementation(attend)
+IMPLEMENTATION = Implementation(attend, takes=BASIS | {"later_decay"})
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def _sequence(x: Arguments, row: slice, t: slice, s: slice) -> Arguments:
         return None if field is None else field[:, slots]
 
     counts = part(x.counts, t)
-    if x.causal:
+    if x.causal and x.later_decay is None:
         counts = Staircase.causal().counts(t.stop - t.start, s.stop - s.start, device=x.q.device)
     return x.but(
         q=x.q[:, t],
@@ -60,6 +61,7 @@ def _sequence(x: Arguments, row: slice, t: slice, s: slice) -> Arguments:
         q_factors=part(x.q_factors, t),
         k_factors=part(x.k_factors, s),
         log_decay=part(x.log_decay, t),
+        later_decay=part(x.later_decay, t),
         kv=None if x.kv is None else x.kv[row],
         z=None if x.z is None else x.z[row],
         key_mask=part(x.key_mask, s),
@@ -92,7 +94,7 @@ def _attend(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if x.log_decay is not None:  # the state is multiplied by exp(log_decay[t]) before key t is added
         log_decay = x.log_decay.to(dtype)
         left = _left_between(log_decay)
-        weight = weight * left
+        weight = weight * (left if x.later_decay is None else left + _left_before(x.later_decay.to(dtype)))
     numerator = torch.einsum("bhts,bshv->bthv", weight, v_of_query_head)
     normaliser = weight.sum(-1).transpose(1, 2)
 
@@ -121,6 +123,15 @@ def _left_between(log_decay: Tensor) -> Tensor:
     steps = log_decay.transpose(1, 2)[..., None].expand(*log_decay.shape[:1], log_decay.shape[2], T, T)
     sums = steps.masked_fill(~later, 0).cumsum(2)
     return sums.exp().tril()
+
+
+def _left_before(later_decay: Tensor) -> Tensor:
+    """[B, H, T, T]: what is left at t of the later key j, exp of the sum over t <= s < j; 0 for t >= j."""
+    T = later_decay.shape[1]
+    before = torch.ones(T, T, dtype=torch.bool, device=later_decay.device).tril(-1)
+    steps = later_decay.transpose(1, 2)[..., None, :].expand(*later_decay.shape[:1], later_decay.shape[2], T, T)
+    sums = steps.masked_fill(before, 0).cumsum(3)  # over s from t to j; one less is wanted
+    return F.pad(sums, (1, -1)).exp().triu(1)
 
 
 def _final_state(phi_k: Tensor, v: Tensor, log_decay: Tensor | None, x: Arguments) -> tuple[Tensor, Tensor]:

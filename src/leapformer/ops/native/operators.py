@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, LeapWeights
+from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, LeapWeights, by_name
 from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.memory import new_empty
 from leapformer.ops.native import problem
@@ -48,11 +48,11 @@ def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gr
         grads.v,
         _over_heads(grads.q_factors, x.q_factors),
         _over_heads(grads.k_factors, x.k_factors),
-        grads.log_decay,
-        grads.kv,
-        grads.z,
-        *q_weights,
-        *k_weights,
+        log_decay=grads.log_decay,
+        kv=grads.kv,
+        z=grads.z,
+        **by_name("q", q_weights),
+        **by_name("k", k_weights),
     )
 
 

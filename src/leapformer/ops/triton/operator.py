@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming
+from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, by_name
 from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.operator import Operator
 from leapformer.ops.triton.limits import INTERPRETED, power_of_two, reasons
@@ -107,7 +107,8 @@ def _gradients(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> G
         k_weights = _leap_gradients(plan, keys, x.k_leap, dk_factors, dk, plan.mask)
         dq_factors = dk_factors = None
     dq_factors, dk_factors = _for_heads_of(x.q_factors, dq_factors), _for_heads_of(x.k_factors, dk_factors)
-    return Gradients(dq, dk, dv, dq_factors, dk_factors, decay, d_kv, d_z, *q_weights, *k_weights)
+    modules = by_name("q", q_weights) | by_name("k", k_weights)
+    return Gradients(dq, dk, dv, dq_factors, dk_factors, log_decay=decay, kv=d_kv, z=d_z, **modules)
 
 
 def _for_heads_of(factors: Tensor | None, gradient: Tensor | None) -> Tensor | None:
