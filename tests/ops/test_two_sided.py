@@ -93,6 +93,12 @@ def test_reference_is_the_definition(visible, normalize):
 
 
 @pytest.mark.parametrize("visible", BLOCKS)
+@pytest.mark.parametrize("form", ("plain", "everything", "packed and masked"))
+def test_blocks(form, visible, impl):
+    check(two_sided(visible, **FORMS[form]), impl)
+
+
+@pytest.mark.parametrize("visible", FEW)
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_state_and_gradients(form, visible, impl, poisoned_memory):
     check(two_sided(visible, **FORMS[form]), impl)
