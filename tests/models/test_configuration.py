@@ -82,6 +82,6 @@ def test_a_language_model_refuses_a_bidirectional_kind(kind):
 @pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
 def test_a_configuration_knows_about_how_many_parameters_there_are(fields):
     """A model that is refused for its size is one that would have it: the matrices are all counted."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "leap_hidden": 8}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "leap_hidden": 2, "classifier_hidden_size": 1}
     model = tiny_model(**{**fields, **sizes})
     assert model.config._about_parameters() == pytest.approx(model.num_parameters(), rel=0.1)
