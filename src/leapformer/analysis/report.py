@@ -137,7 +137,7 @@ def render_report(
     if not runs:
         raise ValueError("runs: expected at least one, found none")
     page = _page_of(runs)
-    columns = _columns(runs, page)
+    columns = _columns(runs, page, split)
     environment = Environment(
         loader=PackageLoader("leapformer.analysis", "."),
         autoescape=True,
@@ -178,11 +178,11 @@ def _page_of(runs: Sequence[RunRecord]) -> Page:
     return tasks[0].page_or_default() if len(tasks) == 1 else Page(metrics=(LOSS,), headline=LOSS)
 
 
-def _columns(runs: Sequence[RunRecord], page: Page) -> list[PageColumn]:
-    """Those of the page's task, and behind them those of every run."""
+def _columns(runs: Sequence[RunRecord], page: Page, split: str) -> list[PageColumn]:
+    """Those of the page's task, and behind them those of every run; none of which no run knows anything."""
     unit = declarations(runs)[0].unit
     own = [PageColumn(each.heading, each.note, partial(_cell, metric=each)) for each in page.metrics]
-    return [
+    columns = [
         *own,
         PageColumn(
             f"{unit} per second",
@@ -193,6 +193,7 @@ def _columns(runs: Sequence[RunRecord], page: Page) -> list[PageColumn]:
         PageColumn("parameters", "all", lambda run, split: _number(run.results.get("parameters"), digits=0)),
         PageColumn("LeaP modules", "share of them", lambda run, split: _leap_share(run)),
     ]
+    return [column for column in columns if any(column.text(run, split) is not None for run in runs)]
 
 
 def _cell(run: RunRecord, split: str, *, metric: Metric) -> str | None:

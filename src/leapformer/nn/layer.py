@@ -257,14 +257,14 @@ class AttentionLayer(nn.Module):
         self._absorb(k, v, state, first=first, key_mask=key_mask, chunk=chunk)
 
     def read(self, x: Tensor, state: LayerState, *, position_ids: Tensor) -> Tensor:
-        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x goes on in
-        ``state``.
+        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x, and clocks of
+        queries, go on in ``state``.
         """
         none = x.new_zeros(len(x), 0, x.shape[2])
-        moves = self.conv is not None
+        moves = self.conv is not None or state.query_clock is not None
         y, kept = self(x, none, position_ids=position_ids, state=replace(state), return_state=moves)
         if kept is not None:
-            state.conv = kept.conv
+            state.conv, state.query_clock = kept.conv, kept.query_clock
         return y
 
     def mass(self, x: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:
