@@ -37,6 +37,8 @@ SETTINGS = {
     "softmax-paper": {"attention": "softmax"},
     "softmax-conv": {"attention": "softmax", "conv_width": 4},
     "hybrid-gated": {"attention": HYBRID, "variant": "gated"},
+    "hybrid-output-gate": {"attention": HYBRID, "variant": "gated", "output_gate": "silu"},
+    "softmax-rotary": {"attention": "softmax", "rotary": True, "qk_norm": True, "positions": "none"},
 }
 
 

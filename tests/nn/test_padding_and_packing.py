@@ -31,6 +31,8 @@ LAYERS = {
     "performer-conv": {"kind": "performer", "num_features": 8, "conv_width": 3},
     "softmax": {"kind": "softmax"},
     "softmax-conv": {"kind": "softmax", "conv_width": 4},
+    "softmax-rotary": {"kind": "softmax", "conv_width": 4, "rotary": True, "qk_norm": True},
+    "softmax-output-gate": {"kind": "softmax", "conv_width": 4, "output_gate": "silu"},
 }
 layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())
 

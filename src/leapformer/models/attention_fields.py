@@ -23,7 +23,9 @@ from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, REWEIGHTINGS
 from leapformer.nn.blocks import ACTIVATIONS
 from leapformer.nn.build import Variant
+from leapformer.nn.layer import OutputGate
 from leapformer.nn.proportions import Start
+from leapformer.nn.rotary import ROTARY_BASE
 from leapformer.ops.api import Impl
 
 OutputNorm = Literal["sum", "rmsnorm"]
@@ -47,6 +49,10 @@ class AttentionFields(PreTrainedConfig):
     decay_scales: list[float | int] | tuple[float | int, ...] | None = None
     conv_width: int | None = None
     output_norm: OutputNorm | None = None
+    output_gate: OutputGate | None = None
+    qk_norm: bool = False
+    rotary: bool = False
+    rotary_base: float | int = ROTARY_BASE
     proportion: LearnedProportion | None = None
     clocks: int | None = None
     clock_rate: float | int | None = None
@@ -115,6 +121,8 @@ class AttentionFields(PreTrainedConfig):
                 "config proportion: expected output_norm='rmsnorm' beside 'running', whose weights may be negative, "
                 "found another"
             )
+        if self.rotary and (self.head_dim or 0) % 2:
+            raise ValueError(f"config head_dim: expected an even number with rotary positions, found {self.head_dim}")
 
     def _check_sizes(self) -> None:
         """What has to be right before anything is filled in."""
@@ -124,6 +132,14 @@ class AttentionFields(PreTrainedConfig):
 
     def _check_rest(self) -> None:
         """What remains to be checked once all fields have a value."""
+
+    def _about_attention(self) -> int:
+        """The parameters of one attention layer, about: projections, output gate, convolution and LeaP."""
+        D, heads = getattr(self, "hidden_size"), getattr(self, "num_attention_heads")  # noqa: B009
+        K = self.head_dim or 0
+        both = heads + (self.num_key_value_heads or 0)
+        gate = D * K * heads if self.output_gate is not None else 0
+        return 2 * D * K * both + gate + (self.conv_width or 0) * D + both * (self.leap_hidden or 0) * K
 
     def _about_parameters(self) -> int:
         """The parameters of the largest model of this configuration, without what is small beside the rest."""

@@ -51,6 +51,10 @@ class LeapformerConfig(AttentionFields):
         clocks (None: 1), clock_rate (None: pi/2), clock_decades (None: 2), leap_places (None: False): of running
             proportions; clocks of a head, radians a step of the fastest at the start, powers of ten down to the
             slowest, and whether the paper's proportions are added.
+        output_gate (None): "silu" or "sigmoid": the heads' outputs times silu or sigmoid of a projection of the layer's
+            input, for every kind; hidden_size x heads x head_dim parameters a layer.
+        qk_norm (False): norms of queries and keys; rotary (False), rotary_base (10000): rotary positions of
+            self-attention, beside or (positions="none") in place of added ones. Which kinds take them: docs/nn.md.
         leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
         leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.
         leap_start ("default"): how the LeaP module starts, "default" or "spread".
@@ -165,9 +169,8 @@ class LeapformerConfig(AttentionFields):
         return None
 
     def _about_parameters(self) -> int:
-        D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
-        block = 2 * D * K * heads + 2 * D * (self.intermediate_size or 0) + (self.conv_width or 0) * D
-        block += heads * (self.leap_hidden or 0) * K
+        D = self.hidden_size
+        block = self._about_attention() + 2 * D * (self.intermediate_size or 0)
         weights = [(REGISTRY[kind].weights, attention_arguments(self, kind)) for kind in self.attention_kinds]
         other = sum(count(arguments) for count, arguments in weights if count is not None)
         words = words_that_count(self.vocab_size, None if self.tie_word_embeddings else self.vocab_size)

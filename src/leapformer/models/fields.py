@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "clock_decades": (0, 12),
     "leap_hidden": (1, 1 << 18),
     "leap_bins": (2, WIDEST),
+    "rotary_base": (1, 1e15),
     "attention_eps": (1e-45, 1),
     "layer_norm_eps": (0, 1),
     "hidden_dropout": (0, 1),

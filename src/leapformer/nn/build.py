@@ -54,6 +54,9 @@ class Options(Shared, total=False):
     leap_per_head: bool
     leap_bins: int | None
     leap_start: Start
+    qk_norm: bool
+    rotary: bool
+    rotary_base: float
     feature_map: str | FeatureMap
     reweighting: str | Reweighting
     max_positions: int
