@@ -27,7 +27,7 @@ class DataSection(Section):
     kind: Annotated[str, AfterValidator(one_of(tuple(KINDS)))]
     length: int | None = Field(default=None, ge=1, le=LONGEST, description="tokens; none: the kind's own default")
     evaluate_at: list[Times] = Field(
-        default=[1, 2, 4], min_length=1, description="lengths of the evaluation, as multiples of the trained one"
+        default=[1, 2, 4], description="lengths of the evaluation, as multiples of the trained one"
     )
     pairs: int | None = _setting("recall", "pairs of key and value", most=LONGEST)
     vocabulary: int | None = _setting("recall, copy-at, selective-copy", "symbols", least=2, most=MOST_SYMBOLS)
