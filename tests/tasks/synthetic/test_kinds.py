@@ -27,7 +27,9 @@ def copy_at(kind: CopyAt, tokens: list[int]) -> list[int]:
     text = len(tokens) - kind.questions * kind.digits
     answers = [NOTHING] * len(tokens)
     for start in range(text, len(tokens), kind.digits):
-        number = int("".join(str(token - 1) for token in tokens[start : start + kind.digits]))
+        number = 0
+        for token in tokens[start : start + kind.digits]:
+            number = kind.base * number + token - 1
         answers[start + kind.digits - 1] = tokens[number]
     return answers
 
@@ -73,6 +75,7 @@ CASES: list[tuple[Kind, int, Definition]] = [
     (CopyAt(), 64, copy_at),
     (CopyAt(questions=2, digits=2, vocabulary=3), 104, copy_at),  # the longest text of two digits
     (CopyAt(questions=1, digits=1), 2, copy_at),
+    (CopyAt(questions=3, digits=4, base=2), 20, copy_at),
     (SelectiveCopy(), 64, selective_copy),
     (SelectiveCopy(marked=5, vocabulary=2), 10, selective_copy),  # no noise
     (Parity(), 40, parity),

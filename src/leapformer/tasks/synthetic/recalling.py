@@ -82,11 +82,11 @@ class Recall(Kind):
 
 @dataclass(frozen=True)
 class CopyAt(Kind):
-    """A text of random symbols, then questions: a number n in decimal digits, at whose last digit symbol n of the text
-    is asked for, counted from 0.
+    """A text of random symbols, then questions: a number n in digits, at whose last one symbol n of the text is asked
+    for, counted from 0.
 
     Arguments:
-        questions: after the text. digits: of each number, the first one the most significant.
+        questions: after the text. digits: of each number, the first one the most significant. base: of the digits.
         vocabulary: symbols of the text.
     """
 
@@ -94,27 +94,28 @@ class CopyAt(Kind):
 
     questions: int = 12
     digits: int = 3
+    base: int = 10
     vocabulary: int = 16
 
     @property
     def vocab_size(self) -> int:
-        return 1 + 10 + self.vocabulary
+        return 1 + self.base + self.vocabulary
 
     def text(self, length: int) -> int:
         """Symbols of the text of a sequence."""
         return length - self.questions * self.digits
 
     def fault(self, lengths: list[int]) -> str | None:
-        asked = f"data.questions={self.questions} of data.digits={self.digits}"
         if self.text(lengths[0]) < 1:
             return (
-                f"data.length: expected at least {self.questions * self.digits + 1}, a text before {asked}, "
-                f"found {lengths[0]}"
+                f"data.length: expected at least {self.questions * self.digits + 1}, a text before "
+                f"data.questions={self.questions} of data.digits={self.digits}, found {lengths[0]}"
             )
-        if self.text(lengths[-1]) > 10**self.digits:
+        longest = self.text(lengths[-1])
+        if longest > self.base**self.digits:
             return (
-                f"data.digits: expected at least {len(str(self.text(lengths[-1]) - 1))}, as the longest text has "
-                f"{self.text(lengths[-1])} symbols, found {self.digits}"
+                f"data.digits: expected enough for the longest text of {longest} symbols, found {self.digits} of "
+                f"data.base={self.base}"
             )
         return None
 
@@ -123,10 +124,10 @@ class CopyAt(Kind):
 
     def sequences(self, uniform: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         size = self.text(length)
-        text = 11 + whole(uniform[:, :size], self.vocabulary)
+        text = 1 + self.base + whole(uniform[:, :size], self.vocabulary)
         numbers = whole(uniform[:, size:], size)
-        powers = 10 ** np.arange(self.digits)[::-1]
-        digits = 1 + numbers[:, :, None] // powers % 10  # [N, questions, digits]
+        powers = self.base ** np.arange(self.digits)[::-1]
+        digits = 1 + numbers[:, :, None] // powers % self.base  # [N, questions, digits]
         tokens = np.concatenate([text, digits.reshape(len(uniform), -1)], axis=1)
         answers = nothing_asked(tokens.shape)
         answers[:, size + self.digits - 1 :: self.digits] = np.take_along_axis(text, numbers, axis=1)

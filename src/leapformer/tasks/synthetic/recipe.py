@@ -32,7 +32,8 @@ class DataSection(Section):
     pairs: int | None = _setting("recall", "pairs of key and value", most=LONGEST)
     vocabulary: int | None = _setting("recall, copy-at, selective-copy", "symbols", least=2, most=MOST_SYMBOLS)
     questions: int | None = _setting("copy-at", "questions after a text", most=LONGEST)
-    digits: int | None = _setting("copy-at", "decimal digits of a number", most=6)
+    digits: int | None = _setting("copy-at", "digits of a number", most=20)
+    base: int | None = _setting("copy-at", "of the digits", least=2, most=MOST_SYMBOLS)
     marked: int | None = _setting("selective-copy", "symbols to copy", most=LONGEST)
     depth: int | None = _setting("brackets", "the greatest depth", most=MOST_SYMBOLS)
 
