@@ -98,7 +98,7 @@ def test_cosines_and_sines(size, instructions):
 def test_angles_that_are_no_angles(instructions):
     angles = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
     cosines, sines = (t.view(5, 16) for t in factors_of(angles.repeat_interleave(16)))
-    assert cosines[:2].eq(1).all() and sines[:2].eq(0).all()
+    assert (cosines[:2] - 1).abs().max() <= ANGLE_ERROR and sines[:2].eq(0).all()
     assert cosines[2:].isnan().all() and sines[2:].isnan().all()
 
 
