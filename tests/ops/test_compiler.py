@@ -13,7 +13,7 @@ from leapformer.ops import (
     native,
     torch_impl,
 )
-from leapformer.ops.arguments import Arguments
+from leapformer.ops.arguments import FIELDS, Arguments
 from leapformer.ops.lowering import lower
 from tests.ops.oracle import assert_near, make_case
 
@@ -23,16 +23,17 @@ NATIVE = pytest.param("native", marks=pytest.mark.requires_tool("native library"
 
 def forward_arguments(visible="causal", *, dtype, **form) -> Arguments:
     case = make_case(visible, R=2, state=True, **form).to(dtype)
-    leaves = {name: t.requires_grad_() for name, t in case.leaves.items() if t is not None}
     x = Arguments(
-        **{name: t for name, t in leaves.items() if name != "state_decay"},
+        **{name: t for name, t in case.leaves.items() if name != "state_decay" and t is not None},
         key_mask=case.key_mask,
         cu_seqlens=case.cu.get("cu_seqlens"),
         cu_seqlens_k=case.cu.get("cu_seqlens_k"),
         causal=visible == "causal",
         **case.keywords,
     )
-    return lower(x, case.visible)
+    x = lower(x, case.visible)
+    pairs = zip(FIELDS, x.differentiable, strict=False)
+    return x.but(**{name: t.detach().requires_grad_() for name, t in pairs if t is not None})
 
 
 OPERATOR_FORMS = {
