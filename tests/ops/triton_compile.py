@@ -37,8 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decay": {"dtype": BF16, "decay": True, "relu": True},
     "angles": {"dtype": BF16, "angles": True},
     "two-sided": {"dtype": BF16, "later": True, "angles": True, "relu": True},
-    "two-sided, leap": {"dtype": BF16, "later": True, "leap": 16},
-    "two-sided, float32": {"dtype": F32, "later": True, "R": 1},
+    "two-sided, float32": {"dtype": F32, "later": True, "relu": True},
     "two-sided, 128 wide": {"dtype": BF16, "later": True, "angles": True, "K": 128, "V": 128},
     "leap": {"dtype": BF16, "leap": 16},
     "leap with decay": {"dtype": BF16, "leap": 1, "decay": True},
@@ -74,17 +73,19 @@ class Compiler:
     """Stands in for `leapformer.ops.triton.plan.launch`: compiles what would be launched."""
 
     def __init__(self) -> None:
-        self.case, self.seen = "", set()
+        self.case, self.needs, self.told = "", {}, set()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.warmup(*args, grid=grid, **constants)
-        if compiled.hash in self.seen:
+        if compiled.hash not in self.needs:  # a second time there is no log
+            (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue()))
+            self.needs[compiled.hash] = {"spilled": spilled, "registers": int(registers)}
+        if (self.case, compiled.hash) in self.told:
             return
-        self.seen.add(compiled.hash)
-        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
-        (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+        self.told.add((self.case, compiled.hash))
         shape = next((a for a in args if isinstance(a, kernels.Shape)), None)
         sizes = constants if shape is None else constants | {name: size.value for name, size in shape._asdict().items()}
         capability = driver.active.get_current_device()
@@ -95,8 +96,7 @@ class Compiler:
             "reverse": constants.get("REVERSE", False),
             "shared": compiled.metadata.shared,
             "limit": SHARED[capability],
-            "spilled": sum(spilled),
-            "registers": int(registers),
+            **self.needs[compiled.hash],
             "tiles": {n: sizes[n] for n in ("C", "BK", "BV", "num_warps", "num_stages") if n in sizes},
         }
         print(json.dumps(line), flush=True)

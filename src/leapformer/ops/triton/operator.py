@@ -158,7 +158,7 @@ def _decay_gradient(
     launch(
         kernels().decay_gradients, (programs(plan.queries), plan.H), plan.queries, forward_states, reverse_states,
         to_sums, from_sums, gradient, plan.T, plan.H, to_sums.shape[0], from_sums.shape[0], plan.D,
-        C=16 if INTERPRETED else 64, BLOCK=min(1024, power_of_two(plan.D)), num_warps=4,
+        C=16 if INTERPRETED else 64, BLOCK=min(512, power_of_two(plan.D)), num_warps=4,
     )  # fmt: skip
     return gradient
 
