@@ -29,6 +29,8 @@ SETTINGS = {
     "softmax-conv": {"attention": "softmax", "conv_width": 4},
     "hybrid-gated": {"attention": HYBRID, "variant": "gated"},
     "hybrid-output-gate": {"attention": HYBRID, "variant": "gated", "output_gate": "silu"},
+    "leap-rotary": {"attention": "leap", "variant": "gated", "rotary": True, "qk_norm": True, "positions": "none"},
+    "hybrid-delta": {"attention": HYBRID, "variant": "gated", "attention_update": "delta", "output_gate": "silu"},
     "softmax-rotary": {"attention": "softmax", "rotary": True, "qk_norm": True, "positions": "none"},
 }
 

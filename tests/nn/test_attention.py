@@ -24,6 +24,13 @@ LAYERS = {
     "softmax grouped": {"kind": "softmax", "num_kv_heads": 2},
     "softmax output gate": {"kind": "softmax", "output_gate": "sigmoid"},
     "softmax rotary": {"kind": "softmax", "rotary": True, "qk_norm": True, "num_kv_heads": 2},
+    "linear rotary": {"kind": "linear", "variant": "gated", "rotary": True, "qk_norm": True, "num_kv_heads": 2},
+    "leap rotary": {"kind": "leap", "output_norm": True, "rotary": True},
+    "leap normed features": {"kind": "leap", "qk_norm": True},
+    "cosformer delta": {"kind": "cosformer", "max_positions": 40, "update": "delta"},
+    "leap delta gated": {"kind": "leap", "variant": "gated", "update": "delta", "num_kv_heads": 2, "rotary": True},
+    "linear delta silu": {"kind": "linear", "feature_map": "silu", "update": "delta", "delta_range": 2},
+    "running delta": {"kind": "leap", "proportion": "running", "clocks": 2, "variant": "gated", "update": "delta"},
     "leap output gate": {"kind": "leap", "variant": "gated", "output_gate": "silu"},
 }
 B, T, D = 3, 21, 16

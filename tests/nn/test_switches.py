@@ -10,7 +10,7 @@ from leapformer.nn import KINDS, AttentionLayer, build_attention
 from tests.nn.oracles import close, heads, softmax
 
 # The mechanisms that take rotary positions, with what else they then need.
-ROTARY = {"softmax": {}}
+ROTARY = {"softmax": {}, **{kind: {"output_norm": True} for kind in ("leap", "cosformer", "linear", "linear-elu")}}
 D, H = 16, 4
 SIZES = {"hidden_size": D, "num_heads": H, "max_positions": 32, "num_features": 8}
 
@@ -83,7 +83,7 @@ def test_softmax_with_rotary_positions_and_normed_queries_and_keys(qk_norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("kind", [kind for kind in ROTARY if kind != "cosformer"])  # whose own proportion has a maximum
 def test_rotary_positions_are_relative(kind):
     """All places moved by a million change nothing, and other distances do."""
     layer, x, places = made(kind, **ROTARY[kind], rotary=True), heads(1, 9, D, seed=5), torch.arange(9)[None]
@@ -106,3 +106,92 @@ def test_rotary_positions_need_pairs_and_a_base():
         made("softmax", rotary=True, head_dim=5)
     with pytest.raises(ValueError, match="rotary_base: expected at least 1, got 0.5"):
         made("softmax", rotary=True, rotary_base=0.5)
+
+
+@torch.no_grad()
+def test_linear_attention_turns_and_norms_features():
+    layer, x = made("leap", rotary=True, qk_norm=True, output_norm=True, num_kv_heads=2), heads(2, 7, D, seed=3)
+    q, k, v = (f(x).unflatten(-1, (-1, D // H)) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (a.repeat_interleave(H // a.shape[2], 2) for a in (q.relu(), k.relu(), v))
+    p_q, p_k = layer.q_proportion(q), layer.k_proportion(k)  # of features that are neither normed nor turned
+    sigma = torch.cos(torch.pi / 2 * (p_q.permute(0, 2, 1)[..., None] - p_k.permute(0, 2, 1)[:, :, None]))
+    q, k = (turned_by_hand(a * (a.square().sum(-1, keepdim=True) + 1e-6).rsqrt(), list(range(7)), 1e4) for a in (q, k))
+    weights = torch.einsum("bthk,bshk->bhts", q, k) * sigma * torch.ones(7, 7).tril()
+    wanted = layer.output_norm(torch.einsum("bhts,bshk->bthk", weights, v))
+    close(layer(x, visible="causal")[0], layer.o_proj(wanted.flatten(-2)))
+
+
+@torch.no_grad()
+def test_a_norm_of_features_alone_leaves_queries_to_the_normaliser():
+    """Divided by the sum of weights, the length of a query cancels: keys alone change."""
+    layer, x = made("linear", qk_norm=True), heads(2, 7, D, seed=3)
+    y = layer(x)[0]
+    layer.q_proj.weight.mul_(3.0), layer.q_proj.bias.mul_(3.0)
+    close(layer(x)[0], y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("leap", {"rotary": True}, r"rotary: expected output_norm \(products of features may be negative\), got none"),
+        ("linear", {"feature_map": "silu"}, "feature_map='silu': expected output_norm .*, got none"),
+        (
+            "leap",
+            {"update": "delta", "cross": True},
+            r"expected self-attention \(the rule is of a past\), got cross-att",
+        ),
+        ("leap", {"update": "delta", "delta_range": 3}, "delta_range: expected 1 or 2, got 3"),
+        ("leap", {"update": "add"}, "update: expected 'sum' or 'delta', got 'add'"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused_at_once(kind, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        made(kind, **fields)
+    assert "\n" not in str(error.value)
+
+
+# ---- the delta rule
+
+
+def by_delta(layer: AttentionLayer, x: torch.Tensor) -> torch.Tensor:
+    """Token by token, of a layer with learned proportions and a decay."""
+    features = [layer.feature_map(f(x).unflatten(-1, (-1, D // H))) for f in (layer.q_proj, layer.k_proj)]
+    v, beta = layer.v_proj(x).unflatten(-1, (-1, D // H)), layer.delta.reach * torch.sigmoid(x @ layer.delta.weight.T)
+    decay, state, found = layer.decay(x).exp(), x.new_zeros(len(x), H, 2 * D // H, D // H), []
+    wide = []
+    for a, proportion in zip(features, (layer.q_proportion, layer.k_proportion), strict=True):
+        angle = torch.pi / 2 * proportion(a)
+        a = a * (a.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        wide.append((torch.stack([angle.cos(), angle.sin()], -1)[..., None] * a[..., None, :]).flatten(-2))
+    q, k = wide
+    for t in range(x.shape[1]):
+        state = state * decay[:, t, :, None, None]
+        new = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + beta[:, t, :, None, None] * torch.einsum("bhk,bhv->bhkv", k[:, t], new)
+        found.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    y = torch.stack(found, 1)
+    return layer.o_proj((y if layer.output_norm is None else layer.output_norm(y)).flatten(-2))
+
+
+@pytest.mark.parametrize("fields", [{"output_norm": True}, {"feature_map": "silu", "delta_range": 2}], ids=str)
+def test_a_layer_with_the_delta_rule(fields):
+    layer, x = made("leap", update="delta", decay=True, **fields), heads(2, 70, D, seed=8)
+    assert parameters(layer) == parameters(made("leap", decay=True, output_norm="output_norm" in fields)) + H * D
+    y, state = layer(x, visible="causal", return_state=True)
+    wanted = by_delta(layer, x)
+    close(y, wanted, 1e-9)
+    weights = list(layer.parameters())
+    for a, b in zip(*(torch.autograd.grad(out.sin().sum(), weights) for out in (y, wanted)), strict=True):
+        close(a, b, 1e-8)
+    assert state.linear.kv.shape == (2, H, 2, D // H, D // H) and not state.linear.z.any()
+
+
+def test_the_delta_rule_is_of_a_past():
+    layer, x = made("leap", update="delta"), heads(1, 3, D, seed=9)
+    assert not layer.capabilities.cross
+    for context, found in ((None, "visible='all'"), (x, "a context")):
+        with pytest.raises(ValueError, match=f"update='delta': expected causal self-attention .*, got {found}"):
+            layer(x, context)
+    keys = heads(1, 2, H, D // H, seed=10)
+    with pytest.raises(ValueError, match="update='delta': expected keys of tokens .*, got keys alone"):
+        layer.prefix_state(keys, keys)

@@ -23,6 +23,7 @@ from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, REWEIGHTINGS
 from leapformer.nn.blocks import ACTIVATIONS
 from leapformer.nn.build import Variant
+from leapformer.nn.delta import Update
 from leapformer.nn.layer import OutputGate
 from leapformer.nn.proportions import Start
 from leapformer.nn.rotary import ROTARY_BASE
@@ -53,6 +54,8 @@ class AttentionFields(PreTrainedConfig):
     qk_norm: bool = False
     rotary: bool = False
     rotary_base: float | int = ROTARY_BASE
+    attention_update: Update = "sum"  # PreTrainedConfig has a method `update`
+    delta_range: int = 1
     proportion: LearnedProportion | None = None
     clocks: int | None = None
     clock_rate: float | int | None = None

@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leapformer.nn.clocks import Clocks
+from leapformer.nn.delta import DeltaRule, Update, spread
 from leapformer.nn.feature_maps import FEATURE_MAPS, FeatureMap
 from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
+from leapformer.nn.norms import normed, unit
 from leapformer.nn.packing import token_positions
 from leapformer.nn.plain import is_plain
 from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Reweighting
+from leapformer.nn.rotary import ROTARY_BASE, check_rotary, turned
 from leapformer.nn.state import LayerState
 from leapformer.nn.sums import SummingAttention
-from leapformer.ops import angle_factors, leap_attention, linear_attention
+from leapformer.ops import LinearState, angle_factors, delta_attention, leap_attention, linear_attention
 from leapformer.ops.api import Impl
 
 Proportions = Literal["position", "learned", "running"] | Proportion | tuple[Proportion, Proportion]
@@ -69,7 +72,8 @@ class LinearAttention(SummingAttention):
 
     Args:
         hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
-        feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers.
+        feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers; or
+            "silu", which does, where nothing is divided by a sum of weights.
         proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "running" (clocks,
             see ``Clocks``; it goes with ``output_norm``, since its re-weighting may be negative), or a ``Proportion``,
             or two, for queries and for keys.
@@ -83,10 +87,17 @@ class LinearAttention(SummingAttention):
             start, see ``Decay``.
         conv_width: width of the short causal convolution on the layer's input, 0 for none.
         output_norm: RMSNorm over each head's output instead of division by the normaliser.
+        qk_norm: features of every head's query and key have the length 1 (arXiv 2406.06484); what proportions
+            are read off has not.
+        rotary, rotary_base: features of self-attention are turned by their positions, see ``nn.rotary``.
+        update: "sum", or "delta": before the state takes a key in, it forgets what it holds under that key, see
+            ``leapformer.ops.delta_attention``. Features then have the length 1, beta is up to delta_range, see
+            ``DeltaRule``, and without an output norm the output is as it is. Causal self-attention only.
         dropout: on the attention's output. eps, impl: as in ``leapformer.ops.linear_attention``.
 
     Raises:
-        ValueError: an unknown name, an object that is none of these, or running proportions without the output norm.
+        ValueError: an unknown name, an object that is none of these, or what may turn weights negative (running
+            proportions, rotary positions, "silu") where they are divided by their sum.
     """
 
     capabilities = Capabilities(causal=True, cross=True, streaming=True, arbitrary_length=True)
@@ -112,6 +123,11 @@ class LinearAttention(SummingAttention):
         decay: bool = False,
         decay_scales: Sequence[float] | None = None,
         output_norm: bool = False,
+        qk_norm: bool = False,
+        rotary: bool = False,
+        rotary_base: float = ROTARY_BASE,
+        update: Update = "sum",
+        delta_range: int = 1,
         eps: float = 1e-6,
         impl: Impl = "auto",
         **shared: Unpack[Shared],
@@ -161,7 +177,21 @@ class LinearAttention(SummingAttention):
         self.rank = self.reweighting.rank if weighted else 1
         if self.clocks is not None:
             self.rank = 2 * clocks
-        self.capabilities = Capabilities(True, True, True, arbitrary_length=self.position_proportion is None)
+        self.rotary_base = check_rotary(self.head_dim, rotary_base) if rotary else None
+        if update not in ("sum", "delta"):
+            raise ValueError(f"update: expected 'sum' or 'delta', got {update!r}")
+        if update == "delta" and cross:
+            raise ValueError("update='delta': expected self-attention (the rule is of a past), got cross-attention")
+        self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
+        self.own_states, self.qk_norm = self.delta is not None, qk_norm or self.delta is not None
+        if self.qk_norm or rotary:
+            self.is_plain_leap = False  # something stands between the features and the sums
+        if not output_norm and self.delta is None:
+            for what, there in (("rotary", rotary), ("feature_map='silu'", feature_map == "silu")):
+                if there:
+                    raise ValueError(f"{what}: expected output_norm (products of features may be negative), got none")
+        free = self.position_proportion is None
+        self.capabilities = Capabilities(True, cross=self.delta is None, streaming=True, arbitrary_length=free)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         state, visible = call.state, call.visible
@@ -183,22 +213,77 @@ class LinearAttention(SummingAttention):
         if self.clocks is not None:
             q, k = self.feature_map(q), self.feature_map(k)
             q_angles, k_angles, clock, query_clock = self._angles(self.clocks, q, k, call)
-            output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
+            q, k = self._in_place(q, k, call)
+            if self.delta is None:
+                output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
+            else:
+                factors = angle_factors(q_angles), angle_factors(k_angles)
+                output, linear = self._by_delta(self.delta(x), q, k, v, *factors, log_decay, call)
         elif leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
         else:
             # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
-            relu = self.has_relu and self.q_proportion is None
+            relu = self.has_relu and self.q_proportion is None and not (self.qk_norm or self.rotary_base)
             q, k = (q, k) if relu else (self.feature_map(q), self.feature_map(k))
             q_factors, k_factors = self._factors(q, k, call)
-            output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
+            q, k = self._in_place(q, k, call)
+            if self.delta is None:
+                output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
+            else:
+                output, linear = self._by_delta(self.delta(x), q, k, v, q_factors, k_factors, log_decay, call)
         if self.output_norm is not None:
-            wanted = getattr(self.output_norm, "weight", output).dtype  # autocast: bf16, float32
-            output = self.output_norm(output.to(wanted)).to(output.dtype)
+            output = normed(self.output_norm, output)
         output = F.dropout(output, self.dropout, self.training)
         if linear is None:
             return output, None
         return output, LayerState(length=q.new_zeros(0), linear=linear, clock=clock, query_clock=query_clock)
+
+    def _in_place(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Features as they are multiplied: of length 1 where that is asked for, and turned by their places."""
+        q, k = self._unit(q), self._unit(k)
+        if self.rotary_base is None or not call.is_self:
+            return q, k
+        places = call.places(q)
+        return self.placed(q, places), self.placed(k, places)
+
+    def placed(self, phi: Tensor, places: Tensor) -> Tensor:
+        return phi if self.rotary_base is None else turned(phi, places, self.rotary_base)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        if not self.qk_norm:
+            return x
+        return unit(x) if self.delta is not None else unit(x).to(x.dtype)  # beta |k|^2 must not round to above 2
+
+    def _by_delta(
+        self,
+        beta: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_factors: Tensor | None,
+        k_factors: Tensor | None,
+        log_decay: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, LinearState | None]:
+        """What ``linear_attention`` gives, by the delta rule."""
+        if not (call.is_self and isinstance(call.visible, str) and call.visible == "causal"):
+            found = f"visible={call.visible!r}" if call.is_self else "a context"
+            raise ValueError(f"update='delta': expected causal self-attention (the rule is of a past), got {found}")
+        output, linear = delta_attention(
+            spread(q, q_factors, unit=True),
+            spread(k, k_factors, unit=True),
+            v,
+            beta,
+            log_decay=log_decay,
+            key_mask=call.key_mask,
+            cu_seqlens=call.cu_seqlens,
+            initial_state=None if call.state is None else call.state.linear,
+            return_state=call.return_state,
+        )
+        if linear is None:
+            return output, None
+        kv, z = (x.flatten(2, 3).unflatten(2, (self.rank, self.feature_width)) for x in (linear.kv, linear.z))
+        return output, LinearState(kv, z, linear.log_decay)
 
     def _angles(self, clocks: Clocks, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of the features of queries and of keys: angles [B, T, H, m] and [B, S, G, m], and where the clocks of keys,
@@ -222,13 +307,15 @@ class LinearAttention(SummingAttention):
     def next_keys(
         self, k: Tensor, places: Tensor, state: LayerState, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        if self.delta is not None:
+            raise ValueError("update='delta': expected keys of tokens (no other key has a beta), got keys alone")
         if self.clocks is None:
             return super().next_keys(k, places, state, key_mask)
         k = self.feature_map(k)
         angles, state.clock = self.clocks.of_keys(k, state.clock, key_mask=key_mask)
         if self.k_proportion is not None:
             angles = angles + self.clocks.at_places(self.k_proportion(k))
-        return k, angle_factors(angles)
+        return self._unit(k), angle_factors(angles)
 
     def next_queries(self, q: Tensor, position_ids: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
         if self.clocks is None:
@@ -237,7 +324,7 @@ class LinearAttention(SummingAttention):
         angles = self.clocks.of_queries(q, state.query_clock).angles
         if self.q_proportion is not None:
             angles = angles + self.clocks.at_places(self.q_proportion(q))
-        return q, angle_factors(angles)
+        return self._unit(q), angle_factors(angles)
 
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
         state = super()._empty_state(rows, keep_mass=keep_mass)
@@ -252,9 +339,9 @@ class LinearAttention(SummingAttention):
         k = self.feature_map(k)
         p = self.k_proportion(k) if self.k_proportion is not None else self._proportion_of_places(places)
         if p is None:
-            return k, None
+            return self._unit(k), None
         p = p.expand(k.shape[0], -1, -1)
-        return k, self.reweighting.factors_k(p.to(torch.promote_types(k.dtype, torch.float32)))
+        return self._unit(k), self.reweighting.factors_k(p.to(torch.promote_types(k.dtype, torch.float32)))
 
     def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         q, p = self.feature_map(q), None
@@ -263,8 +350,8 @@ class LinearAttention(SummingAttention):
         elif self.position_proportion is not None:
             p = self.position_proportion(position_ids)
         if p is None:
-            return q, None
-        return q, self.reweighting.factors_q(p.to(torch.promote_types(q.dtype, torch.float32)))
+            return self._unit(q), None
+        return self._unit(q), self.reweighting.factors_q(p.to(torch.promote_types(q.dtype, torch.float32)))
 
     def _proportion_of_places(self, places: Tensor) -> Tensor | None:
         """Of keys, [B or 1, S, 1]; slots of padding have places too, which may lie beyond the maximum."""
@@ -285,12 +372,7 @@ class LinearAttention(SummingAttention):
         if self.q_proportion is not None and self.k_proportion is not None:
             p_q, p_k = self.q_proportion(q), self.k_proportion(k)
         elif self.position_proportion is not None:
-            own = call.position_ids
-            if own is None:
-                first = None if call.state is None else call.state.length
-                mask = call.key_mask if call.is_self else None
-                own = token_positions(q.shape[1], q.device, key_mask=mask, cu_seqlens=call.cu_seqlens, first=first)
-            p_q = p_k = self.position_proportion(own).expand(q.shape[0], -1, -1)
+            p_q = p_k = self.position_proportion(call.places(q)).expand(q.shape[0], -1, -1)
             if not call.is_self:
                 keys = token_positions(k.shape[1], k.device, key_mask=call.key_mask, cu_seqlens=call.cu_seqlens_k)
                 p_k = self.position_proportion(keys).expand(k.shape[0], -1, -1)
@@ -359,6 +441,8 @@ _COMPOSITION = {
     "decay": "decay",
     "decay_scales": "decay_scales",
     "output_norm": "output_norm",
+    **{name: name for name in ("qk_norm", "rotary", "rotary_base", "delta_range")},
+    "update": "attention_update",
     "eps": "attention_eps",
     "impl": "attention_impl",
 }

@@ -10,6 +10,7 @@ from leapformer.ops.api import (
     linear_state,
     proportion,
 )
+from leapformer.ops.delta import delta_attention
 from leapformer.ops.lowering import angle_factors
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase
@@ -22,6 +23,7 @@ __all__ = [
     "angle_factors",
     "available_impls",
     "cosine_factors",
+    "delta_attention",
     "leap_attention",
     "linear_attention",
     "linear_state",
