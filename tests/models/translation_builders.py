@@ -24,6 +24,8 @@ SETTINGS = {
     },
     "leap-conv": {"conv_width": 4},
     "gated": {"variant": "gated"},
+    "running": {"variant": "gated", "proportion": "running"},
+    "running-places": {"variant": "gated", "proportion": "running", "clocks": 2, "leap_places": True, "decay": True},
     "gated-cosformer": {"variant": "gated", "cross_attention": "cosformer", **MAXIMA},
     "softmax-conv": {"cross_attention": "softmax", "encoder_attention": "softmax", "conv_width": 3},
     "grouped": {"num_key_value_heads": 1, "leap_per_head": True, "leap_hidden": 1},

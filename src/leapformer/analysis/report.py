@@ -296,6 +296,7 @@ def _layers(shown: TextProportions) -> list[dict[str, Any]]:
             "number": number,
             "plot": _inline(figure_svg(figure, prefix=f"layer{number}-")),
             "strips": _strips(layer, shown.tokens),
+            "running": layer.steps is not None,
             "range": f"{_extreme(layer, min):.2f} to {_extreme(layer, max):.2f}",
         }
         for number, (layer, figure) in enumerate(zip(shown.layers, proportions(shown.layers), strict=True), start=1)
@@ -303,9 +304,9 @@ def _layers(shown: TextProportions) -> list[dict[str, Any]]:
 
 
 def _strips(layer: LayerProportions, tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """Each head's text, token by token with its shade from 0 to SHADES - 1, for queries and for keys."""
-    strips = []
-    for side, values in (("queries", layer.queries), ("keys", layer.keys)):
+    """Each head's text, token by token with its shade from 0 to SHADES - 1: for queries and for keys, or the steps."""
+    strips, sides = [], {"queries": layer.queries, "keys": layer.keys}
+    for side, values in (sides if layer.steps is None else {"steps": layer.steps}).items():
         if values.shape[0] != len(tokens):
             raise ValueError(f"tokens: expected {values.shape[0]}, one per proportion, found {len(tokens)}")
         for head, column in enumerate(values.T.tolist(), start=1):
@@ -315,7 +316,8 @@ def _strips(layer: LayerProportions, tokens: Sequence[str]) -> list[dict[str, An
 
 
 def _extreme(layer: LayerProportions, choose: Any) -> float:
-    return choose(float(choose(values.flatten().tolist())) for values in (layer.queries, layer.keys))
+    sides = (layer.queries, layer.keys) if layer.steps is None else (layer.steps,)
+    return choose(float(choose(values.flatten().tolist())) for values in sides)
 
 
 def _inline(svg: str) -> Markup:

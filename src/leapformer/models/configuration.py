@@ -38,11 +38,19 @@ class LeapformerConfig(AttentionFields):
             "linear-relu" and "linear-elu" are that with the feature map named), "softmax", "performer", and for
             classification alone "linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer".
         variant ("paper"): "paper" or "gated". It sets the three switches below wherever they are None.
-        decay (None): data-dependent decay per head; paper False, gated True. Linear kinds only.
+        decay (None): data-dependent decay per head; paper False, gated True in language models and False in encoders,
+            where it fades in both directions. Linear kinds only.
+        decay_scales (None): [shortest, longest] time scales of the decays at the start, in tokens and in equal ratios
+            over the heads; None keeps 98 % a token.
         conv_width (None): width of the causal depthwise convolution on the layer's input, 0 for none;
             paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
         output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds
             only.
+        proportion (None): of "leap", "learned" (the paper's) or "running" (clocks, see `leapformer.nn.Clocks`; they
+            need output_norm "rmsnorm"); None is "learned".
+        clocks (None: 1), clock_rate (None: pi/2), clock_decades (None: 2), leap_places (None: False): of running
+            proportions; clocks of a head, radians a step of the fastest at the start, powers of ten down to the
+            slowest, and whether the paper's proportions are added.
         output_gate (None): "silu" or "sigmoid": the heads' outputs times silu or sigmoid of a projection of the layer's
             input, for every kind; hidden_size x heads x head_dim parameters a layer.
         qk_norm (False): norms of queries and keys; rotary (False), rotary_base (10000): rotary positions of

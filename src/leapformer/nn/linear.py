@@ -79,7 +79,7 @@ class LinearAttention(SummingAttention):
             or two, for queries and for keys.
         clocks, clock_rate, clock_decades: of running proportions, see ``Clocks``.
         leap_places: running proportions are where the clocks stand plus the paper's learned ones.
-        cross: cross-attention, where queries and keys have clocks of their own.
+        cross: cross-attention, which has no decay, and where queries and keys have clocks of their own.
         reweighting: "cosine", "quadratic" or a ``Reweighting``.
         max_positions: cosFormer's M.
         leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.
@@ -168,6 +168,7 @@ class LinearAttention(SummingAttention):
             self.clocks is None and self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
         )
         self.is_plain_leap = self.is_plain_leap and _is_exact(self.k_proportion)
+        decay = decay and not cross
         self.decay = Decay(hidden_size, num_heads, scales=decay_scales) if decay else None
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
@@ -445,9 +446,10 @@ _COMPOSITION = {
     "update": "attention_update",
     "eps": "attention_eps",
     "impl": "attention_impl",
+    "cross": None,
 }
 _LEAP = {name: name for name in ("proportion", "leap_hidden", "leap_per_head", "leap_bins", "leap_start")}
-_LEAP |= {name: name for name in ("clocks", "clock_rate", "clock_decades", "leap_places")} | {"cross": None}
+_LEAP |= {name: name for name in ("clocks", "clock_rate", "clock_decades", "leap_places")}
 _GATED = {"decay": True, "conv_width": 4, "output_norm": True}
 
 
