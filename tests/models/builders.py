@@ -40,6 +40,7 @@ SETTINGS = {
     "hybrid-output-gate": {"attention": HYBRID, "variant": "gated", "output_gate": "silu"},
     "leap-rotary": {"attention": "leap", "variant": "gated", "rotary": True, "qk_norm": True, "positions": "none"},
     "hybrid-delta": {"attention": HYBRID, "variant": "gated", "attention_update": "delta", "output_gate": "silu"},
+    "linear-channel": {"attention": "linear", "variant": "gated", "decay_per": "channel"},
     "softmax-rotary": {"attention": "softmax", "rotary": True, "qk_norm": True, "positions": "none"},
 }
 

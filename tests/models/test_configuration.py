@@ -83,6 +83,9 @@ def test_switches_that_do_not_fit_a_model_are_refused():
     message = "config attention_update: expected 'sum' where later tokens are seen, found 'delta'"
     with pytest.raises(ValueError, match=message):
         LeapformerForSequenceClassification(tiny_config(**delta))
+    message = "config decay_per: expected 'head' where later tokens are seen, found 'channel'"
+    with pytest.raises(ValueError, match=message):
+        LeapformerForSequenceClassification(tiny_config(decay=True, decay_per="channel"))
     with pytest.raises(ValueError, match="config head_dim: expected an even number with rotary positions, found 3"):
         tiny_config(rotary=True, head_dim=3)
 

@@ -56,6 +56,7 @@ WRONG = {
     "conv_width": [1, -1, 10**6],
     "output_gate": ["foo", 3],
     "qk_norm": ["yes", 1],
+    "decay_per": ["token", None],
     "rotary": ["yes", None],
     "rotary_base": [0, -1, "x", 1e300],
     "attention_update": ["foo", None],

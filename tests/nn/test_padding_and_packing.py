@@ -35,11 +35,12 @@ LAYERS = {
     "leap-rotary": {"kind": "leap", "output_norm": True, "rotary": True, "qk_norm": True},
     "leap-delta": {"kind": "leap", "variant": "gated", "update": "delta", "num_kv_heads": 1, "rotary": True},
     "linear-delta": {"kind": "linear", "feature_map": "silu", "update": "delta", "delta_range": 2},
+    "leap-channel": {"kind": "leap", "variant": "gated", "decay_per": "channel", "num_kv_heads": 1},
     "softmax-output-gate": {"kind": "softmax", "conv_width": 4, "output_gate": "silu"},
 }
 layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())
 # Without those that are of a past alone, and have no place for keys that no token was projected to.
-SUMS = {name: fields for name, fields in LAYERS.items() if "update" not in fields}
+SUMS = {name: fields for name, fields in LAYERS.items() if not {"update", "decay_per"} & fields.keys()}
 sums = pytest.mark.parametrize("fields", SUMS.values(), ids=SUMS.keys())
 
 

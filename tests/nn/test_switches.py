@@ -138,9 +138,10 @@ def test_a_norm_of_features_alone_leaves_queries_to_the_normaliser():
         (
             "leap",
             {"update": "delta", "cross": True},
-            r"expected self-attention \(the rule is of a past\), got cross-att",
+            r"expected self-attention \(it is of a past\), got cross-att",
         ),
         ("leap", {"update": "delta", "delta_range": 3}, "delta_range: expected 1 or 2, got 3"),
+        ("leap", {"decay_per": "token"}, "decay_per: expected 'head' or 'channel', got 'token'"),
         ("leap", {"update": "add"}, "update: expected 'sum' or 'delta', got 'add'"),
     ],
 )
@@ -195,3 +196,48 @@ def test_the_delta_rule_is_of_a_past():
     keys = heads(1, 2, H, D // H, seed=10)
     with pytest.raises(ValueError, match="update='delta': expected keys of tokens .*, got keys alone"):
         layer.prefix_state(keys, keys)
+
+
+# ---- decay per channel
+
+
+def by_channels(layer: AttentionLayer, x: torch.Tensor) -> torch.Tensor:
+    """Every weight written out, of a layer with learned proportions and the normaliser by sum."""
+    q, k = (layer.feature_map(f(x).unflatten(-1, (-1, D // H))) for f in (layer.q_proj, layer.k_proj))
+    v, decay = layer.v_proj(x).unflatten(-1, (-1, D // H)), layer.decay
+    p_q, p_k = (torch.pi / 2 * p(a) for p, a in ((layer.q_proportion, q), (layer.k_proportion, k)))
+    score = (x @ decay.down.T @ decay.weight.T).unflatten(-1, (H, -1)) + decay.bias
+    sums = torch.nn.functional.logsigmoid(score).cumsum(1)
+    kept = (sums[:, :, None] - sums[:, None]).exp() * torch.ones(x.shape[1], x.shape[1]).tril()[..., None, None]
+    weights = torch.einsum("bthk,bshk,btshk->btsh", q, k, kept) * torch.cos(p_q[:, :, None] - p_k[:, None])
+    y = torch.einsum("btsh,bshk->bthk", weights / weights.sum(2, keepdim=True).clamp(min=1e-6), v)
+    return layer.o_proj(y.flatten(-2))
+
+
+def test_a_layer_with_a_decay_per_channel():
+    layer, x = made("leap", decay=True, decay_per="channel"), heads(2, 40, D, seed=8)
+    assert parameters(layer) == parameters(made("leap")) + 16 * (D + D) + D
+    with torch.no_grad():
+        layer.decay.weight.normal_(std=1.0)  # decays that differ
+    y, state = layer(x, visible="causal", return_state=True)
+    wanted = by_channels(layer, x)
+    close(y, wanted, 1e-9)
+    weights = list(layer.parameters())
+    for a, b in zip(*(torch.autograd.grad(out.sin().sum(), weights) for out in (y, wanted)), strict=True):
+        close(a, b, 1e-8)
+    assert state.linear.kv.shape == (2, H, 2, D // H, D // H) and state.linear.log_decay is None
+
+
+def test_decays_per_channel_start_in_equal_ratios_of_time():
+    decay = made("linear", decay=True, decay_per="channel", decay_scales=[2.0, 16.0]).decay
+    kept = torch.nn.functional.logsigmoid(decay.bias)
+    torch.testing.assert_close(
+        -1 / kept, torch.tensor([2.0, 4.0, 8.0, 16.0], dtype=kept.dtype).expand(H, 4), rtol=1e-5, atol=0
+    )
+
+
+def test_a_decay_per_channel_is_of_a_past():
+    layer, x = made("linear", decay=True, decay_per="channel"), heads(1, 3, D, seed=9)
+    for context, found in ((None, "visible='all'"), (x, "a context")):
+        with pytest.raises(ValueError, match=f"decay_per='channel': expected causal self-attention .*, got {found}"):
+            layer(x, context)

@@ -12,7 +12,10 @@ from leapformer.ops import LinearState, delta_attention
 B, H, G, K, V = 2, 4, 2, 5, 3
 
 
-def inputs(T: int, *, rows: int = B, decay: bool = True, seed: int = 0, most: float = 2.0) -> dict[str, Tensor]:
+DECAYS = [None, "head", "channel"]
+
+
+def inputs(T: int, *, rows: int = B, decay: str | None = "head", seed: int = 0, most: float = 2.0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:
@@ -24,8 +27,8 @@ def inputs(T: int, *, rows: int = B, decay: bool = True, seed: int = 0, most: fl
         "v": numbers(rows, T, G, V),
         "beta": most * torch.sigmoid(2 * numbers(rows, T, H)),
     }
-    if decay:
-        found["log_decay"] = F.logsigmoid(1 + 2 * numbers(rows, T, H))
+    if decay is not None:
+        found["log_decay"] = F.logsigmoid(1 + 2 * numbers(rows, T, H, *([K] if decay == "channel" else [])))
     return {name: x.requires_grad_() for name, x in found.items()}
 
 
@@ -38,7 +41,7 @@ def recurrence(q, k, v, beta, log_decay=None, state=None, mask=None) -> tuple[Te
         S, row = q.new_zeros(H, K, V) if state is None else state[b], []
         for t in range(T):
             if mask is None or mask[b, t]:
-                S = S if log_decay is None else S * log_decay[b, t].exp()[:, None, None]
+                S = S if log_decay is None else S * log_decay[b, t].exp().reshape(H, -1, 1)
                 held = torch.einsum("hkv,hk->hv", S, k[b, t])
                 S = S + beta[b, t][:, None, None] * torch.einsum("hk,hv->hkv", k[b, t], v[b, t] - held)
             row.append(torch.einsum("hkv,hk->hv", S, q[b, t]))
@@ -70,14 +73,14 @@ def some_state(rows: int) -> LinearState:
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 150])
-@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_chunks_equal_the_recurrence(T, decay):
     given, state = inputs(T, decay=decay), some_state(B)
     found = of_states(delta_attention(**given, initial_state=state, return_state=True))
     compare(found, recurrence(**given, state=state.kv[:, :, 0]), [*given.values(), state.kv])
 
 
-@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_padding_neither_writes_nor_decays(decay):
     given = inputs(90, decay=decay)
     mask = torch.rand(B, 90, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -92,7 +95,7 @@ def test_padding_neither_writes_nor_decays(decay):
     assert all(g.isfinite().all() for g in torch.autograd.grad(y[mask].sum(), leaves))
 
 
-@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_packed_sequences_are_as_if_alone(decay):
     lengths = [3, 0, 70, 64, 1, 130]
     bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
@@ -161,7 +164,7 @@ def test_half_precision_is_computed_in_float32():
         ({"k": torch.zeros(B, 4, 3, K)}, "k: expected a number of heads that divides 4, got 3"),
         ({"v": torch.zeros(B, 4, 1, V)}, r"v: expected \[2, 4, 2, V\], got \(2, 4, 1, 3\)"),
         ({"beta": torch.zeros(B, 4, G)}, r"beta: expected \[2, 4, 4\], got \(2, 4, 2\)"),
-        ({"log_decay": torch.zeros(B, 4, G)}, r"log_decay: expected \[2, 4, 4\], got \(2, 4, 2\)"),
+        ({"log_decay": torch.zeros(B, 4, G)}, r"log_decay: expected \[2, 4, 4\] or \[2, 4, 4, 5\], got \(2, 4, 2\)"),
         ({"key_mask": torch.ones(B, 4)}, r"key_mask: expected bool \[2, 4\], got torch.float32 \[2, 4\]"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: expected a batch of 1, got 2"),
         ({"initial_state": LinearState.zeros(B, G, 1, K, V)}, r"initial_state.kv: expected \[2, 4, R, 5 / R, 3\], got"),

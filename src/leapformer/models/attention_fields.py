@@ -23,6 +23,7 @@ from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, REWEIGHTINGS
 from leapformer.nn.blocks import ACTIVATIONS
 from leapformer.nn.build import Variant
+from leapformer.nn.decay import DecayPer
 from leapformer.nn.delta import Update
 from leapformer.nn.layer import OutputGate
 from leapformer.nn.proportions import Start
@@ -48,6 +49,7 @@ class AttentionFields(PreTrainedConfig):
     variant: Variant = "paper"
     decay: bool | None = None
     decay_scales: list[float | int] | tuple[float | int, ...] | None = None
+    decay_per: DecayPer = "head"
     conv_width: int | None = None
     output_norm: OutputNorm | None = None
     output_gate: OutputGate | None = None

@@ -37,6 +37,14 @@ def attention_arguments(config: Any, kind: str) -> dict[str, Any]:
     }
 
 
+def _refuse_a_past(own: Mapping[str, Any]) -> None:
+    """Refuse arguments of a layer that are of a past, where later tokens are seen."""
+    if own.get("update") == "delta":
+        raise ValueError("config attention_update: expected 'sum' where later tokens are seen, found 'delta'")
+    if own.get("decay") and own.get("decay_per") == "channel":
+        raise ValueError("config decay_per: expected 'head' where later tokens are seen, found 'channel'")
+
+
 def block_arguments(config: Any) -> dict[str, Any]:
     """The arguments of a block besides its attention."""
     return {
@@ -65,8 +73,8 @@ def build_block(
     own = attention_arguments(config, kind)
     own.update({} if causal or own.get("decay") else {"decay": False}, **place)
     own["max_source_positions"] = None
-    if not causal and own.get("update") == "delta":
-        raise ValueError("config attention_update: expected 'sum' where later tokens are seen, found 'delta'")
+    if not causal:
+        _refuse_a_past(own)
     attention = build_attention(kind, **own)
     if causal and not attention.capabilities.causal:
         raise NotCausal(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")

@@ -55,6 +55,7 @@ class LeapformerConfig(AttentionFields):
             input, for every kind; hidden_size x heads x head_dim parameters a layer.
         qk_norm (False): norms of queries and keys; rotary (False), rotary_base (10000): rotary positions of
             self-attention, beside or (positions="none") in place of added ones. Which kinds take them: docs/nn.md.
+        decay_per ("head"): or "channel", a decay for each channel of the keys. Linear kinds, language models only.
         attention_update ("sum"): or "delta", the delta rule; delta_range (1): or 2. Linear kinds, language models only.
         leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
         leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 from leapformer.nn import bigbird, informer, linear, linformer, nystromformer, performer, reformer, skyformer, softmax
+from leapformer.nn.decay import DecayPer
 from leapformer.nn.delta import Update
 from leapformer.nn.feature_maps import FeatureMap
 from leapformer.nn.layer import AttentionLayer, Mechanism, Shared
@@ -45,6 +46,7 @@ class Options(Shared, total=False):
     decay: bool | None
     output_norm: bool | None
     decay_scales: Sequence[float] | None
+    decay_per: DecayPer
     proportion: Proportions | None
     clocks: int
     clock_rate: float

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leapformer.nn.clocks import Clocks
+from leapformer.nn.decay import ChannelDecay, Decay, DecayPer
 from leapformer.nn.delta import DeltaRule, Update, spread
 from leapformer.nn.feature_maps import FEATURE_MAPS, FeatureMap
 from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
@@ -27,44 +28,17 @@ from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Reweighting
 from leapformer.nn.rotary import ROTARY_BASE, check_rotary, turned
 from leapformer.nn.state import LayerState
 from leapformer.nn.sums import SummingAttention
-from leapformer.ops import LinearState, angle_factors, delta_attention, leap_attention, linear_attention
+from leapformer.ops import (
+    LinearState,
+    angle_factors,
+    channel_decay_attention,
+    delta_attention,
+    leap_attention,
+    linear_attention,
+)
 from leapformer.ops.api import Impl
 
 Proportions = Literal["position", "learned", "running"] | Proportion | tuple[Proportion, Proportion]
-
-
-class Decay(nn.Module):
-    """log_decay = logsigmoid(W x + b) per head.
-
-    At the start b = 4, so that the state keeps 98 % a token; or, with ``scales`` = (shortest, longest), what is kept
-    falls to 1/e in times between these, in tokens and in equal ratios over the heads.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, *, scales: Sequence[float] | None = None) -> None:
-        super().__init__()
-        if scales is not None and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
-            raise ValueError(
-                f"decay_scales: expected (shortest, longest) in tokens, 0 < shortest <= longest, got {scales}"
-            )
-        self.scales = scales
-        self.weight = nn.Parameter(torch.empty(num_heads, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_heads))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-        if self.scales is None:
-            nn.init.constant_(self.bias, 4.0)
-            return
-        shortest, longest = self.scales
-        times = shortest * (longest / shortest) ** torch.linspace(0, 1, len(self.bias))
-        with torch.no_grad():  # logsigmoid(b) = -1 / time
-            self.bias.copy_(-torch.expm1(1 / times).log())
-
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, H] <= 0; padding doesn't decay."""
-        log_decay = F.logsigmoid(F.linear(x, self.weight, self.bias))
-        return log_decay if key_mask is None else log_decay.masked_fill(~key_mask[..., None], 0)
 
 
 class LinearAttention(SummingAttention):
@@ -84,7 +58,8 @@ class LinearAttention(SummingAttention):
         max_positions: cosFormer's M.
         leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.
         decay: a learned, data-dependent decay per head between the two tokens of self-attention. decay_scales: its
-            start, see ``Decay``.
+            start, see ``Decay``. decay_per: "head", or "channel": of its keys, see ``ChannelDecay``; that is of a past,
+            so of causal self-attention only.
         conv_width: width of the short causal convolution on the layer's input, 0 for none.
         output_norm: RMSNorm over each head's output instead of division by the normaliser.
         qk_norm: features of every head's query and key have the length 1 (arXiv 2406.06484); what proportions
@@ -122,6 +97,7 @@ class LinearAttention(SummingAttention):
         leap_start: Start = "default",
         decay: bool = False,
         decay_scales: Sequence[float] | None = None,
+        decay_per: DecayPer = "head",
         output_norm: bool = False,
         qk_norm: bool = False,
         rotary: bool = False,
@@ -169,11 +145,18 @@ class LinearAttention(SummingAttention):
         )
         self.is_plain_leap = self.is_plain_leap and _is_exact(self.k_proportion)
         decay = decay and not cross
-        self.decay = Decay(hidden_size, num_heads, scales=decay_scales) if decay else None
+        if decay_per not in ("head", "channel"):
+            raise ValueError(f"decay_per: expected 'head' or 'channel', got {decay_per!r}")
+        self.by_channel = decay and decay_per == "channel"
+        self.decay = None
+        if self.by_channel:
+            self.decay = ChannelDecay(hidden_size, num_heads, self.head_dim, scales=decay_scales)
+        elif decay:
+            self.decay = Decay(hidden_size, num_heads, scales=decay_scales)
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
         self.impl: Impl = impl
-        self.feature_width, self.has_decay = self.head_dim, decay
+        self.feature_width, self.has_decay = self.head_dim, decay and not self.by_channel
         weighted = self.q_proportion is not None or self.position_proportion is not None
         self.rank = self.reweighting.rank if weighted else 1
         if self.clocks is not None:
@@ -182,17 +165,17 @@ class LinearAttention(SummingAttention):
         if update not in ("sum", "delta"):
             raise ValueError(f"update: expected 'sum' or 'delta', got {update!r}")
         if update == "delta" and cross:
-            raise ValueError("update='delta': expected self-attention (the rule is of a past), got cross-attention")
+            raise ValueError("update='delta': expected self-attention (it is of a past), got cross-attention")
         self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
-        self.own_states, self.qk_norm = self.delta is not None, qk_norm or self.delta is not None
-        if self.qk_norm or rotary:
+        self.own_states, self.qk_norm = self.delta is not None or self.by_channel, qk_norm or self.delta is not None
+        if self.own_states or self.qk_norm or rotary:
             self.is_plain_leap = False  # something stands between the features and the sums
         if not output_norm and self.delta is None:
             for what, there in (("rotary", rotary), ("feature_map='silu'", feature_map == "silu")):
                 if there:
                     raise ValueError(f"{what}: expected output_norm (products of features may be negative), got none")
         free = self.position_proportion is None
-        self.capabilities = Capabilities(True, cross=self.delta is None, streaming=True, arbitrary_length=free)
+        self.capabilities = Capabilities(True, cross=not self.own_states, streaming=True, arbitrary_length=free)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         state, visible = call.state, call.visible
@@ -215,23 +198,24 @@ class LinearAttention(SummingAttention):
             q, k = self.feature_map(q), self.feature_map(k)
             q_angles, k_angles, clock, query_clock = self._angles(self.clocks, q, k, call)
             q, k = self._in_place(q, k, call)
-            if self.delta is None:
-                output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
-            else:
+            if self.own_states:
                 factors = angle_factors(q_angles), angle_factors(k_angles)
-                output, linear = self._by_delta(self.delta(x), q, k, v, *factors, log_decay, call)
+                output, linear = self._step_by_step(q, k, v, x, *factors, log_decay, call)
+            else:
+                output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
         elif leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
         else:
             # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
-            relu = self.has_relu and self.q_proportion is None and not (self.qk_norm or self.rotary_base)
+            relu = self.has_relu and self.q_proportion is None
+            relu = relu and not (self.own_states or self.qk_norm or self.rotary_base)
             q, k = (q, k) if relu else (self.feature_map(q), self.feature_map(k))
             q_factors, k_factors = self._factors(q, k, call)
             q, k = self._in_place(q, k, call)
-            if self.delta is None:
-                output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
+            if self.own_states:
+                output, linear = self._step_by_step(q, k, v, x, q_factors, k_factors, log_decay, call)
             else:
-                output, linear = self._by_delta(self.delta(x), q, k, v, q_factors, k_factors, log_decay, call)
+                output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
         if self.output_norm is not None:
             output = normed(self.output_norm, output)
         output = F.dropout(output, self.dropout, self.training)
@@ -255,32 +239,38 @@ class LinearAttention(SummingAttention):
             return x
         return unit(x) if self.delta is not None else unit(x).to(x.dtype)  # beta |k|^2 must not round to above 2
 
-    def _by_delta(
+    def _step_by_step(
         self,
-        beta: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        x: Tensor,
         q_factors: Tensor | None,
         k_factors: Tensor | None,
         log_decay: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, LinearState | None]:
-        """What ``linear_attention`` gives, by the delta rule."""
+        """What ``linear_attention`` gives, by the delta rule or with a decay per channel."""
         if not (call.is_self and isinstance(call.visible, str) and call.visible == "causal"):
+            what = "decay_per='channel'" if self.delta is None else "update='delta'"
             found = f"visible={call.visible!r}" if call.is_self else "a context"
-            raise ValueError(f"update='delta': expected causal self-attention (the rule is of a past), got {found}")
-        output, linear = delta_attention(
-            spread(q, q_factors, unit=True),
-            spread(k, k_factors, unit=True),
-            v,
-            beta,
-            log_decay=log_decay,
-            key_mask=call.key_mask,
-            cu_seqlens=call.cu_seqlens,
-            initial_state=None if call.state is None else call.state.linear,
-            return_state=call.return_state,
-        )
+            raise ValueError(f"{what}: expected causal self-attention (it is of a past), got {found}")
+        keywords: dict[str, Any] = {
+            "key_mask": call.key_mask,
+            "cu_seqlens": call.cu_seqlens,
+            "initial_state": None if call.state is None else call.state.linear,
+            "return_state": call.return_state,
+        }
+        if self.by_channel and log_decay is not None:
+            log_decay = log_decay.repeat(1, 1, 1, self.rank)
+        if self.delta is not None:
+            q, k = spread(q, q_factors, unit=True), spread(k, k_factors, unit=True)
+            output, linear = delta_attention(q, k, v, self.delta(x), log_decay=log_decay, **keywords)
+        else:
+            assert log_decay is not None
+            q, k = spread(q, q_factors), spread(k, k_factors)
+            keywords |= {"normalize": self.output_norm is None, "eps": self.eps}
+            output, linear = channel_decay_attention(q, k, v, log_decay, **keywords)
         if linear is None:
             return output, None
         kv, z = (x.flatten(2, 3).unflatten(2, (self.rank, self.feature_width)) for x in (linear.kv, linear.z))
@@ -441,6 +431,7 @@ _COMPOSITION = {
     "reweighting": "reweighting",
     "decay": "decay",
     "decay_scales": "decay_scales",
+    "decay_per": "decay_per",
     "output_norm": "output_norm",
     **{name: name for name in ("qk_norm", "rotary", "rotary_base", "delta_range")},
     "update": "attention_update",

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leapformer.ops.checks import expect
+from leapformer.ops.state import LinearState
+
 
 class Cut(NamedTuple):
     """Where each token stands. A packed sequence begins a chunk of its own, so that there are at most T / C + N.
@@ -90,3 +93,37 @@ class Cut(NamedTuple):
             return starts, initial if not after else state
         there = (self.last >= 0).reshape(-1, *[1] * (initial.dim() - 1))
         return starts, torch.where(there, torch.cat(after)[self.last.clamp(min=0)], initial)
+
+
+def hidden(x: Tensor, key_mask: Tensor) -> Tensor:
+    """x [B, T, ...] with zeros at padding."""
+    return x.masked_fill(~key_mask.reshape(*key_mask.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def check_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Refuse what isn't causal self-attention of q [B, T, H, K] with k [B, T, G, K] and v [B, T, G, V]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect(x.dim() == 4 and x.is_floating_point(), name, "a floating [batch, tokens, heads, width]", x.shape)
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    expect(k.shape[:2] == (B, T) and k.shape[3] == K, "k", "[{}, {}, G, {}]", k.shape, B, T, K)
+    expect(G > 0 and H % G == 0, "k", "a number of heads that divides {}", G, H)
+    expect(v.shape[:3] == k.shape[:3], "v", "[{}, {}, {}, V]", v.shape, B, T, G)
+    if key_mask is not None:
+        ok = key_mask.dtype == torch.bool and key_mask.shape == (B, T)
+        expect(ok, "key_mask", "bool [{}, {}]", f"{key_mask.dtype} {list(key_mask.shape)}", B, T)
+    if cu_seqlens is not None:
+        ok = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2
+        expect(ok, "cu_seqlens", "[N + 1], N >= 1", cu_seqlens.shape)
+        expect(B == 1, "cu_seqlens", "a batch of 1", B)
+
+
+def check_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: LinearState | None) -> None:
+    """Refuse a state that isn't one of q [B, T, H, K] and v [B, T, G, V]."""
+    if state is None:
+        return
+    rows, (H, K), V = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q.shape[2:], v.shape[3]
+    kv, z = state.kv, state.z
+    fits = kv.dim() == 5 and (*kv.shape[:2], kv.shape[2] * kv.shape[3], kv.shape[4]) == (rows, H, K, V)
+    expect(fits, "initial_state.kv", "[{}, {}, R, {} / R, {}]", kv.shape, rows, H, K, V)
+    expect(z.shape == kv.shape[:-1], "initial_state.z", "{}", z.shape, list(kv.shape[:-1]))
