@@ -34,6 +34,7 @@ SETTINGS = {
     "linear-normed": {"cross_attention": "linear", "decoder_attention": "linear", "qk_norm": True},
     "delta": {"variant": "gated", "attention_update": "delta", "delta_range": 2},
     "channel": {"variant": "gated", "decay_per": "channel"},
+    "prior": {"proportion": "prior"},
     "softmax-rotary": {
         **{f"{place}_attention": "softmax" for place in ("encoder", "decoder", "cross")},
         **{"rotary": True, "qk_norm": True, "position_scale": 0},

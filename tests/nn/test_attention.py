@@ -34,6 +34,8 @@ LAYERS = {
     "leap channel decay": {"kind": "leap", "decay": True, "decay_per": "channel", "num_kv_heads": 2},
     "linear channel gated": {"kind": "linear", "variant": "gated", "decay_per": "channel", "rotary": True},
     "leap channel delta": {"kind": "leap", "variant": "gated", "decay_per": "channel", "update": "delta"},
+    "leap prior": {"kind": "leap", "proportion": "prior", "num_kv_heads": 2, "leap_bins": 9},
+    "leap prior gated": {"kind": "leap", "proportion": "prior", "variant": "gated", "update": "delta"},
     "leap output gate": {"kind": "leap", "variant": "gated", "output_gate": "silu"},
 }
 B, T, D = 3, 21, 16

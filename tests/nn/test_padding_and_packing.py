@@ -36,6 +36,7 @@ LAYERS = {
     "leap-delta": {"kind": "leap", "variant": "gated", "update": "delta", "num_kv_heads": 1, "rotary": True},
     "linear-delta": {"kind": "linear", "feature_map": "silu", "update": "delta", "delta_range": 2},
     "leap-channel": {"kind": "leap", "variant": "gated", "decay_per": "channel", "num_kv_heads": 1},
+    "leap-prior": {"kind": "leap", "proportion": "prior", "num_kv_heads": 1},
     "softmax-output-gate": {"kind": "softmax", "conv_width": 4, "output_gate": "silu"},
 }
 layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())

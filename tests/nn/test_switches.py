@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leapformer.nn import KINDS, AttentionLayer, build_attention
+from leapformer.nn import KINDS, AttentionLayer, LeapModule, PriorProportion, build_attention
 from tests.nn.oracles import close, heads, softmax
 
 # The mechanisms that take rotary positions, with what else they then need.
@@ -241,3 +241,52 @@ def test_a_decay_per_channel_is_of_a_past():
     for context, found in ((None, "visible='all'"), (x, "a context")):
         with pytest.raises(ValueError, match=f"decay_per='channel': expected causal self-attention .*, got {found}"):
             layer(x, context)
+
+
+# ---- a prior for the place
+
+
+def test_a_prior_starts_as_a_soft_cosformer_and_learns_where_it_bends():
+    layer = made("leap", proportion="prior", num_kv_heads=2)
+    assert parameters(layer) == parameters(made("leap", num_kv_heads=2)) + 2 * (H + 2)
+    prior, places = layer.k_proportion, torch.tensor([[0, 9, 63, 10_000]])
+    x = heads(1, 4, 2, D // H, seed=11).relu()
+    with torch.no_grad():
+        prior.w2.zero_(), prior.b2.zero_()
+        counts = (places[0] + 1).double()
+        close(prior(x, places)[0, :, 0], counts / (counts + 64), 1e-7)  # log tau began in float32
+        prior.slope.copy_(torch.tensor([2.0, 0.0])), prior.log_scale.copy_(torch.tensor([10.0, 7.0]).double().log())
+        y = prior(x, places)[0]
+    close(y[:, 0], (1 + (10 / counts) ** 2).reciprocal())
+    close(y[:, 1], torch.full((4,), 0.5, dtype=y.dtype))
+
+
+def test_a_prior_is_what_the_layer_weighs_by():
+    layer, x = made("leap", proportion="prior"), heads(2, 7, D, seed=12)
+    q, k = (f(x).unflatten(-1, (-1, D // H)).relu() for f in (layer.q_proj, layer.k_proj))
+    v = layer.v_proj(x).unflatten(-1, (-1, D // H))
+    p_q, p_k = (
+        torch.pi / 2 * torch.sigmoid(torch.logit(LeapModule.forward(p, a)) + prior_of(p, 7))
+        for p, a in ((layer.q_proportion, q), (layer.k_proportion, k))
+    )
+    weights = torch.einsum("bthk,bshk->btsh", q, k) * torch.cos(p_q[:, :, None] - p_k[:, None])
+    weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
+    wanted = layer.o_proj(torch.einsum("btsh,bshk->bthk", weights, v).flatten(-2))
+    y, _ = layer(x)
+    close(y, wanted)
+    for a, b in zip(
+        *(torch.autograd.grad(out.sin().sum(), list(layer.parameters())) for out in (y, wanted)), strict=True
+    ):
+        close(a, b, 1e-8)
+
+
+def prior_of(module: PriorProportion, T: int) -> torch.Tensor:
+    """a log((t + 1) / tau) of T places, [T, H]."""
+    return module.slope * (torch.arange(1, T + 1).double()[:, None] / module.log_scale.exp()).log()
+
+
+@torch.no_grad()
+def test_a_prior_over_a_source_counts_its_real_states():
+    layer, x, source = made("leap", proportion="prior"), heads(1, 3, D, seed=13), heads(1, 6, D, seed=14)
+    mask = torch.tensor([[False, True, True, False, True, True]])
+    close(layer(x, source, key_mask=mask)[0], layer(x, source[:, mask[0]])[0])

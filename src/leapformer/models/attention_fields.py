@@ -31,7 +31,7 @@ from leapformer.nn.rotary import ROTARY_BASE
 from leapformer.ops.api import Impl
 
 OutputNorm = Literal["sum", "rmsnorm"]
-LearnedProportion = Literal["learned", "running"]
+LearnedProportion = Literal["learned", "prior", "running"]
 
 
 class AttentionFields(PreTrainedConfig):

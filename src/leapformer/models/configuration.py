@@ -46,8 +46,9 @@ class LeapformerConfig(AttentionFields):
             paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
         output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds
             only.
-        proportion (None): of "leap", "learned" (the paper's) or "running" (clocks, see `leapformer.nn.Clocks`; they
-            need output_norm "rmsnorm"); None is "learned".
+        proportion (None): of "leap", "learned" (the paper's), "prior" (learned from the place on, see
+            `leapformer.nn.PriorProportion`) or "running" (clocks, see `leapformer.nn.Clocks`; they need output_norm
+            "rmsnorm"); None is "learned".
         clocks (None: 1), clock_rate (None: pi/2), clock_decades (None: 2), leap_places (None: False): of running
             proportions; clocks of a head, radians a step of the fastest at the start, powers of ten down to the
             slowest, and whether the paper's proportions are added.

@@ -15,6 +15,7 @@ from leapformer.nn.linformer import LinformerAttention
 from leapformer.nn.nystromformer import NystromformerAttention
 from leapformer.nn.performer import PerformerAttention, RandomFeatures
 from leapformer.nn.positions import LearnedPositions, SinusoidalPositions
+from leapformer.nn.prior import PriorProportion
 from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion, hidden_for_share, leap_parameters
 from leapformer.nn.reformer import ReformerAttention
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Quadratic, Reweighting
@@ -56,6 +57,7 @@ __all__ = [
     "LinearAttention",
     "Mechanism",
     "PositionProportion",
+    "PriorProportion",
     "Proportion",
     "Quadratic",
     "Reweighting",

@@ -23,6 +23,7 @@ from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
 from leapformer.nn.norms import normed, unit
 from leapformer.nn.packing import token_positions
 from leapformer.nn.plain import is_plain
+from leapformer.nn.prior import PriorProportion
 from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Reweighting
 from leapformer.nn.rotary import ROTARY_BASE, check_rotary, turned
@@ -38,7 +39,7 @@ from leapformer.ops import (
 )
 from leapformer.ops.api import Impl
 
-Proportions = Literal["position", "learned", "running"] | Proportion | tuple[Proportion, Proportion]
+Proportions = Literal["position", "learned", "prior", "running"] | Proportion | tuple[Proportion, Proportion]
 
 
 class LinearAttention(SummingAttention):
@@ -48,7 +49,8 @@ class LinearAttention(SummingAttention):
         hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
         feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers; or
             "silu", which does, where nothing is divided by a sum of weights.
-        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "running" (clocks,
+        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "prior" (learned from
+            the place on, see ``PriorProportion``), "running" (clocks,
             see ``Clocks``; it goes with ``output_norm``, since its re-weighting may be negative), or a ``Proportion``,
             or two, for queries and for keys.
         clocks, clock_rate, clock_decades: of running proportions, see ``Clocks``.
@@ -129,8 +131,14 @@ class LinearAttention(SummingAttention):
                 per_head=leap_per_head,
                 start=leap_start,
             )
-        if proportion == "learned" or (proportion == "running" and leap_places):
-            leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+        leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+        self.has_prior = proportion == "prior"
+        if self.has_prior:
+            self.q_proportion, self.k_proportion = (
+                PriorProportion(self.head_dim, heads, heads=heads if leap_per_head else 1, **leap)
+                for heads in (self.num_heads, self.num_kv_heads)
+            )
+        elif proportion == "learned" or (proportion == "running" and leap_places):
             self.q_proportion = LeapModule(self.head_dim, heads=self.num_heads if leap_per_head else 1, **leap)
             self.k_proportion = LeapModule(self.head_dim, heads=self.num_kv_heads if leap_per_head else 1, **leap)
         elif proportion == "position":
@@ -168,7 +176,7 @@ class LinearAttention(SummingAttention):
             raise ValueError("update='delta': expected self-attention (it is of a past), got cross-attention")
         self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
         self.own_states, self.qk_norm = self.delta is not None or self.by_channel, qk_norm or self.delta is not None
-        if self.own_states or self.qk_norm or rotary:
+        if self.own_states or self.qk_norm or rotary or self.has_prior:
             self.is_plain_leap = False  # something stands between the features and the sums
         if not output_norm and self.delta is None:
             for what, there in (("rotary", rotary), ("feature_map='silu'", feature_map == "silu")):
@@ -328,7 +336,8 @@ class LinearAttention(SummingAttention):
 
     def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
         k = self.feature_map(k)
-        p = self.k_proportion(k) if self.k_proportion is not None else self._proportion_of_places(places)
+        of_places = self._proportion_of_places
+        p = of_places(places) if self.k_proportion is None else self._read_off(self.k_proportion, k, places)
         if p is None:
             return self._unit(k), None
         p = p.expand(k.shape[0], -1, -1)
@@ -337,12 +346,16 @@ class LinearAttention(SummingAttention):
     def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         q, p = self.feature_map(q), None
         if self.q_proportion is not None:
-            p = self.q_proportion(q)
+            p = self._read_off(self.q_proportion, q, position_ids)
         elif self.position_proportion is not None:
             p = self.position_proportion(position_ids)
         if p is None:
             return self._unit(q), None
         return self._unit(q), self.reweighting.factors_q(p.to(torch.promote_types(q.dtype, torch.float32)))
+
+    def _read_off(self, proportion: Any, x: Tensor, places: Tensor | None) -> Tensor:
+        """The proportions of features x [B, T, H, K], at ``places`` where they count."""
+        return proportion(x, places) if self.has_prior else proportion(x)
 
     def _proportion_of_places(self, places: Tensor) -> Tensor | None:
         """Of keys, [B or 1, S, 1]; slots of padding have places too, which may lie beyond the maximum."""
@@ -360,15 +373,20 @@ class LinearAttention(SummingAttention):
 
     def _factors(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """Factors [B, T, H or 1, R] and [B, S, G or 1, R] of the re-weighting, or none."""
-        if self.q_proportion is not None and self.k_proportion is not None:
-            p_q, p_k = self.q_proportion(q), self.k_proportion(k)
-        elif self.position_proportion is not None:
-            p_q = p_k = self.position_proportion(call.places(q)).expand(q.shape[0], -1, -1)
-            if not call.is_self:
-                keys = token_positions(k.shape[1], k.device, key_mask=call.key_mask, cu_seqlens=call.cu_seqlens_k)
-                p_k = self.position_proportion(keys).expand(k.shape[0], -1, -1)
-        else:
+        if self.q_proportion is None and self.position_proportion is None:
             return None, None
+        of_queries = of_keys = None
+        if self.position_proportion is not None or self.has_prior:
+            of_queries = of_keys = call.places(q)
+            if not call.is_self:
+                of_keys = token_positions(k.shape[1], k.device, key_mask=call.key_mask, cu_seqlens=call.cu_seqlens_k)
+        if self.q_proportion is not None and self.k_proportion is not None:
+            p_q, p_k = self._read_off(self.q_proportion, q, of_queries), self._read_off(self.k_proportion, k, of_keys)
+        else:
+            assert self.position_proportion is not None and of_queries is not None and of_keys is not None
+            p_q = p_k = self.position_proportion(of_queries).expand(q.shape[0], -1, -1)
+            if not call.is_self:
+                p_k = self.position_proportion(of_keys).expand(k.shape[0], -1, -1)
         if p_q.dtype != torch.promote_types(q.dtype, torch.float32):
             p_q, p_k = (p.to(torch.promote_types(q.dtype, torch.float32)) for p in (p_q, p_k))
         return self.reweighting.factors_q(p_q), self.reweighting.factors_k(p_k)

@@ -67,7 +67,8 @@ def channel_decay_attention(
         k, v = (x if repeats == 1 else x.repeat_interleave(repeats, 2) for x in (k, v))
         cut = Cut.of(q.shape[1], CHANNEL_CHUNK, cu_seqlens)
         both = torch.cat([state.kv, state.z[..., None]], -1).flatten(2, 3).to(wide)
-        output, both = _chunks(cut, *(cut.cut(x) for x in (q, k, log_decay, v)), both)
+        q, k, v, log_decay = (cut.cut(x) for x in (q, k, v, log_decay))
+        output, both = _chunks(cut, q, k, v, log_decay, both)
         output, total = output[..., :-1], output[..., -1:]
         output = (output / total.clamp(min=eps) if normalize else output).to(dtype)
     if not return_state:
@@ -76,7 +77,7 @@ def channel_decay_attention(
     return AttentionOutput(output, LinearState(both[..., :-1], both[..., -1], state.log_decay))
 
 
-def _chunks(cut: Cut, q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunks(cut: Cut, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     x = Faded.by_channel(q, k, log_decay)
     new, left = x.to_end.mT @ v, x.left
     before, last = cut.run(state, lambda i, state: state * left[:, :, i] + new[:, :, i])
