@@ -67,6 +67,8 @@ class Page:
 
 
 LOSS = Metric("loss", "loss", 4, unit="nats/token")
+# Of the runs whose model keeps one while it goes through a text.
+STATE = Metric("state_bytes", "state KiB", 1, place="run", factor=1 / 1024)
 # Of every task, behind its own columns.
 OF_EVERY_RUN = (
     Metric("tokens_per_second", "tokens/s", 0, place="run"),

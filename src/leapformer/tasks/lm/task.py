@@ -172,7 +172,17 @@ class LanguageModelData(TaskData):
             "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
             "perplexity_by_position": losses.perplexity(bins=POSITION_BINS),
             "baselines": self.baselines(split),
+            "state_bytes": self.state_bytes(model),
         }
+
+    @torch.no_grad()
+    def state_bytes(self, model: Any) -> int:
+        """What the model keeps of one text of `data.block_size` tokens for those that come next."""
+        was_training = model.training
+        text = torch.zeros(1, self.recipe.data.block_size, dtype=torch.long, device=model.device)
+        cache = model.eval().model(text, use_cache=True).past_key_values
+        model.train(was_training)
+        return cache.nbytes
 
     def baselines(self, split: str) -> dict[str, float]:
         """Perplexities per word counted on the training text: over the model's own tokens, and over words.
