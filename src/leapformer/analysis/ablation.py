@@ -222,8 +222,8 @@ def ablation_notes(found: Ablation) -> list[str]:
         expected = sum(map(chance_of_two_errors, pairs))
         lines.append(
             f"By chance alone, a difference over {min(pairs)} seeds passes two standard errors in "
-            f"{100 * chance_of_two_errors(min(pairs)):.0f} of 100 cases, so of these {len(pairs)} about {expected:.1f} "
-            "would; more seeds make that rarer."
+            f"{100 * chance_of_two_errors(min(pairs)):.0f} of 100 cases (here: {expected:.1f} of {len(pairs)}); more "
+            "seeds make that rarer."
         )
     return lines
 

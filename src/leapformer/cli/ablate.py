@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -111,9 +112,9 @@ def ablate(
         _tell_plan(grid)
         return
     failed: dict[str, str] = {}
-    if not table and (todo := [each for each in grid if not each.run.finished]):
-        children = _children(recipe, todo, jobs=jobs, threads=threads, folder=folder)
-        number = _run(children, todo, Progress(len(grid), children))
+    if not table and not all(each.run.finished for each in grid):
+        children = _children(recipe, grid, jobs=jobs, threads=threads, folder=folder)
+        number = _run(children, grid, Progress(len(grid), children))
         failed = children.failed
         if number is not None:
             _tell_interrupted(grid, folder, number)
@@ -146,7 +147,7 @@ def _grid(
 
     faults = list(_key_faults(cells, fixed, vary, budgeted=budget is not None))
     steps = [] if budget is None or faults else _budget(recipe, budget)
-    by_fault: dict[str, list[str]] = {}
+    by_cell: dict[str, dict[str, None]] = {}  # faults in their order, each once
     grid: list[GridRun] = []
     for seed in () if faults else seeds:
         for cell in cells:
@@ -154,14 +155,11 @@ def _grid(
             try:
                 resolved, before = _resolved(recipe, overrides, budgeted=budget is not None)
             except LeapformerError as error:
-                for fault in getattr(error, "faults", [str(error)]):
-                    by_fault.setdefault(fault, []).append(cell.name)
+                by_cell.setdefault(cell.name, {}).update(dict.fromkeys(getattr(error, "faults", [str(error)])))
                 continue
             total = resolved.training.max_steps + before
             grid.append(GridRun(cell, seed, Run(folder / cell.folder(seed)), resolved, overrides, total))
-    for fault, found in by_fault.items():
-        names = list(dict.fromkeys(found))
-        faults += [fault] if len(names) == len(cells) else [f"cell {cut(name)}: {fault}" for name in names]
+    faults += _cell_faults(by_cell, len(cells))
     owners: dict[str, str] = {}
     for each in grid:
         other = owners.setdefault(each.run.name.casefold(), each.name)
@@ -172,7 +170,16 @@ def _grid(
     return grid
 
 
-def _key_faults(cells: Sequence[Cell], fixed: Sequence[str], vary: Sequence[str], *, budgeted: bool) -> Any:
+def _cell_faults(by_cell: Mapping[str, Collection[str]], cells: int) -> Iterator[str]:
+    """Faults that all cells have, once; then a line for each cell with its own."""
+    counts = Counter(fault for found in by_cell.values() for fault in found)
+    yield from (fault for fault, count in counts.items() if count == cells)
+    for name, found in by_cell.items():
+        if own := [fault for fault in found if counts[fault] < cells]:
+            yield f"cell {cut(name)}: {'; '.join(own)}"
+
+
+def _key_faults(cells: Sequence[Cell], fixed: Sequence[str], vary: Sequence[str], *, budgeted: bool) -> Iterator[str]:
     """Keys that an option sets already."""
     from leapformer.training.grid import SEED, STEPS, same_key
 
@@ -280,15 +287,17 @@ def _last_event(run: Run) -> dict[str, Any] | None:
 # ---- running it
 
 
-def _children(recipe: str, todo: Sequence[GridRun], *, jobs: int | None, threads: int | None, folder: Path) -> Children:
+def _children(recipe: str, grid: Sequence[GridRun], *, jobs: int | None, threads: int | None, folder: Path) -> Children:
     """The processes of the runs that are not finished, none of them started."""
     from leapformer.files.writing import make_folder
     from leapformer.training.children import Children, Work, limited_threads
 
-    jobs, threads = _share(todo, jobs, threads)
+    jobs, threads = _share(grid, jobs, threads)
     make_folder(folder / LOGS)
     works = []
-    for each in todo:
+    for each in grid:
+        if each.run.finished:
+            continue
         command = [sys.executable, "-m", "leapformer.cli.child", "train", "--output", str(each.run.path)]
         command += [] if threads is None else ["--threads", str(threads)]
         works.append(
@@ -303,15 +312,18 @@ def _children(recipe: str, todo: Sequence[GridRun], *, jobs: int | None, threads
     return Children(works, jobs, limited_threads(threads))
 
 
-def _share(todo: Sequence[GridRun], jobs: int | None, threads: int | None) -> tuple[int, int | None]:
-    """How many runs at a time, and how many threads each; None: PyTorch's own choice."""
+def _share(grid: Sequence[GridRun], jobs: int | None, threads: int | None) -> tuple[int, int | None]:
+    """How many runs at a time, and how many threads each; None: PyTorch's own choice.
+
+    By the whole grid, so that a run is resumed with the threads that it began with.
+    """
     from leapformer.tasks.preparation import processors
     from leapformer.training.arguments import choose_device
 
     if jobs is None:
-        on_gpu = any(choose_device(each.recipe.training) == "cuda" for each in todo)
+        on_gpu = any(choose_device(each.recipe.training) == "cuda" for each in grid)
         jobs = 1 if on_gpu else max(1, processors() // (threads or 1))
-    jobs = min(jobs, len(todo))
+    jobs = min(jobs, len(grid))
     return jobs, 1 if threads is None and jobs > 1 else threads
 
 
@@ -323,12 +335,13 @@ def _data_of(recipe: Recipe) -> str:
     return json.dumps({key: value for key, value in recipe.to_dict().items() if key not in aside}, sort_keys=True)
 
 
-def _run(children: Children, todo: Sequence[GridRun], progress: Progress) -> int | None:
+def _run(children: Children, grid: Sequence[GridRun], progress: Progress) -> int | None:
     """Run all; the signal that stopped it, or None. A second one ends the children at once."""
     from leapformer.training.callbacks import Stop, interruptible
 
     stop, asked = Stop(), False
-    runs = {each.name: each for each in todo}
+    going = {work.name for work in children.works}
+    runs = {each.name: each for each in grid if each.name in going}
     try:
         with interruptible(stop):
             while children.step():

@@ -33,7 +33,7 @@ def proportions(
     from leapformer.analysis.proportions import learned_proportions
     from leapformer.cli.keeping import keep
     from leapformer.files.folders import check_output_folder
-    from leapformer.files.writing import write_text
+    from leapformer.files.writing import write_bytes
     from leapformer.training.loading import load_with_tokenizer
     from leapformer.training.run import Run
 
@@ -59,7 +59,7 @@ def proportions(
         target.mkdir(parents=True, exist_ok=True)
         for number, figure in enumerate(plots.proportions(layers)):
             path = target / f"proportions-layer-{number}.svg"
-            write_text(path, plots.figure_svg(figure))
+            write_bytes(path, plots.figure_svg_file(figure))
             typer.echo(f"Written to {path}")
 
     if output is None:
