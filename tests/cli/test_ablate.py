@@ -306,7 +306,7 @@ PROGRAM = [sys.executable, "-c", "import sys; from leapformer.cli import main; s
 
 
 def start_grid(folder: Path) -> tuple[subprocess.Popen[str], list[str], list[Path]]:
-    """A grid of two runs of 300 steps, both of which are in the middle of them."""
+    """A grid of two runs of 300 steps, both of which have begun."""
     output = folder / "grid"
     options = ["ablate", str(write_recipe(folder)), "max_steps=300", "save_every=100000", "eval_every=100000"]
     options += ["--vary", "attention=leap,linear", "--seeds", "1", "--jobs", "2", "--output", str(output)]
@@ -334,7 +334,8 @@ def test_ctrl_c_stops_the_runs_with_a_checkpoint_and_the_same_command_goes_on(tm
     assert out.startswith("Interrupted with ") and "The same command goes on" in out
     stopped = [run for run in runs if not (run / "results.json").exists()]
     assert stopped and all(len(list((run / "checkpoints").iterdir())) == 1 for run in stopped)
-    assert "attention=leap, seed 0: stopped after step " in err
+    for run in stopped:  # a busy machine may have finished the first one before the other began
+        assert f"{run.name.removesuffix('-seed0')}, seed 0: stopped after step " in err
     before = first_rows(runs)
     assert main(options) == 0
     assert "| attention=linear | 1 |" in capsys.readouterr().out
