@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leapformer.models import LeapformerConfig, LeapformerForCausalLM, NotCausal
-from tests.models.builders import tiny_config, tiny_model
+from tests.models.builders import SETTINGS, tiny_config, tiny_model
 
 
 def test_defaults_follow_from_the_sizes():
@@ -53,6 +53,7 @@ def test_a_configuration_survives_saving(tmp_path):
         ({"attention": ["leap"]}, r"config attention: expected one kind per block \(2\), found 1"),
         ({"variant": "best"}, "config variant: expected one of paper, gated, found 'best'"),
         ({"positions": "rotary"}, "config positions: expected one of sinusoidal, learned, none, found 'rotary'"),
+        ({"output_gate": "tanh"}, "config output_gate: expected one of silu, sigmoid, found 'tanh'"),
         ({"output_norm": "max"}, "config output_norm: expected one of sum, rmsnorm, found 'max'"),
         ({"hidden_size": 15}, "config hidden_size: expected a multiple of num_attention_heads=2"),
         ({"num_key_value_heads": 3}, "config num_key_value_heads: expected a divisor of num_attention_heads=2"),
@@ -76,3 +77,11 @@ def test_a_language_model_refuses_a_bidirectional_kind(kind):
     message = f"config attention: expected a kind that can be causal, found '{kind}' .it is bidirectional."
     with pytest.raises(NotCausal, match=message):
         LeapformerForCausalLM(tiny_config(attention=["leap", kind]))
+
+
+@pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_configuration_knows_about_how_many_parameters_there_are(fields):
+    """A model that is refused for its size is one that would have it: the matrices are all counted."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "leap_hidden": 2, "classifier_hidden_size": 1}
+    model = tiny_model(**{**fields, **sizes})
+    assert model.config._about_parameters() == pytest.approx(model.num_parameters(), rel=0.1)

@@ -22,6 +22,9 @@ LAYERS = {
     "softmax": {"kind": "softmax"},
     "softmax conv": {"kind": "softmax", "conv_width": 4},
     "softmax grouped": {"kind": "softmax", "num_kv_heads": 2},
+    "softmax output gate": {"kind": "softmax", "output_gate": "sigmoid"},
+    "softmax rotary": {"kind": "softmax", "rotary": True, "qk_norm": True, "num_kv_heads": 2},
+    "leap output gate": {"kind": "leap", "variant": "gated", "output_gate": "silu"},
 }
 B, T, D = 3, 21, 16
 

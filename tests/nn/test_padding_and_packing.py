@@ -15,6 +15,15 @@ D = 8
 LAYERS = {
     "leap": {"kind": "leap"},
     "leap-gated": {"kind": "leap", "variant": "gated"},
+    "running": {"kind": "leap", "variant": "gated", "proportion": "running"},
+    "running-grouped": {
+        "kind": "leap",
+        "variant": "gated",
+        "proportion": "running",
+        "num_kv_heads": 1,
+        "clocks": 2,
+        "leap_places": True,
+    },
     "leap-conv2": {"kind": "leap", "conv_width": 2},
     "cosformer": {"kind": "cosformer", "max_positions": 40},
     "cosformer-gated": {"kind": "cosformer", "max_positions": 40, "variant": "gated", "num_kv_heads": 1},
@@ -22,6 +31,8 @@ LAYERS = {
     "performer-conv": {"kind": "performer", "num_features": 8, "conv_width": 3},
     "softmax": {"kind": "softmax"},
     "softmax-conv": {"kind": "softmax", "conv_width": 4},
+    "softmax-rotary": {"kind": "softmax", "conv_width": 4, "rotary": True, "qk_norm": True},
+    "softmax-output-gate": {"kind": "softmax", "conv_width": 4, "output_gate": "silu"},
 }
 layers = pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS.keys())
 

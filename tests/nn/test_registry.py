@@ -186,13 +186,23 @@ STREAMING = [kind for kind in KINDS if kind == "softmax" or REGISTRY[kind].capab
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "conv_width": 3}, {"variant": "gated"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_kv_heads": 2, "conv_width": 3},
+        {"variant": "gated"},
+        {"variant": "gated", "proportion": "running", "clocks": 2, "num_kv_heads": 2, "leap_places": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", STREAMING)
 def test_a_source_in_pieces_is_the_source(kind, fields):
     """Absorbed in two pieces and read, beside the whole at once; rows of other lengths, and the mass of every chunk."""
     torch.manual_seed(0)
     limits = {"max_positions": 32, "max_source_positions": 32} if kind == "cosformer" else {}
-    layer = build_attention(kind, hidden_size=64, num_heads=4, num_features=16, **limits, **fields).double().eval()
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_features": 16, "cross": True}
+    layer = build_attention(kind, **sizes, **limits, **fields).double().eval()
     x, source = torch.randn(2, 2, 64).double(), torch.randn(2, 7, 64).double()
     lengths, places = torch.tensor([7, 5]), torch.arange(2)[None].expand(2, 2)
     real = torch.arange(7) < lengths[:, None]

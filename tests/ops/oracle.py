@@ -2,7 +2,7 @@
 
 Letters: B samples (or packed sequences), T queries, S keys, H query heads, G key/value heads, R rank, K and V widths.
 Nothing here is shared with the package: visibilities are lists of Python integers, masked keys are dropped from
-the tensors, and the decay between a key and a query is summed over its time steps.
+the tensors, and the decay between a key and a query, whichever is the later one, is summed over its time steps.
 
 The native implementation has no float64: `attend` hands it float32 copies, and it is held to the error that the torch
 implementation makes in float32.
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import LinearState, Staircase, linear_attention
+from leapformer.ops.api import _IMPLEMENTATIONS
 
 # No comparison asks for less than this; the `impl` fixture raises it to what float32 allows for "native".
 nearest = 0.0
 FLOAT32 = 2e-5
 
-LEAVES = ("q", "k", "v", "q_factors", "k_factors", "log_decay", "kv", "z", "state_decay")
+LEAVES = ("q", "k", "v", "q_factors", "k_factors", "q_angles", "k_angles", "log_decay", "kv", "z", "state_decay")
 
 
 def stairs(offset: int, step: int, every: int, phase: int, queries: int, keys: int) -> list[int]:
@@ -45,7 +46,7 @@ def one_head(q, k, v, a, c, counts, keep, decay, kv, z, normalize, eps):
     if decay is not None:
         i, j, t = torch.arange(steps)[:, None, None], slots[None, :, None], torch.arange(steps)[None, None, :]
         none = torch.zeros((), dtype=q.dtype)  # a step that does not lie between: -inf is not to be multiplied by 0
-        between = torch.where((j < t) & (t <= i), decay, none).sum(-1)
+        between = torch.where(((j < t) & (t <= i)) | ((i <= t) & (t < j)), decay, none).sum(-1)
         weight = weight * between.exp()
         to_query = torch.where(t[0] <= i[:, 0], decay, none).sum(-1)
         after_key = torch.where(j[0] < t[0], decay, none).sum(-1)
@@ -63,8 +64,8 @@ def one_head(q, k, v, a, c, counts, keep, decay, kv, z, normalize, eps):
 
 
 def explicit(
-    q, k, v, q_factors=None, k_factors=None, *, counts, spans, key_mask=None, log_decay=None, kv=None, z=None,
-    state_decay=None, normalize=True, eps=1e-6, relu=False,
+    q, k, v, q_factors=None, k_factors=None, *, counts, spans, key_mask=None, q_angles=None, k_angles=None,
+    log_decay=None, kv=None, z=None, state_decay=None, normalize=True, eps=1e-6, relu=False,
 ):  # fmt: skip
     """Outputs [B, T, H, V] and states [N, G or H, R, K, V], [N, G or H, R, K], total decay [N, H] or None.
 
@@ -72,6 +73,10 @@ def explicit(
     """
     if relu:
         q, k = q.clamp(min=0), k.clamp(min=0)
+    if q_angles is not None:  # cos(a - c) = cos a cos c + sin a sin c
+        if key_mask is not None:
+            k_angles = torch.where(key_mask[:, :, None, None], k_angles, 0)
+        q_factors, k_factors = (torch.cat([t.cos(), t.sin()], -1) for t in (q_angles, k_angles))
     heads, groups = q.shape[2], k.shape[2]
     rank = 1 if q_factors is None else q_factors.shape[-1]
     a = torch.ones(*q.shape[:3], 1, dtype=q.dtype) if q_factors is None else q_factors.expand(*q.shape[:3], rank)
@@ -127,8 +132,9 @@ VISIBLE: dict[str, Any] = {
 VISIBILITIES = ("all", "causal", *VISIBLE, "per sample", "tensor")
 
 
-def visibility(name: str, spans, generator):
-    """The argument for the package, and the counts of every sequence for the formula."""
+def visibility(name: str | tuple[int, int, int, int], spans, generator):
+    """The argument for the package, and the counts of every sequence for the formula; also from the integers of a
+    staircase."""
     lengths = [(queries.stop - queries.start, keys.stop - keys.start) for _, queries, keys in spans]
     if name == "all":
         return "all", [[s] * t for t, s in lengths]
@@ -144,7 +150,7 @@ def visibility(name: str, spans, generator):
         counts = [[max(0, min(s, int(g))) for g in r] for r, (_, s) in zip(raw, lengths, strict=True)]
         packed = len(spans) > 1 and spans[1][0] == 0
         return (torch.cat(raw)[None] if packed else torch.stack(raw)), counts
-    offset, step, every, phase = VISIBLE[name]
+    offset, step, every, phase = VISIBLE[name] if isinstance(name, str) else name
     return Staircase(offset, step, every, phase), [stairs(offset, step, every, phase, t, s) for t, s in lengths]
 
 
@@ -180,23 +186,32 @@ class Case:
         state = None if x["kv"] is None else LinearState(x["kv"], x["z"], x["state_decay"])
         return attend(
             x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], visible=self.visible, key_mask=self.key_mask,
-            log_decay=x["log_decay"], initial_state=state, return_state=True, impl=impl, **self.cu, **self.keywords,
+            q_angles=x["q_angles"], k_angles=x["k_angles"], log_decay=x["log_decay"], initial_state=state,
+            return_state=True, impl=impl, **self.cu, **self.keywords,
         )  # fmt: skip
 
     def formula(self):
         return explicit(**self.leaves, counts=self.counts, spans=self.spans, key_mask=self.key_mask, **self.keywords)
 
 
-def attend(*tensors, impl: str, initial_state=None, log_decay=None, **keywords):
+def attend(*tensors, impl: str, initial_state=None, q_angles=None, k_angles=None, log_decay=None, **keywords):
     """`linear_attention`, with float32 copies of float64 tensors where the implementation has no float64."""
 
     def taken(t):
         return t.float() if impl == "native" and t is not None and t.dtype == torch.float64 else t
 
     state = None if initial_state is None else LinearState(*map(taken, initial_state))
+    angles = {"q_angles": taken(q_angles), "k_angles": taken(k_angles)}
     return linear_attention(
-        *map(taken, tensors), impl=impl, initial_state=state, log_decay=taken(log_decay), **keywords
+        *map(taken, tensors), impl=impl, initial_state=state, log_decay=taken(log_decay), **angles, **keywords
     )
+
+
+def needs(impl: str, field: str) -> None:
+    """Skip the test of an implementation that does not take this field of ``Arguments``, whose refusal is tested
+    elsewhere."""
+    if field not in _IMPLEMENTATIONS[impl].takes:
+        pytest.skip(f"{impl} does not take {field}")
 
 
 def takes(impl: str, dtype: torch.dtype) -> bool:
@@ -210,10 +225,11 @@ def takes(impl: str, dtype: torch.dtype) -> bool:
 
 
 def make_case(
-    visible="all", *, T=7, S=None, B=2, H=2, G=None, K=3, V=4, R=0, factor_heads=True, mask=False, decay=False,
-    state=False, lengths=None, key_lengths=None, seed=0, **keywords,
+    visible="all", *, T=7, S=None, B=2, H=2, G=None, K=3, V=4, R=0, factor_heads=True, angles=0, mask=False,
+    decay=False, state=False, lengths=None, key_lengths=None, seed=0, **keywords,
 ) -> Case:  # fmt: skip
-    """A random case. `lengths` (and `key_lengths`) pack that many sequences into B = 1."""
+    """A random case. `lengths` (and `key_lengths`) pack that many sequences into B = 1; `angles`, m of them, between 0
+    and pi/2, in place of factors."""
     generator = torch.Generator().manual_seed(seed)
     S, G, cu = T if S is None else S, H if G is None else G, {}
     if lengths is None:
@@ -233,7 +249,7 @@ def make_case(
     def signed(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    state_heads, rank, N = H if decay else G, max(R, 1), len(spans)
+    state_heads, rank, N = H if decay else G, max(R, 2 * angles, 1), len(spans)
     leaves: dict[str, Tensor | None] = dict.fromkeys(LEAVES)
     leaves.update(q=positive(B, T, H, K), k=positive(B, S, G, K), v=signed(B, S, G, V))
     if keywords.get("relu"):  # three in ten are negative
@@ -241,6 +257,9 @@ def make_case(
     if R:
         leaves["q_factors"] = positive(B, T, H if factor_heads else 1, R)
         leaves["k_factors"] = positive(B, S, G if factor_heads else 1, R)
+    if angles:  # their cosines, and those of differences, are then positive, as a normaliser needs
+        leaves["q_angles"] = math.pi / 2 * positive(B, T, H if factor_heads else 1, angles)
+        leaves["k_angles"] = math.pi / 2 * positive(B, S, G if factor_heads else 1, angles)
     if decay:
         leaves["log_decay"] = -2 * positive(B, T, H)
     if state:

@@ -414,6 +414,11 @@ def figure_png(figure: Figure) -> bytes:
 
 def _layer_proportions(layer: LayerProportions) -> Figure:
     heads = max(layer.queries.shape[1], layer.keys.shape[1])
+    running = layer.steps is not None
+    sides = (
+        [("queries and keys", layer.keys, 0)] if running else [("queries", layer.queries, 0), ("keys", layer.keys, 1)]
+    )
+    one, what = ("clock", "turns") if running else ("head", "proportion")
     columns = 1 if heads == 1 else 2
     rows = math.ceil(heads / columns)
     figure = Figure(figsize=(WIDTH, 0.75 + 1.25 * rows), layout="constrained")
@@ -424,16 +429,19 @@ def _layer_proportions(layer: LayerProportions) -> Figure:
             continue
         _style(axes)
         # A module shared by grouped keys has fewer key heads than query heads.
-        for side, values, place in (("queries", layer.queries, 0), ("keys", layer.keys, 1)):
+        for side, values, place in sides:
             column = values[:, head * values.shape[1] // heads].tolist()
             axes.plot(range(len(column)), column, color=_color(place), linewidth=1.0, label=side)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
-        axes.set_title(f"head {head + 1}", fontsize=9, color=INK, loc="left", pad=2)
+        if layer.steps is None:
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+        else:
+            axes.set_yscale("symlog", linthresh=0.1)  # clocks differ by powers of ten
+        axes.set_title(f"{one} {head + 1}", fontsize=9, color=INK, loc="left", pad=2)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.supxlabel("token", fontsize=9, color=INK)
-    figure.supylabel("proportion", fontsize=9, color=INK)
+    figure.supylabel(what, fontsize=9, color=INK)
     return figure
 
 

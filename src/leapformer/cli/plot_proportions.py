@@ -50,7 +50,9 @@ def proportions(
         raise LeapformerError(f"--text: expected at most {limit[0]} tokens, found {len(ids)}; {limit[1]}")
     layers = learned_proportions(model, ids)
     for number, layer in enumerate(layers):
-        sides = (("queries", layer.queries), ("keys", layer.keys))
+        sides = [("queries", layer.queries), ("keys", layer.keys)]
+        if layer.steps is not None:
+            sides = [("steps", layer.steps), ("turns", layer.keys)]
         ranges = (f"{name} {float(side.min()):.2f} to {float(side.max()):.2f}" for name, side in sides)
         typer.echo(f"layer {number}: {', '.join(ranges)}")
     target = run.path / "plots" if output is None else output

@@ -13,6 +13,7 @@ SHARED_FIELDS = {
     "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "conv_width": "conv_width",
+    "output_gate": "output_gate",
     "bias": "attention_bias",
     "dropout": "attention_dropout",
 }
@@ -59,9 +60,10 @@ def build_block(
 
     Raises NotCausal where it should be causal and its attention can't.
     """
-    # A decay is of a past; in an encoder and over a source it would be weights that nothing uses.
+    # Where nothing is said of it, a decay is of a past; over a source it would be weights that nothing uses. Places of a
+    # source and of a target are on no common scale, so nothing is turned between them.
     own = attention_arguments(config, kind)
-    own.update({} if causal else {"decay": False}, **place)
+    own.update({} if causal or own.get("decay") else {"decay": False}, **place)
     own["max_source_positions"] = None
     attention = build_attention(kind, **own)
     if causal and not attention.capabilities.causal:
@@ -69,7 +71,7 @@ def build_block(
     over_source = None
     if cross is not None:
         own = attention_arguments(config, cross)
-        own.update(decay=False, **place)
+        own.update(decay=False, rotary=False, cross=True, **place)
         over_source = build_attention(cross, **own)
     block = (DecoderBlock if causal else EncoderBlock)(
         attention, cross_attention=over_source, **block_arguments(config)

@@ -3,6 +3,7 @@
 from leapformer.nn.bigbird import BigBirdAttention
 from leapformer.nn.blocks import DecoderBlock, EncoderBlock, FeedForward
 from leapformer.nn.build import KINDS, MECHANISMS, REGISTRY, build_attention, by_row
+from leapformer.nn.clocks import Clocks
 from leapformer.nn.conv import ShortConvolution
 from leapformer.nn.feature_maps import FEATURE_MAPS, elu_plus_one
 from leapformer.nn.informer import InformerAttention
@@ -37,6 +38,7 @@ __all__ = [
     "AttentionLayer",
     "Call",
     "Capabilities",
+    "Clocks",
     "ConvSubsampling",
     "CosformerCrossAttention",
     "Cosine",

@@ -7,12 +7,15 @@ re-weighting.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leapformer.nn.clocks import Clocks
 from leapformer.nn.feature_maps import FEATURE_MAPS, FeatureMap
 from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
 from leapformer.nn.packing import token_positions
@@ -21,24 +24,39 @@ from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Reweighting
 from leapformer.nn.state import LayerState
 from leapformer.nn.sums import SummingAttention
-from leapformer.ops import leap_attention, linear_attention
+from leapformer.ops import angle_factors, leap_attention, linear_attention
 from leapformer.ops.api import Impl
 
-Proportions = Literal["position", "learned"] | Proportion | tuple[Proportion, Proportion]
+Proportions = Literal["position", "learned", "running"] | Proportion | tuple[Proportion, Proportion]
 
 
 class Decay(nn.Module):
-    """log_decay = logsigmoid(W x + b) per head, b = 4 at the start, so that the state keeps 98 % a token."""
+    """log_decay = logsigmoid(W x + b) per head.
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    At the start b = 4, so that the state keeps 98 % a token; or, with ``scales`` = (shortest, longest), what is kept
+    falls to 1/e in times between these, in tokens and in equal ratios over the heads.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, scales: Sequence[float] | None = None) -> None:
         super().__init__()
+        if scales is not None and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
+            raise ValueError(
+                f"decay_scales: expected (shortest, longest) in tokens, 0 < shortest <= longest, got {scales}"
+            )
+        self.scales = scales
         self.weight = nn.Parameter(torch.empty(num_heads, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
-        nn.init.constant_(self.bias, 4.0)
+        if self.scales is None:
+            nn.init.constant_(self.bias, 4.0)
+            return
+        shortest, longest = self.scales
+        times = shortest * (longest / shortest) ** torch.linspace(0, 1, len(self.bias))
+        with torch.no_grad():  # logsigmoid(b) = -1 / time
+            self.bias.copy_(-torch.expm1(1 / times).log())
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, H] <= 0; padding doesn't decay."""
@@ -52,18 +70,23 @@ class LinearAttention(SummingAttention):
     Args:
         hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
         feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers.
-        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), or a ``Proportion``,
+        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "running" (clocks,
+            see ``Clocks``; it goes with ``output_norm``, since its re-weighting may be negative), or a ``Proportion``,
             or two, for queries and for keys.
+        clocks, clock_rate, clock_decades: of running proportions, see ``Clocks``.
+        leap_places: running proportions are where the clocks stand plus the paper's learned ones.
+        cross: cross-attention, which has no decay, and where queries and keys have clocks of their own.
         reweighting: "cosine", "quadratic" or a ``Reweighting``.
         max_positions: cosFormer's M.
         leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.
-        decay: multiply the state by a learned, data-dependent factor per head and token (causal self-attention only).
+        decay: a learned, data-dependent decay per head between the two tokens of self-attention. decay_scales: its
+            start, see ``Decay``.
         conv_width: width of the short causal convolution on the layer's input, 0 for none.
         output_norm: RMSNorm over each head's output instead of division by the normaliser.
         dropout: on the attention's output. eps, impl: as in ``leapformer.ops.linear_attention``.
 
     Raises:
-        ValueError: an unknown name, or an object that is none of these.
+        ValueError: an unknown name, an object that is none of these, or running proportions without the output norm.
     """
 
     capabilities = Capabilities(causal=True, cross=True, streaming=True, arbitrary_length=True)
@@ -77,11 +100,17 @@ class LinearAttention(SummingAttention):
         proportion: Proportions | None = "learned",
         reweighting: str | Reweighting = "cosine",
         max_positions: int = 2048,
+        clocks: int = 1,
+        clock_rate: float = math.pi / 2,
+        clock_decades: float = 2.0,
+        leap_places: bool = False,
+        cross: bool = False,
         leap_hidden: int = 8,
         leap_per_head: bool = False,
         leap_bins: int | None = None,
         leap_start: Start = "default",
         decay: bool = False,
+        decay_scales: Sequence[float] | None = None,
         output_norm: bool = False,
         eps: float = 1e-6,
         impl: Impl = "auto",
@@ -90,8 +119,25 @@ class LinearAttention(SummingAttention):
         super().__init__(hidden_size, num_heads, **shared)
         self.feature_map: FeatureMap = _named(FEATURE_MAPS, feature_map, "feature_map")
         self.reweighting = _reweighting(reweighting)
-        self.q_proportion, self.k_proportion, self.position_proportion = None, None, None
-        if proportion == "learned":
+        self.q_proportion, self.k_proportion, self.position_proportion, self.clocks = None, None, None, None
+        if proportion == "running":
+            if not output_norm:
+                raise ValueError(
+                    "proportion='running': expected output_norm (its re-weighting may be negative), got none"
+                )
+            self.clocks = Clocks(
+                self.head_dim,
+                self.num_heads,
+                self.num_kv_heads,
+                clocks=clocks,
+                rate=clock_rate,
+                decades=clock_decades,
+                cross=cross,
+                hidden=leap_hidden,
+                per_head=leap_per_head,
+                start=leap_start,
+            )
+        if proportion == "learned" or (proportion == "running" and leap_places):
             leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
             self.q_proportion = LeapModule(self.head_dim, heads=self.num_heads if leap_per_head else 1, **leap)
             self.k_proportion = LeapModule(self.head_dim, heads=self.num_kv_heads if leap_per_head else 1, **leap)
@@ -99,24 +145,28 @@ class LinearAttention(SummingAttention):
             self.position_proportion = PositionProportion(max_positions)
         elif isinstance(proportion, PositionProportion):
             self.position_proportion = proportion
-        elif proportion is not None:
+        elif proportion is not None and proportion != "running":
             self.q_proportion, self.k_proportion = _two(proportion)
         self.has_relu = self.feature_map is FEATURE_MAPS["relu"]
-        self.is_plain_leap = self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
+        self.is_plain_leap = (
+            self.clocks is None and self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
+        )
         self.is_plain_leap = self.is_plain_leap and _is_exact(self.k_proportion)
-        self.decay = Decay(hidden_size, num_heads) if decay else None
+        decay = decay and not cross
+        self.decay = Decay(hidden_size, num_heads, scales=decay_scales) if decay else None
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
         self.impl: Impl = impl
         self.feature_width, self.has_decay = self.head_dim, decay
         weighted = self.q_proportion is not None or self.position_proportion is not None
         self.rank = self.reweighting.rank if weighted else 1
+        if self.clocks is not None:
+            self.rank = 2 * clocks
         self.capabilities = Capabilities(True, True, True, arbitrary_length=self.position_proportion is None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         state, visible = call.state, call.visible
-        causal = call.is_self and isinstance(visible, str) and visible == "causal"
-        log_decay = self.decay(x, key_mask=call.key_mask) if self.decay is not None and causal else None
+        log_decay = self.decay(x, key_mask=call.key_mask) if self.decay is not None and call.is_self else None
         keywords = {
             "visible": visible,
             "key_mask": call.key_mask,
@@ -130,8 +180,12 @@ class LinearAttention(SummingAttention):
             "impl": self.impl,
             "update_state": state is not None and call.return_state and state.updates_in_place,
         }
-        leaps = self._plain_leaps()
-        if leaps is not None:
+        leaps, clock, query_clock = self._plain_leaps(), None, None
+        if self.clocks is not None:
+            q, k = self.feature_map(q), self.feature_map(k)
+            q_angles, k_angles, clock, query_clock = self._angles(self.clocks, q, k, call)
+            output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
+        elif leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
         else:
             # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
@@ -143,7 +197,57 @@ class LinearAttention(SummingAttention):
             wanted = getattr(self.output_norm, "weight", output).dtype  # autocast: bf16, float32
             output = self.output_norm(output.to(wanted)).to(output.dtype)
         output = F.dropout(output, self.dropout, self.training)
-        return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
+        if linear is None:
+            return output, None
+        return output, LayerState(length=q.new_zeros(0), linear=linear, clock=clock, query_clock=query_clock)
+
+    def _angles(self, clocks: Clocks, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of the features of queries and of keys: angles [B, T, H, m] and [B, S, G, m], and where the clocks of keys,
+        and in cross-attention those of queries, stand behind them."""
+        state = call.state
+        past = None if state is None else state.clock
+        bounds = call.cu_seqlens if call.is_self else call.cu_seqlens_k
+        k_angles, clock = clocks.of_keys(k, past, key_mask=call.key_mask, cu_seqlens=bounds)
+        if clocks.q_steps is None:
+            if not call.is_self:
+                raise ValueError("proportion='running': expected cross=True for cross-attention, got cross=False")
+            q_angles, query_clock = clocks.for_query_heads(k_angles), None
+        else:
+            past = None if state is None else state.query_clock
+            q_angles, query_clock = clocks.of_queries(q, past, cu_seqlens=call.cu_seqlens)
+        if self.q_proportion is not None and self.k_proportion is not None:
+            q_angles = q_angles + clocks.at_places(self.q_proportion(q))
+            k_angles = k_angles + clocks.at_places(self.k_proportion(k))
+        return q_angles, k_angles, clock, query_clock
+
+    def next_keys(
+        self, k: Tensor, places: Tensor, state: LayerState, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.clocks is None:
+            return super().next_keys(k, places, state, key_mask)
+        k = self.feature_map(k)
+        angles, state.clock = self.clocks.of_keys(k, state.clock, key_mask=key_mask)
+        if self.k_proportion is not None:
+            angles = angles + self.clocks.at_places(self.k_proportion(k))
+        return k, angle_factors(angles)
+
+    def next_queries(self, q: Tensor, position_ids: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
+        if self.clocks is None:
+            return super().next_queries(q, position_ids, state)
+        q = self.feature_map(q)
+        angles = self.clocks.of_queries(q, state.query_clock).angles
+        if self.q_proportion is not None:
+            angles = angles + self.clocks.at_places(self.q_proportion(q))
+        return q, angle_factors(angles)
+
+    def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
+        state = super()._empty_state(rows, keep_mass=keep_mass)
+        if self.clocks is not None:
+            shape, wide = (len(rows), self.num_kv_heads, self.clocks.clocks), torch.float64
+            state.clock = rows.new_zeros(shape, dtype=wide)
+            if self.clocks.q_steps is not None:
+                state.query_clock = rows.new_zeros(len(rows), self.num_heads, self.clocks.clocks, dtype=wide)
+        return state
 
     def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
         k = self.feature_map(k)
@@ -254,11 +358,14 @@ _COMPOSITION = {
     "feature_map": "feature_map",
     "reweighting": "reweighting",
     "decay": "decay",
+    "decay_scales": "decay_scales",
     "output_norm": "output_norm",
     "eps": "attention_eps",
     "impl": "attention_impl",
+    "cross": None,
 }
-_LEAP = {name: name for name in ("leap_hidden", "leap_per_head", "leap_bins", "leap_start")}
+_LEAP = {name: name for name in ("proportion", "leap_hidden", "leap_per_head", "leap_bins", "leap_start")}
+_LEAP |= {name: name for name in ("clocks", "clock_rate", "clock_decades", "leap_places")}
 _GATED = {"decay": True, "conv_width": 4, "output_norm": True}
 
 
@@ -284,7 +391,6 @@ MECHANISMS = (
         label="LeaPformer",
         row=5,
         options={**_COMPOSITION, **_LEAP},
-        fixed={"proportion": "learned"},
         gated=_GATED,
         translates=True,
     ),

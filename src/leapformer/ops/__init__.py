@@ -10,6 +10,7 @@ from leapformer.ops.api import (
     linear_state,
     proportion,
 )
+from leapformer.ops.lowering import angle_factors
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase
 
@@ -18,6 +19,7 @@ __all__ = [
     "LeapWeights",
     "LinearState",
     "Staircase",
+    "angle_factors",
     "available_impls",
     "cosine_factors",
     "leap_attention",

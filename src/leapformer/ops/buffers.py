@@ -28,18 +28,21 @@ class State(NamedTuple):
 
 class Boundaries:
     """States, or their gradients, at the start of a block, between its chunks and at its end: kv [n + 1, B G, F, V] and
-    z [n + 1, B G, 1, F], and views of them. ``before`` [m, ...] are those at the start of each chunk."""
+    z [n + 1, B G, 1, F], and views of them. ``read`` [m, ...] are those that each chunk reads, ``written`` those on its
+    other side. It reads what comes before it; with ``later`` what comes behind it."""
 
-    def __init__(self, kv: Tensor, z: Tensor) -> None:
+    def __init__(self, kv: Tensor, z: Tensor, later: bool = False) -> None:
+        self._later = later
         self.steps = kv.unbind(), z.unbind()
-        self.before = State(kv[:-1].flatten(0, 1), z[:-1].flatten(0, 1))
-        self.after = State(kv[1:].flatten(0, 1), z[1:].flatten(0, 1))
-        self.before_T = self.before.kv.transpose(-1, -2)
-        self.after_T = self.after.kv.transpose(-1, -2)
+        before = State(kv[:-1].flatten(0, 1), z[:-1].flatten(0, 1))
+        after = State(kv[1:].flatten(0, 1), z[1:].flatten(0, 1))
+        self.read, self.written = (after, before) if later else (before, after)
+        self.read_T, self.written_T = self.read.kv.transpose(-1, -2), self.written.kv.transpose(-1, -2)
 
-    def run(self, carry: State, whole: Sequence[Tensor] | None, backwards: bool = False) -> None:
-        """``after`` (``before``) holds what each chunk adds: make running sums of it from ``carry`` on, which moves to
-        their end. ``whole``: the decay of each chunk [B G, 1, 1]."""
+    def run(self, carry: State, whole: Sequence[Tensor] | None, gradients: bool = False) -> None:
+        """``written`` holds what each chunk adds (of gradients ``read``): make running sums of it from ``carry`` on,
+        which moves to their end. ``whole``: the decay of each chunk [B G, 1, 1]."""
+        backwards = self._later != gradients
         if backwards and whole is not None:
             whole = whole[::-1]
         for total, steps in zip(carry, self.steps, strict=True):
@@ -70,8 +73,8 @@ class Sizes(NamedTuple):
 
 
 class Buffer:
-    """A field of ``Room``: a tensor of this shape, made when it is first asked for and an ordinary attribute from then
-    on."""
+    """A field of ``Room`` or ``Direction``: a tensor of this shape, made when it is first asked for and an ordinary
+    attribute from then on."""
 
     def __init__(self, shape: Callable[[Sizes], tuple[int, ...]]) -> None:
         self._shape = shape
@@ -79,7 +82,7 @@ class Buffer:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, room: Room, owner: type) -> Tensor:
+    def __get__(self, room: Room | Direction, owner: type) -> Tensor:
         value = room.__dict__[self._name] = room.take(self._name, self._shape(room.sizes))
         return value
 
@@ -97,17 +100,13 @@ class Room:
     relu_k = Buffer(lambda s: (s.n, s.B, s.G, 1, s.C, s.K))
     product_k = Buffer(lambda s: (s.n, s.B, s.G, 1, s.C, s.K))
     v = Buffer(lambda s: (s.m, s.C, s.V))
-    weighted_v = Buffer(lambda s: (s.m, s.C, s.V))
     grad_v = Buffer(lambda s: (s.m, s.C, s.V))
     g = Buffer(lambda s: (s.m, s.r * s.C, s.V))
-    read = Buffer(lambda s: (s.m, s.r * s.C, s.V))
     out = Buffer(lambda s: (s.m, s.r * s.C, s.V))
     scores = Buffer(lambda s: (s.m, s.r * s.C, s.C))
+    grad_scores = Buffer(lambda s: (s.m, s.r * s.C, s.C))
     between = Buffer(lambda s: (s.m, s.C, s.C))
-    _kv = Buffer(lambda s: (s.n + 1, s.B * s.G, s.F, s.V))
-    _z = Buffer(lambda s: (s.n + 1, s.B * s.G, 1, s.F))
-    _grad_kv = Buffer(lambda s: (s.n + 1, s.B * s.G, s.F, s.V))
-    _grad_z = Buffer(lambda s: (s.n + 1, s.B * s.G, 1, s.F))
+    from_state = Buffer(lambda s: (s.m, s.C, s.F))
 
     def __init__(self, x: Arguments, block: Block, memory: dict[str, Tensor]) -> None:
         self._x, self._memory = x, memory
@@ -128,16 +127,12 @@ class Room:
         return self.v.transpose(-1, -2)
 
     @cached_property
-    def scores_T(self) -> Tensor:
-        return self.scores.transpose(-1, -2)
+    def past(self) -> Direction:
+        return Direction(self, later=False)
 
     @cached_property
-    def states(self) -> Boundaries:
-        return Boundaries(self._kv, self._z)
-
-    @cached_property
-    def grad_states(self) -> Boundaries:
-        return Boundaries(self._grad_kv, self._grad_z)
+    def later(self) -> Direction:
+        return Direction(self, later=True)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Memory of this shape: what another block has called so, where it is large enough."""
@@ -146,6 +141,32 @@ class Room:
         if buffer is None or buffer.numel() < size:
             buffer = self._memory[name] = self._x.q.new_empty(size, dtype=self._x.compute_dtype)
         return buffer[:size].view(shape)
+
+
+class Direction:
+    """What a room holds for the states of one direction, of the past or of what is later, and for their gradients."""
+
+    weighted_v = Buffer(lambda s: (s.m, s.C, s.V))
+    weighted_g = Buffer(lambda s: (s.m, s.r * s.C, s.V))
+    _kv = Buffer(lambda s: (s.n + 1, s.B * s.G, s.F, s.V))
+    _z = Buffer(lambda s: (s.n + 1, s.B * s.G, 1, s.F))
+    _grad_kv = Buffer(lambda s: (s.n + 1, s.B * s.G, s.F, s.V))
+    _grad_z = Buffer(lambda s: (s.n + 1, s.B * s.G, 1, s.F))
+
+    def __init__(self, room: Room, later: bool) -> None:
+        self.sizes = room.sizes
+        self._room, self._later = room, later
+
+    @cached_property
+    def states(self) -> Boundaries:
+        return Boundaries(self._kv, self._z, self._later)
+
+    @cached_property
+    def grad_states(self) -> Boundaries:
+        return Boundaries(self._grad_kv, self._grad_z, self._later)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._room.take(f"later {name}" if self._later else name, shape)
 
 
 class Workspace:

@@ -16,7 +16,7 @@ channel of the values, but products 65 wide take a quarter longer than those 64 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from leapformer.ops.arguments import Arguments, Gradients, Incoming
 from leapformer.ops.blocking import Block, causal_blocks, rows_of, view, wide_blocks
-from leapformer.ops.buffers import Room, State, Workspace
-from leapformer.ops.decay import running_sum
+from leapformer.ops.buffers import Direction, Room, State, Workspace
+from leapformer.ops.chunk_decay import Decay, Fade, chunk_decay, later_gradient, past_gradient
+from leapformer.ops.features import keys_and_values, query_features, write_key_gradient, write_query_gradient
 from leapformer.ops.memory import new_empty
 
 
@@ -49,8 +50,10 @@ def forward(x: Arguments) -> Result:
     for rows in rows_of(x):
         state = _state(x, rows, x.kv, x.z)
         if x.causal:
-            for block in causal_blocks(rows, x.q.shape[1]):
-                _causal_block(x, block, state, result, rooms[block])
+            blocks = list(causal_blocks(rows, x.q.shape[1]))
+            ends = [None] * len(blocks) if x.later_decay is None else _later_states(x, rows, blocks, rooms)
+            for block, later in zip(blocks, ends, strict=True):
+                _causal_block(x, block, state, later, result, rooms[block])
         else:
             for block in wide_blocks(rows, x.k.shape[1]):
                 _absorb(x, block, state, rooms[block])
@@ -68,9 +71,14 @@ def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
         grad_state = _state(x, rows, incoming.kv, incoming.z, with_z)
         if x.causal:
             blocks = list(causal_blocks(rows, x.q.shape[1]))
-            starts = _block_starts(x, rows, blocks, with_z, rooms)
-            for block, start in zip(reversed(blocks), reversed(starts), strict=True):
-                _causal_block_backward(x, block, start, quotient, grad_state, grads, rooms[block])
+            starts = _past_states(x, rows, blocks, with_z, rooms)
+            later = None
+            if x.later_decay is not None:
+                later = _later_gradients(x, rows, blocks, quotient, with_z, rooms)
+            for i in reversed(range(len(blocks))):
+                past = Carried(starts[i], grad_state)
+                behind = None if later is None else Carried(later.state, later.gradients[i])
+                _causal_block_backward(x, blocks[i], past, behind, quotient, grads, rooms[blocks[i]])
         else:
             state = _state(x, rows, saved.kv, saved.z)
             for block in wide_blocks(rows, x.q.shape[1]):
@@ -87,41 +95,6 @@ def backward(x: Arguments, saved: Result, incoming: Incoming) -> Gradients:
 
 
 # ---- features, values, states ----------------------------------------------------------------------------------------
-
-
-def _features(
-    x: Tensor, factors: Tensor | None, block: Block, groups: int, out: Tensor, relu: Tensor | None = None
-) -> Tensor:
-    """phi = factors (x) x into out [m, r C, F]; of relu(x), which is left in ``relu`` [n, B, G, r, C, K], where
-    given."""
-    tokens = view(x, block, groups)
-    if relu is not None:
-        same = tokens.dtype == relu.dtype
-        tokens = torch.clamp(tokens, min=0, out=relu) if same else relu.copy_(tokens).clamp_(min=0)
-    if factors is None:
-        out.view(tokens.shape).copy_(tokens)
-        return out
-    phi = out.view(*tokens.shape[:-1], factors.shape[-1], tokens.shape[-1])
-    by_rank = view(factors, block, groups).split(1, dim=-1)
-    for rank, f in enumerate(by_rank):  # three times as fast as one product that broadcasts over both
-        torch.mul(tokens, f, out=phi[..., rank, :])
-    return out
-
-
-def _query_features(x: Arguments, block: Block, room: Room) -> Tensor:
-    return _features(x.q, x.q_factors, block, x.k.shape[2], room.phi_q, room.relu_q if x.relu else None)
-
-
-def _keys_and_values(x: Arguments, block: Block, room: Room) -> tuple[Tensor, Tensor]:
-    """phi_k [m, C, F] and v [m, C, V], zero where masked."""
-    G = x.k.shape[2]
-    phi = _features(x.k, x.k_factors, block, G, room.phi_k, room.relu_k if x.relu else None)
-    v = _features(x.v, None, block, G, room.v)
-    if x.key_mask is not None:
-        hidden = ~view(x.key_mask[..., None], block, G).squeeze(3)
-        for keys in (phi, v):
-            keys.view(block.n, block.B, block.G, *keys.shape[1:]).masked_fill_(hidden, 0)
-    return phi, v
 
 
 def _state(x: Arguments, rows: Block, kv: Tensor | None, z: Tensor | None, with_z: bool = True) -> State:
@@ -144,50 +117,18 @@ def _store(state: State, rows: Block, kv: Tensor, z: Tensor) -> None:
         part.zero_() if field is None else part.copy_(field.view(part.shape))
 
 
-# ---- decay inside a chunk --------------------------------------------------------------------------------------------
-
-
-class Decay(NamedTuple):
-    """since_start e_q and until_end e_k [m, C, 1], whole e_C n times [B G, 1, 1], between D [m, C, C]."""
-
-    since_start: Tensor
-    until_end: Tensor
-    whole: Sequence[Tensor]
-    between: Tensor
-
-
-def _decay(x: Arguments, block: Block, room: Room) -> Decay | None:
-    if x.log_decay is None:
-        return None
-    steps = view(x.log_decay, block, x.k.shape[2]).reshape(-1, block.C, 1)
-    total = running_sum(steps, -2, x.compute_dtype)
-    # Between a key and an earlier query the difference is positive; what it becomes is cut off.
-    between = room.between.copy_(total - total.transpose(-1, -2)).exp_().tril_()
-    end = total[:, -1:]
-    since_start, until_end = (part.to(x.compute_dtype).exp_() for part in (total, end - total))
-    return Decay(since_start, until_end, since_start[:, -1:].unflatten(0, (block.n, -1)).unbind(), between)
-
-
-def _apply_causal(P: Tensor, decay: Decay | None) -> Tensor:
-    """P [m, r C, C] times the decay between query and key, 0 where the key is later; in place."""
-    if decay is not None:
-        return P.mul_(decay.between)
-    P.view(-1, P.shape[-1], P.shape[-1]).tril_()
-    return P
-
-
 # ---- attention that sees everything ----------------------------------------------------------------------------------
 
 
 def _absorb(x: Arguments, block: Block, state: State, room: Room) -> None:
-    phi_k, v = _keys_and_values(x, block, room)
+    phi_k, v = keys_and_values(x, block, room)
     state.kv.baddbmm_(room.phi_k_T, v)
     if state.z is not None:
         state.z.add_(phi_k.sum(-2, keepdim=True))
 
 
 def _read(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
-    phi_q = _query_features(x, block, room)
+    phi_q = query_features(x, block, room)
     torch.bmm(phi_q, state.kv, out=room.out)
     normaliser = _read_normaliser(state, room) if result.normaliser.shape[1] else None
     _finish(room.out, normaliser, block, x, result)
@@ -202,60 +143,77 @@ def _read_normaliser(state: State, room: Room) -> Tensor:
 def _read_backward(
     x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
 ) -> None:
-    phi_q = _query_features(x, block, room)
+    phi_q = query_features(x, block, room)
     g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
     torch.bmm(g, state.kv.transpose(-1, -2), out=room.grad_phi_q)
     grad_state.kv.baddbmm_(room.phi_q_T, g)
     if g_z is not None and grad_state.z is not None and state.z is not None:
         room.grad_phi_q.addcmul_(g_z, state.z)
         grad_state.z.baddbmm_(g_z.transpose(-1, -2), phi_q)
-    _write_query_gradient(x, block, grads, room)
+    write_query_gradient(x, block, grads, room)
 
 
 def _absorb_backward(x: Arguments, block: Block, grad_state: State, grads: Gradients, room: Room) -> None:
-    phi_k, v = _keys_and_values(x, block, room)
+    phi_k, v = keys_and_values(x, block, room)
     torch.bmm(phi_k, grad_state.kv, out=room.grad_v)
     torch.bmm(v, grad_state.kv.transpose(-1, -2), out=room.grad_phi_k)
     if grad_state.z is not None:
         room.grad_phi_k.add_(grad_state.z)
-    _write_key_gradient(x, block, grads, room)
+    write_key_gradient(x, block, grads, room)
 
 
 # ---- causal attention ------------------------------------------------------------------------------------------------
 
 
-class Keys(NamedTuple):
-    """What the keys of a block bring: phi [m, C, F], v [m, C, V], and to the state at the end of their chunk the
-    weights e_k, or 1, [m, C, 1] and e_k v."""
+class Weighted(NamedTuple):
+    """Tokens as a state meets them: of keys e_k v and e_k (or 1), of the gradients of what queries read e_q g and e_q
+    g_z, None where nothing is normalised. values [m, r C, V], weights [m, r C, 1]."""
 
-    phi: Tensor
-    v: Tensor
-    weights: Tensor
-    weighted_v: Tensor
+    values: Tensor
+    weights: Tensor | None
 
 
-def _keys(x: Arguments, block: Block, decay: Decay | None, state: State, room: Room) -> Keys:
-    """The keys, and in ``room.states`` the states that they make from ``state`` on, which moves to the block's end."""
-    phi, v = _keys_and_values(x, block, room)
-    if decay is None:
-        keys = Keys(phi, v, room.ones, v)
-    else:
-        keys = Keys(phi, v, decay.until_end, torch.mul(v, decay.until_end, out=room.weighted_v))
-    after = room.states.after
-    torch.bmm(room.phi_k_T, keys.weighted_v, out=after.kv)
-    if state.z is not None:
-        torch.bmm(keys.weights.transpose(-1, -2), phi, out=after.z)
-    room.states.run(state, None if decay is None else decay.whole)
-    return keys
+def _absorb_keys(phi: Tensor, v: Tensor, carry: State, direction: Direction, fade: Fade | None, room: Room) -> Weighted:
+    """The keys as the states on the other side of their chunk get them; ``direction.states`` are then those that they
+    make from ``carry`` on, which moves over the block."""
+    written = direction.states.written
+    weights = room.ones if fade is None else fade.write
+    values = v if fade is None else torch.mul(v, fade.write, out=direction.weighted_v)
+    torch.bmm(room.phi_k_T, values, out=written.kv)
+    if carry.z is not None:
+        torch.bmm(weights.transpose(-1, -2), phi, out=written.z)
+    direction.states.run(carry, None if fade is None else fade.whole)
+    return Weighted(values, weights)
 
 
-def _scores(a: Tensor, b_T: Tensor, decay: Decay | None, room: Room, bias: Tensor | None = None) -> Tensor:
-    """(a b^T + bias) * D as [m, r C, C]; bias [m, r C, 1]."""
+def _absorb_gradients(
+    phi_q: Tensor, g: Tensor, g_z: Tensor | None, carry: State, direction: Direction, fade: Fade | None, room: Room
+) -> Weighted:
+    """The gradients of what queries read, as the states get them; ``direction.grad_states`` are then those that they
+    make from ``carry`` on, which moves over the block."""
+    read = direction.grad_states.read
+    weights = g_z if fade is None or g_z is None else g_z * fade.read
+    values = g if fade is None else torch.mul(g, fade.read, out=direction.weighted_g)
+    torch.bmm(room.phi_q_T, values, out=read.kv)
+    if weights is not None:
+        torch.bmm(weights.transpose(-1, -2), phi_q, out=read.z)
+    direction.grad_states.run(carry, None if fade is None else fade.whole, gradients=True)
+    return Weighted(values, weights)
+
+
+def _products(a: Tensor, b_T: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias as ``out`` [m, r C, C]; bias [m, r C, 1]."""
     if bias is None:
-        torch.bmm(a, b_T, out=room.scores)
-    else:
-        torch.baddbmm(bias.expand(room.scores.shape), a, b_T, out=room.scores)
-    return _apply_causal(room.scores, decay)
+        return torch.bmm(a, b_T, out=out)
+    return torch.baddbmm(bias.expand(out.shape), a, b_T, out=out)
+
+
+def _apply_between(P: Tensor, between: Tensor | None) -> Tensor:
+    """P [m, r C, C] times the decay between query and key, or 0 where the key is later; in place."""
+    if between is not None:
+        return P.mul_(between)
+    P.view(-1, P.shape[-1], P.shape[-1]).tril_()
+    return P
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) -> None:
@@ -266,81 +224,175 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, weights: Tensor | None) ->
         total.addcmul_(torch.bmm(a, b), weights)
 
 
-def _causal_block(x: Arguments, block: Block, state: State, result: Result, room: Room) -> None:
-    """Writes the block's results and moves ``state`` to its end."""
-    decay = _decay(x, block, room)
-    phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
-    since_start = None if decay is None else decay.since_start
-    before = room.states.before
-    P = _scores(phi_q, room.phi_k_T, decay, room)
-    numerator = torch.bmm(P, keys.v, out=room.out)
-    _add_product(numerator, phi_q, before.kv, since_start)
-    normaliser = None
-    if result.normaliser.shape[1]:
-        old = _read_normaliser(before, room)
-        normaliser = P.sum(-1, keepdim=True).add_(old if since_start is None else old.mul_(since_start))
+def _causal_block(x: Arguments, block: Block, past: State, later: State | None, result: Result, room: Room) -> None:
+    """Writes the block's results and moves ``past``, the state before it, to its end; ``later`` is the state behind
+    it, of later keys, where these are seen."""
+    decay = chunk_decay(x, block)
+    phi_q, (phi_k, v) = query_features(x, block, room), keys_and_values(x, block, room)
+    P = _products(phi_q, room.phi_k_T, room.scores)
+    _apply_between(P, None if decay is None else decay.between(room))
+    numerator = torch.bmm(P, v, out=room.out)
+    normaliser = P.sum(-1, keepdim=True) if result.normaliser.shape[1] else None
+    for carry, direction, fade in _directions(decay, past, later, room):
+        _absorb_keys(phi_k, v, carry, direction, fade, room)
+        read = None if fade is None else fade.read
+        _add_product(numerator, phi_q, direction.states.read.kv, read)
+        if normaliser is not None:
+            old = _read_normaliser(direction.states.read, room)
+            normaliser.add_(old if read is None else old.mul_(read))
     _finish(numerator, normaliser, block, x, result)
 
 
-def _block_starts(x: Arguments, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
-    """The state before every block, found again by a sweep over the keys."""
-    state, starts = _state(x, rows, x.kv, x.z, with_z), []
+def _directions(
+    decay: Decay | None, past: State, later: State | None, room: Room
+) -> list[tuple[State, Direction, Fade | None]]:
+    if later is None or decay is None:
+        return [(past, room.past, None if decay is None else decay.past)]
+    return [(past, room.past, decay.past), (later, room.later, decay.later)]
+
+
+def _boundary_states(blocks: Sequence[Block], carry: State, move: Callable[[Block], object]) -> list[State]:
+    """``carry`` as it reaches each of the blocks, over which ``move`` takes it one after the other."""
+    states = []
     for i, block in enumerate(blocks):
-        starts.append(State(state.kv.clone(), None if state.z is None else state.z.clone()))
+        states.append(State(carry.kv.clone(), None if carry.z is None else carry.z.clone()))
         if i < len(blocks) - 1:
-            _keys(x, block, _decay(x, block, rooms[block]), state, rooms[block])
-    return starts
+            move(block)
+    return states
+
+
+def _past_states(x: Arguments, rows: Block, blocks: list[Block], with_z: bool, rooms: Workspace) -> list[State]:
+    """The state before every block, found again by a sweep over the keys."""
+    state = _state(x, rows, x.kv, x.z, with_z)
+
+    def move(block: Block) -> None:
+        decay, room = chunk_decay(x, block), rooms[block]
+        fade = None if decay is None else decay.past
+        _absorb_keys(*keys_and_values(x, block, room), state, room.past, fade, room)
+
+    return _boundary_states(blocks, state, move)
+
+
+def _later_states(x: Arguments, rows: Block, blocks: list[Block], rooms: Workspace) -> list[State]:
+    """The state of later keys behind every block, found by a sweep from the end."""
+    state = _state(x, rows, None, None, x.normalize)
+
+    def move(block: Block) -> None:
+        decay, room = chunk_decay(x, block), rooms[block]
+        assert decay is not None
+        _absorb_keys(*keys_and_values(x, block, room), state, room.later, decay.later, room)
+
+    return _boundary_states(blocks[::-1], state, move)[::-1]
+
+
+class Later(NamedTuple):
+    """While gradients go from the last block to the first: the state of later keys behind the block, and its gradient
+    before each of the blocks, from those of earlier queries."""
+
+    state: State
+    gradients: list[State]
+
+
+def _later_gradients(
+    x: Arguments, rows: Block, blocks: list[Block], quotient: Quotient, with_z: bool, rooms: Workspace
+) -> Later:
+    carry = _state(x, rows, None, None, with_z)
+
+    def move(block: Block) -> None:
+        decay, room = chunk_decay(x, block), rooms[block]
+        assert decay is not None
+        g, g_z = _numerator_gradient(quotient, block, x, with_z, room)
+        _absorb_gradients(query_features(x, block, room), g, g_z, carry, room.later, decay.later, room)
+
+    return Later(_state(x, rows, None, None, with_z), _boundary_states(blocks, carry, move))
+
+
+class Carried(NamedTuple):
+    """A state as it reaches a block, and its gradient, which comes from the other side; both move over the block."""
+
+    state: State
+    gradient: State
 
 
 def _causal_block_backward(
-    x: Arguments, block: Block, state: State, quotient: Quotient, grad_state: State, grads: Gradients, room: Room
+    x: Arguments, block: Block, past: Carried, later: Carried | None, quotient: Quotient, grads: Gradients, room: Room
 ) -> None:
-    """Writes the block's gradients and moves ``grad_state``, that of the state after the block, to that before it;
-    ``state`` is the state before the block."""
-    decay = _decay(x, block, room)
-    phi_q, keys = _query_features(x, block, room), _keys(x, block, decay, state, room)
-    g, g_z = _numerator_gradient(quotient, block, x, grad_state.z is not None, room)
-    read, read_z, until_end = g, g_z, None
-    if decay is not None:
-        until_end = decay.until_end
-        read = torch.mul(g, decay.since_start, out=room.read)
-        read_z = None if g_z is None else g_z * decay.since_start
-    states, grad_states = room.states, room.grad_states
-    torch.bmm(room.phi_q_T, read, out=grad_states.before.kv)
-    if read_z is not None:
-        torch.bmm(read_z.transpose(-1, -2), phi_q, out=grad_states.before.z)
-    grad_states.run(grad_state, None if decay is None else decay.whole, backwards=True)
+    """Writes the block's gradients, and moves what it is given to the block's other side."""
+    decay = chunk_decay(x, block)
+    between = None if decay is None else decay.between(room)
+    phi_q, (phi_k, v) = query_features(x, block, room), keys_and_values(x, block, room)
+    g, g_z = _numerator_gradient(quotient, block, x, past.gradient.z is not None, room)
 
-    _scores(phi_q, room.phi_k_T, decay, room)
-    torch.bmm(room.scores_T, g, out=room.grad_v)
-    _add_product(room.grad_v, keys.phi, grad_states.after.kv, until_end)
-    dP = _scores(g, room.v_T, decay, room, bias=g_z)
-    grad_phi_q = torch.bmm(dP, keys.phi, out=room.grad_phi_q).baddbmm_(read, states.before_T)
-    grad_phi_k = torch.bmm(room.scores_T, phi_q, out=room.grad_phi_k).baddbmm_(keys.weighted_v, grad_states.after_T)
-    if read_z is not None:
-        assert states.before.z is not None and grad_states.after.z is not None
-        grad_phi_q.addcmul_(read_z, states.before.z)
-        grad_phi_k.addcmul_(keys.weights, grad_states.after.z)
-    if grads.log_decay is not None:
-        steps = _decay_gradient(room, read_z is not None)
-        target = view(grads.log_decay, block, x.k.shape[2])
-        target.copy_(steps.view(target.shape))
-    _write_query_gradient(x, block, grads, room)
-    _write_key_gradient(x, block, grads, room)
+    P = _apply_between(_products(phi_q, room.phi_k_T, room.scores), between)
+    torch.bmm(P.transpose(-1, -2), g, out=room.grad_v)
+    dP = _products(g, room.v_T, room.scores if later is None else room.grad_scores, bias=g_z)
+    of_later = None if later is None else _of_later_keys(P, dP)
+    _apply_between(dP, between)
+    torch.bmm(dP, phi_k, out=room.grad_phi_q)
+    torch.bmm(dP.transpose(-1, -2), phi_q, out=room.grad_phi_k)
+
+    fade = None if decay is None else decay.past
+    keys = _absorb_keys(phi_k, v, past.state, room.past, fade, room)
+    reads = _absorb_gradients(phi_q, g, g_z, past.gradient, room.past, fade, room)
+    states, grad_states = room.past.states, room.past.grad_states
+    _add_product(room.grad_v, phi_k, grad_states.written.kv, None if fade is None else fade.write)
+    _add_through(room.grad_phi_q, reads, states.read_T, states.read.z if g_z is not None else None)
+    _add_through(room.grad_phi_k, keys, grad_states.written_T, grad_states.written.z if g_z is not None else None)
+    if later is not None and decay is not None and decay.later is not None and of_later is not None:
+        keys = _absorb_keys(phi_k, v, later.state, room.later, decay.later, room)
+        reads = _absorb_gradients(phi_q, g, g_z, later.gradient, room.later, decay.later, room)
+        states, grad_states = room.later.states, room.later.grad_states
+        _add_product(room.grad_v, phi_k, grad_states.written.kv, decay.later.write)
+        z, grad_z = (s.z if g_z is not None else None for s in (states.read, grad_states.written))
+        of_later.sub_(_add_through_of(phi_q, room.grad_phi_q, reads, states.read_T, z, room))
+        of_later.add_(_add_through_of(phi_k, room.grad_phi_k, keys, grad_states.written_T, grad_z, room))
+    _write_decay_gradients(x, block, of_later, g_z is not None, grads, room)
+    write_query_gradient(x, block, grads, room)
+    write_key_gradient(x, block, grads, room)
 
 
-def _decay_gradient(room: Room, with_z: bool) -> Tensor:
-    """[m, C], from features and states, which it overwrites, and their gradients.
+def _add_through(total: Tensor, tokens: Weighted, kv_T: Tensor, z: Tensor | None) -> None:
+    """total [m, r C, F] += values kv^T + weights z; in place."""
+    total.baddbmm_(tokens.values, kv_T)
+    if tokens.weights is not None and z is not None:
+        total.addcmul_(tokens.weights, z)
 
-    Every term with phi_q(t) carries exp(+total_t), every term with phi_k(t) exp(-total_t), the state after the chunk
-    exp(+total_C): so the gradient of the running total needs no further product.
+
+def _add_through_of(phi: Tensor, total: Tensor, tokens: Weighted, kv_T: Tensor, z: Tensor | None, room: Room) -> Tensor:
+    """The same; and phi . what was added, [m, C]."""
+    part = torch.bmm(tokens.values, kv_T, out=room.from_state)
+    if tokens.weights is not None and z is not None:
+        part.addcmul_(tokens.weights, z)
+    total.add_(part)
+    return part.mul_(phi).sum(-1)
+
+
+def _of_later_keys(P: Tensor, dP: Tensor) -> Tensor:
+    """[m, C], of the weights of later keys in a chunk and their gradients: each one's as a key less that as a query.
+    Overwrites P."""
+    both = P.mul_(dP).triu_(1)
+    return both.sum(-2).sub_(both.sum(-1))
+
+
+def _write_decay_gradients(
+    x: Arguments, block: Block, of_later: Tensor | None, with_z: bool, grads: Gradients, room: Room
+) -> None:
+    """From features and states, which it overwrites, and their gradients; of_later [m, C]: the gradients of the running
+    sums of ``later_decay``, of which a query's terms carry exp(-before_t), a key's exp(+before_t).
+
+    Every other term with phi_q(t) carries exp(+total_t), with phi_k(t) exp(-total_t): so the gradient of the running
+    total needs no further product.
     """
+    if grads.log_decay is None:
+        return
     total = room.phi_q.mul_(room.grad_phi_q).sum(-1).sub_(room.phi_k.mul_(room.grad_phi_k).sum(-1))
-    after, grad_after = room.states.after, room.grad_states.after
-    for field, grad in zip(after[: 1 + with_z], grad_after, strict=False):
-        assert field is not None and grad is not None
-        total[:, -1] += field.mul_(grad).sum((-1, -2))
-    return total.flip(-1).cumsum(-1).flip(-1)
+    steps = [(grads.log_decay, room.past, past_gradient, total)]
+    if of_later is not None and grads.later_decay is not None:
+        total.add_(of_later)
+        steps.append((grads.later_decay, room.later, later_gradient, of_later))
+    for field, direction, gradient, sums in steps:
+        target = view(field, block, x.k.shape[2])
+        target.copy_(gradient(sums, direction.states, direction.grad_states, with_z).view(target.shape))
 
 
 # ---- outputs and gradients, block by block ---------------------------------------------------------------------------
@@ -390,79 +442,6 @@ def _numerator_gradient(
     return g, dot.view(*g.shape[:2], 1)
 
 
-def _write_query_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
-    _write_feature_gradient(
-        room.grad_phi_q,
-        block,
-        x.q,
-        x.q_factors,
-        grads.q,
-        grads.q_factors,
-        x.k.shape[2],
-        room.product_q,
-        room.relu_q if x.relu else None,
-    )
-
-
-def _write_key_gradient(x: Arguments, block: Block, grads: Gradients, room: Room) -> None:
-    """Of keys and values."""
-    target = view(grads.v, block, x.k.shape[2])
-    target.copy_(room.grad_v.view(target.shape))
-    _write_feature_gradient(
-        room.grad_phi_k,
-        block,
-        x.k,
-        x.k_factors,
-        grads.k,
-        grads.k_factors,
-        x.k.shape[2],
-        room.product_k,
-        room.relu_k if x.relu else None,
-    )
-
-
-def _write_feature_gradient(
-    grad_phi: Tensor,
-    block: Block,
-    x: Tensor,
-    factors: Tensor | None,
-    grad_x: Tensor,
-    grad_factors: Tensor | None,
-    groups: int,
-    product: Tensor,
-    relu: Tensor | None,
-) -> None:
-    """From the gradient of phi [m, r C, F], which is overwritten, to those of x (sum over the rank) and of its factors
-    (over the width); ``product`` [n, B, G, r, C, K] is room for a temporary, ``relu`` is relu(x) where phi is made of
-    it."""
-    target = view(grad_x, block, groups)
-    if factors is None or grad_factors is None:
-        _write_through_relu(grad_phi.view(target.shape), relu, target)
-        return
-    tokens = view(x, block, groups) if relu is None else relu
-    f = view(factors, block, groups).split(1, dim=-1)
-    by_rank = grad_phi.view(*target.shape[:-1], len(f), target.shape[-1]).unbind(-2)
-    by_factor = [torch.mul(part, tokens, out=product).sum(-1) for part in by_rank]
-    for part, factor in zip(by_rank, f, strict=True):
-        part.mul_(factor)
-    for part in by_rank[1:]:
-        by_rank[0].add_(part)
-    _write_through_relu(by_rank[0], relu, target)
-    # Factors that heads share get the sum over them, of which this block may hold a part.
-    grad_f, by_factor = view(grad_factors, block, groups), torch.stack(by_factor, dim=-1)
-    grad_f.add_(by_factor.sum((2, 3), keepdim=True) if factors.shape[2] == 1 else by_factor)
-
-
-def _write_through_relu(grad: Tensor, relu: Tensor | None, target: Tensor) -> None:
-    """Where there was a ReLU, whose result is ``relu``, its gradient; else a copy."""
-    if relu is None:
-        target.copy_(grad)
-    elif target.dtype == grad.dtype:
-        torch.ops.aten.threshold_backward.grad_input(grad, relu, 0, grad_input=target)
-    else:
-        target.copy_(torch.ops.aten.threshold_backward(grad, relu, 0))
-
-
 def _empty_result(x: Arguments) -> Result:
     (B, T, H, K), G, V, dtype = x.q.shape, x.k.shape[2], x.v.shape[3], x.compute_dtype
     return Result(
@@ -484,5 +463,13 @@ def _empty_gradients(x: Arguments) -> Gradients:
 
     q, k, v = (new_empty(field, field.shape) for field in x[:3])
     return Gradients(
-        q, k, v, zeros(x.q_factors), zeros(x.k_factors), log_decay=empty(x.log_decay), kv=empty(x.kv), z=empty(x.z)
+        q,
+        k,
+        v,
+        zeros(x.q_factors),
+        zeros(x.k_factors),
+        log_decay=empty(x.log_decay),
+        later_decay=empty(x.later_decay),
+        kv=empty(x.kv),
+        z=empty(x.z),
     )

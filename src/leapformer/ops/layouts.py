@@ -141,6 +141,7 @@ class _Bucket(NamedTuple):
             q_factors=None if x.q_factors is None else self.queries_in(x.q_factors),
             k_factors=None if x.k_factors is None else self.keys_in(x.k_factors),
             log_decay=None if x.log_decay is None else self.queries_in(x.log_decay),
+            later_decay=None if x.later_decay is None else self.queries_in(x.later_decay),
             kv=None if x.kv is None else x.kv[self.rows],
             z=None if x.z is None else x.z[self.rows],
             key_mask=None if x.key_mask is None else x.key_mask[0][self.keys],
@@ -191,7 +192,7 @@ def _packed_backward(
             None if incoming.z is None else incoming.z[bucket.rows],
         )
         part = backward(bucket.unpack(x), saved_part, incoming_part)
-        for name in ("q", "q_factors", "log_decay"):
+        for name in ("q", "q_factors", "log_decay", "later_decay"):
             if getattr(total, name) is not None:
                 bucket.queries_to(getattr(total, name), getattr(part, name))
         for name in ("k", "v", "k_factors"):

@@ -131,7 +131,7 @@ def _left_before(later_decay: Tensor) -> Tensor:
     before = torch.ones(T, T, dtype=torch.bool, device=later_decay.device).tril(-1)
     steps = later_decay.transpose(1, 2)[..., None, :].expand(*later_decay.shape[:1], later_decay.shape[2], T, T)
     sums = steps.masked_fill(before, 0).cumsum(3)  # over s from t to j; one less is wanted
-    return F.pad(sums, (1, -1)).exp().triu(1)
+    return F.pad(sums, (1, 0))[..., :T].exp().triu(1)
 
 
 def _final_state(phi_k: Tensor, v: Tensor, log_decay: Tensor | None, x: Arguments) -> tuple[Tensor, Tensor]:

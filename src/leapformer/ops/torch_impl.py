@@ -9,7 +9,7 @@ from torch import Tensor
 from leapformer.ops import layouts
 from leapformer.ops.arguments import Arguments, Gradients, Incoming
 from leapformer.ops.chunks import Result
-from leapformer.ops.implementation import Implementation
+from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.operator import Operator
 
 
@@ -27,6 +27,7 @@ def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gr
     return layouts.backward(x, Result(*results), incoming)
 
 
+_TAKES = BASIS | {"later_decay"}
 OPERATOR = Operator(
     "linear_attention",
     forward=layouts.forward,
@@ -34,5 +35,6 @@ OPERATOR = Operator(
     backward=_backward,
     direct=lambda x, update_state: layouts.forward(x),
     results=4,
+    takes=_TAKES,
 )
-IMPLEMENTATION = Implementation(OPERATOR.attend)
+IMPLEMENTATION = Implementation(OPERATOR.attend, takes=_TAKES)

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from leapformer.errors import LeapformerError
 from leapformer.files.checksums import is_sound, write_sums
 from leapformer.files.writing import staged_folder
-from leapformer.models import LeapformerConfig, LeapformerForCausalLM
+from leapformer.models import LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
 from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.results import RESULTS
 from leapformer.tasks.lm.tokenizers import build_tokenizer
-from leapformer.tasks.model_section import build_config, config_of, model_fields
+from leapformer.tasks.model_section import config_of, model_fields, provisional_config
 from leapformer.training.loading import load_tokenizer
 from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
@@ -92,13 +92,6 @@ class LanguageModelRecipe(Recipe):
                 f"found {self.data.block_size}; {why}"
             )
         return self
-
-
-def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a
-    softmax.
-    """
-    return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
 class LanguageModelData(TaskData):
