@@ -92,6 +92,7 @@ def test_a_fault_of_all_cells_is_told_once(tmp_path, capsys):
         (["--vary", "max_steps=1,2", "--budget", "3"], "max_steps: expected no such key beside --budget"),
         (["--vary", "attention=leap,linear", "attention=linear"], "attention: expected either in --vary or as"),
         (["--vary", "attention=leap", "--baseline", "linear"], "--baseline: expected one of attention=leap, found"),
+        (["--vary", "attention=leap", "--metric", "bits"], "metric: expected one of bits_per_byte, loss, word_per"),
         (["--vary", "attention=leap", "--budget", "4", "warmup_steps=5"], "training.warmup_steps: expected at most"),
         (["--vary", "attention=leap", "--seeds", "0"], "'--seeds'"),
         (["--cell", "a b: hidden_size=16", "--cell", "a/b: hidden_size=32"], "expected a folder of its own"),
@@ -176,6 +177,9 @@ def test_the_table_of_what_is_finished(grid, capsys):
     assert (output / "ablation.csv").read_text().count("\n") == 3
     assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (output / "ablation.svg").read_text()
+    assert main(["ablate", str(recipe), *options, "--table", "--metric", "loss"]) == 0
+    out = capsys.readouterr().out
+    assert "| attention=leap | 3 | 1.60000 ± 0.00000 | none (+0.00000 ± 0.00000) |" in out
     assert main(["ablate", str(recipe), *options, "--table", "--baseline", "attention=leap"]) == 0
     assert "| attention=softmax | 4 | 2.7500 ± 0.3227 | worse +0.4583 ± 0.0417 |" in capsys.readouterr().out
 
