@@ -188,7 +188,7 @@ def test_what_stands_in_for_the_headline_does_so_for_all_or_none():
     found = ablation({"a": [translation(25.0, 0)], "b": [translation(27.0, 0)]}, baseline="a")
     assert found.metric.key == "BLEU" and found.cells[1].difference == 2.0
     found = ablation({"a": [translation(25.0, 0)], "b": [translation(27.0, 0)]}, baseline="a", metric="loss")
-    assert found.metric is LOSS and found.cells[1].difference == 0.0
+    assert found.metric == LOSS and found.cells[1].difference == 0.0
     found = ablation({"a": [translation(25.0, 0)], "b": [translation(None, 0)]}, baseline="a")
     assert found.metric.key == LOSS.key and found.cells[1].difference == 0.0
 
