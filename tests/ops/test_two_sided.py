@@ -113,6 +113,8 @@ def test_more_than_one_block_of_chunks(impl):
     """Beyond what any implementation takes at once: states go from one stretch of the sequence to the next."""
     case = two_sided("all", T=1200, B=1, H=2, K=1, V=1, state=True, mask=True)
     case.leaves["log_decay"] = case.leaves["log_decay"] / 100
+    if impl == "native":
+        return check_low(case.away_from_zero().to(torch.float32), impl, formula=lambda c: c.call("reference"))
     expected, expected_gradients = results_and_gradients(case, lambda c: c.call("reference"))
     found, gradients = results_and_gradients(case, lambda c: c.call(impl))
     for name, t in expected.items():

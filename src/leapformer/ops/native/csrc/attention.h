@@ -503,10 +503,11 @@ struct Attention : Buffers {
     }
 
     // The part of dx and df that comes through the features: x, f and dphi + d z -> += dx [n, ldk], += df.
-    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay).
+    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay). With `first`, dx
+    // and df hold nothing yet.
     void features_backward(
         int n, const float* x, const float* f, const float* dphi, const float* extra, const float* extra_weight,
-        const float* weight, float* dx, float* df, float* decay_part
+        const float* weight, float* dx, float* df, float* decay_part, bool first = false
     ) {
         for (int i = 0; i < n; i++) {
             float along = 0;
@@ -518,10 +519,10 @@ struct Attention : Buffers {
                 for (int c = 0; c < s.Kp; c += W) {
                     const Vec both = load(grad + c) + add * load(more + c);
                     sum += load(x + i * s.ldk + c) * both;
-                    store(dx + i * s.ldk + c, load(dx + i * s.ldk + c) + factor * both);
+                    store(dx + i * s.ldk + c, first && r == 0 ? factor * both : load(dx + i * s.ldk + c) + factor * both);
                 }
-                const float share = total(sum);
-                df[r * TILE + i] += share * (weight ? weight[i] : 1.0f);
+                const float share = total(sum), weighted = share * (weight ? weight[i] : 1.0f);
+                df[r * TILE + i] = first ? weighted : df[r * TILE + i] + weighted;
                 along += share * own;
             }
             if (decay_part) decay_part[i] = along;

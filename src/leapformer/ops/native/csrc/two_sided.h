@@ -29,7 +29,7 @@
 
 struct TwoSided : Attention {
     // Half of what it is elsewhere: scores are those of whole tiles here, and cost as much as the states.
-    static constexpr int STEP = TILE / 2;
+        static constexpr int STEP = TILE / 2;
     static constexpr long GROUP = TILE * SUPER;
     enum { EARLIER = 0, LATER = 1 };
 
@@ -280,8 +280,6 @@ struct TwoSided : Attention {
         upward(own, [&](long i, int n) {
             if (i % GROUP == 0) crossing[(i - own.begin) / GROUP] = i ? float(along_state(checkpoint(i, LATER))) : 0;
             load_tile_backward(own, i, n);
-            memset(dxk, 0, sizeof(float) * n * s.ldk), memset(dxq, 0, sizeof(float) * n * s.ldk);
-            memset(dkf, 0, sizeof(float) * s.R * TILE), memset(dqf, 0, sizeof(float) * s.R * TILE);
             through_states(n, earlier, later, true);
             const long first = i - own.begin;
             for (int a = 0; a < n; a++) earlier_share[first + a] = query_share[a], later_share[first + a] = -key_share[a];
@@ -365,9 +363,9 @@ struct TwoSided : Attention {
         features(s, n, kx, weighted(kf, taken.key), phi_k);
         product(n, s.Vp, s.F, by_rows(phi_k, s.ldf), dS, s.ldv, first ? nullptr : dv, dv, s.ldv);
         product(n, s.Fp, s.V, by_rows(v, s.ldv), dSt, s.ldf, nullptr, dphi_k, s.ldf);
-        features_backward(n, kx, kf, dphi_k, dz, nullptr, taken.key, dxk, dkf, key_share);
+        features_backward(n, kx, kf, dphi_k, dz, nullptr, taken.key, dxk, dkf, key_share, first);
         product(n, s.Fp, s.V, by_rows(gn, s.ldv), St, s.ldf, nullptr, dphi_q, s.ldf);
-        features_backward(n, qx, qf, dphi_q, z, gd, read.query, dxq, dqf, query_share);
+        features_backward(n, qx, qf, dphi_q, z, gd, read.query, dxq, dqf, query_share, first);
 
         features(s, n, kx, weighted(kf, read.key), phi_k);
         product(s.V, s.Fp, n, by_columns(v, s.ldv), phi_k, s.ldf, St, St, s.ldf, {}, read.whole);
