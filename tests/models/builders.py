@@ -38,6 +38,10 @@ SETTINGS = {
     "softmax-conv": {"attention": "softmax", "conv_width": 4},
     "hybrid-gated": {"attention": HYBRID, "variant": "gated"},
     "hybrid-output-gate": {"attention": HYBRID, "variant": "gated", "output_gate": "silu"},
+    "leap-rotary": {"attention": "leap", "variant": "gated", "rotary": True, "qk_norm": True, "positions": "none"},
+    "hybrid-delta": {"attention": HYBRID, "variant": "gated", "attention_update": "delta", "output_gate": "silu"},
+    "linear-channel": {"attention": "linear", "variant": "gated", "decay_per": "channel"},
+    "leap-prior": {"attention": "leap", "variant": "gated", "proportion": "prior"},
     "softmax-rotary": {"attention": "softmax", "rotary": True, "qk_norm": True, "positions": "none"},
 }
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from leapformer.models import LeapformerConfig, LeapformerForCausalLM, NotCausal
+from leapformer.models import (
+    LeapformerConfig,
+    LeapformerForCausalLM,
+    LeapformerForSequenceClassification,
+    NotCausal,
+)
 from tests.models.builders import SETTINGS, tiny_config, tiny_model
 
 
@@ -70,6 +75,19 @@ def test_a_configuration_survives_saving(tmp_path):
 def test_a_wrong_value_gets_one_line(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+def test_switches_that_do_not_fit_a_model_are_refused():
+    delta = {"attention": ["softmax", "leap"], "attention_update": "delta"}
+    LeapformerForCausalLM(tiny_config(**delta))
+    message = "config attention_update: expected 'sum' where later tokens are seen, found 'delta'"
+    with pytest.raises(ValueError, match=message):
+        LeapformerForSequenceClassification(tiny_config(**delta))
+    message = "config decay_per: expected 'head' where later tokens are seen, found 'channel'"
+    with pytest.raises(ValueError, match=message):
+        LeapformerForSequenceClassification(tiny_config(decay=True, decay_per="channel"))
+    with pytest.raises(ValueError, match="config head_dim: expected an even number with rotary positions, found 3"):
+        tiny_config(rotary=True, head_dim=3)
 
 
 @pytest.mark.parametrize("kind", ["linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer"])

@@ -167,8 +167,8 @@ def test_a_proportion_for_both_that_is_always_the_same_changes_nothing():
 @pytest.mark.parametrize(
     ("composition", "message"),
     [
-        ({"feature_map": "rleu"}, r"feature_map: expected one of \['elu', 'relu'\], got 'rleu'"),
-        ({"feature_map": 3}, r"feature_map: expected one of \['elu', 'relu'\], got 3"),
+        ({"feature_map": "rleu"}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 'rleu'"),
+        ({"feature_map": 3}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 3"),
         ({"reweighting": 3}, r"reweighting: expected one of \['cosine', 'quadratic'\], got 3"),
         ({"proportion": "place"}, "proportion: expected None, 'position' or 'learned', got 'place'"),
         ({"proportion": (Always(), 3)}, "proportion: expected None, 'position' or 'learned', got"),

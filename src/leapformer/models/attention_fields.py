@@ -23,13 +23,15 @@ from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, REWEIGHTINGS
 from leapformer.nn.blocks import ACTIVATIONS
 from leapformer.nn.build import Variant
+from leapformer.nn.decay import DecayPer
+from leapformer.nn.delta import Update
 from leapformer.nn.layer import OutputGate
 from leapformer.nn.proportions import Start
 from leapformer.nn.rotary import ROTARY_BASE
 from leapformer.ops.api import Impl
 
 OutputNorm = Literal["sum", "rmsnorm"]
-LearnedProportion = Literal["learned", "running"]
+LearnedProportion = Literal["learned", "prior", "running"]
 
 
 class AttentionFields(PreTrainedConfig):
@@ -47,12 +49,15 @@ class AttentionFields(PreTrainedConfig):
     variant: Variant = "paper"
     decay: bool | None = None
     decay_scales: list[float | int] | tuple[float | int, ...] | None = None
+    decay_per: DecayPer = "head"
     conv_width: int | None = None
     output_norm: OutputNorm | None = None
     output_gate: OutputGate | None = None
     qk_norm: bool = False
     rotary: bool = False
     rotary_base: float | int = ROTARY_BASE
+    attention_update: Update = "sum"  # PreTrainedConfig has a method `update`
+    delta_range: int = 1
     proportion: LearnedProportion | None = None
     clocks: int | None = None
     clock_rate: float | int | None = None

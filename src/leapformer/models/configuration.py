@@ -46,8 +46,9 @@ class LeapformerConfig(AttentionFields):
             paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
         output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds
             only.
-        proportion (None): of "leap", "learned" (the paper's) or "running" (clocks, see `leapformer.nn.Clocks`; they
-            need output_norm "rmsnorm"); None is "learned".
+        proportion (None): of "leap", "learned" (the paper's), "prior" (learned from the place on, see
+            `leapformer.nn.PriorProportion`) or "running" (clocks, see `leapformer.nn.Clocks`; they need output_norm
+            "rmsnorm"); None is "learned".
         clocks (None: 1), clock_rate (None: pi/2), clock_decades (None: 2), leap_places (None: False): of running
             proportions; clocks of a head, radians a step of the fastest at the start, powers of ten down to the
             slowest, and whether the paper's proportions are added.
@@ -55,6 +56,8 @@ class LeapformerConfig(AttentionFields):
             input, for every kind; hidden_size x heads x head_dim parameters a layer.
         qk_norm (False): norms of queries and keys; rotary (False), rotary_base (10000): rotary positions of
             self-attention, beside or (positions="none") in place of added ones. Which kinds take them: docs/nn.md.
+        decay_per ("head"): or "channel", a decay for each channel of the keys. Linear kinds, language models only.
+        attention_update ("sum"): or "delta", the delta rule; delta_range (1): or 2. Linear kinds, language models only.
         leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
         leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.
         leap_start ("default"): how the LeaP module starts, "default" or "spread".

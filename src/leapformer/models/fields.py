@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "leap_hidden": (1, 1 << 18),
     "leap_bins": (2, WIDEST),
     "rotary_base": (1, 1e15),
+    "delta_range": (1, 2),
     "attention_eps": (1e-45, 1),
     "layer_norm_eps": (0, 1),
     "hidden_dropout": (0, 1),

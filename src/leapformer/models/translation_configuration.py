@@ -48,9 +48,10 @@ class LeapformerTranslationConfig(AttentionFields):
         max_source_positions, max_target_positions (None): cosFormer's M of the states of the source and of the tokens
             of the target; a limit where cosFormer is, needed there, and not used elsewhere.
         variant ("paper"), decay, conv_width, output_norm, output_gate (None), qk_norm, rotary, rotary_base,
-        leap_hidden (None: head_dim / 4), leap_start, leap_per_head, leap_bins, feature_map, reweighting,
-        attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`.
-            The decay is for the decoder's self-attention alone, rotary positions are for self-attention.
+        attention_update, delta_range, decay_per, leap_hidden (None: head_dim / 4), leap_start, leap_per_head,
+        leap_bins, feature_map, reweighting, attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`.
+            A decay per channel and the delta rule are for the decoder's self-attention alone, as is the decay that a
+            variant sets; rotary positions are for any self-attention.
     Loss:
         label_smoothing (0.1): of the cross-entropy.
         ctc_weight (0.0): above 0 the encoder gets a CTC head, and this times its loss is added.

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 from leapformer.nn import bigbird, informer, linear, linformer, nystromformer, performer, reformer, skyformer, softmax
+from leapformer.nn.decay import DecayPer
+from leapformer.nn.delta import Update
 from leapformer.nn.feature_maps import FeatureMap
 from leapformer.nn.layer import AttentionLayer, Mechanism, Shared
 from leapformer.nn.linear import Proportions
@@ -44,6 +46,7 @@ class Options(Shared, total=False):
     decay: bool | None
     output_norm: bool | None
     decay_scales: Sequence[float] | None
+    decay_per: DecayPer
     proportion: Proportions | None
     clocks: int
     clock_rate: float
@@ -57,6 +60,8 @@ class Options(Shared, total=False):
     qk_norm: bool
     rotary: bool
     rotary_base: float
+    update: Update
+    delta_range: int
     feature_map: str | FeatureMap
     reweighting: str | Reweighting
     max_positions: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 UNIT_EPS = 1e-6
@@ -17,5 +17,6 @@ def normed(norm: Any, x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., K] with the length 1; what is shorter than ``UNIT_EPS``, such as features of zeros, becomes no longer."""
-    return F.normalize(x, dim=-1, eps=UNIT_EPS)
+    """x [..., K] with a length just below 1, x / sqrt(|x|^2 + UNIT_EPS), float32 or better; zeros stay zeros."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()

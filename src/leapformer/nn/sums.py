@@ -21,13 +21,19 @@ class SummingAttention(AttentionLayer):
 
     Attributes:
         eps: the clamp of the normaliser. rank: R. feature_width: F. has_decay: a state for every query head, which
-            fades.
+            fades. own_states: a state for every query head, also where none fades.
     """
 
     eps: float
     feature_width: int
     rank: int = 1
     has_decay: bool = False
+    own_states: bool = False
+
+    @property
+    def state_heads(self) -> int:
+        """Heads of a state: G, or H."""
+        return self.num_heads if self.has_decay or self.own_states else self.num_kv_heads
 
     def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
         """k [B, n, G, K] at ``places`` int64 [B or 1, n] -> features [B, n, G, F], factors [B, n, G or 1, R] or
@@ -49,26 +55,30 @@ class SummingAttention(AttentionLayer):
         """``query_features`` of queries that come after ``state``, which stays as it is."""
         return self.query_features(q, position_ids)
 
+    def placed(self, phi: Tensor, places: Tensor) -> Tensor:
+        """Features [B, n, H or G, F] of self-attention, as they are multiplied at ``places`` int64 [B or 1, n]."""
+        return phi
+
     def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
         state = LayerState(length=k.new_zeros(0))
-        phi, factors = self.next_keys(k, torch.arange(k.shape[1], device=k.device)[None], state, None)
-        linear = self._sums(phi, v, factors, None, None)
+        places = torch.arange(k.shape[1], device=k.device)[None]
+        phi, factors = self.next_keys(k, places, state, None)
+        linear = self._sums(self.placed(phi, places), v, factors, None, None)
         if self.has_decay:
             linear = linear._replace(log_decay=linear.z.new_zeros(linear.z.shape[:2]))
         state.linear = linear
         return state
 
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
-        decay_heads = self.num_heads if self.has_decay else None
         linear = LinearState.zeros(
             len(rows),
-            decay_heads or self.num_kv_heads,
+            self.state_heads,
             self.rank,
             self.feature_width,
             self.head_dim,
             dtype=torch.promote_types(rows.dtype, torch.float32),
             device=rows.device,
-            decay_heads=decay_heads,
+            decay_heads=self.num_heads if self.has_decay else None,
         )
         chunks = linear.z[:, None, : self.num_kv_heads][:, :0] if keep_mass else None
         return LayerState(length=rows.new_zeros(0), linear=linear, chunk_keys=chunks)
@@ -98,9 +108,9 @@ class SummingAttention(AttentionLayer):
     def _sums(
         self, phi: Tensor, v: Tensor, factors: Tensor | None, key_mask: Tensor | None, past: LinearState | None
     ) -> LinearState:
-        """Sums over keys that do not fade, for every query head where there is a decay."""
-        if self.has_decay:
-            repeats = self.num_heads // self.num_kv_heads
+        """Sums over keys that do not fade, for every head of a state."""
+        repeats = self.state_heads // self.num_kv_heads
+        if repeats > 1:
             phi, v = phi.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
             if factors is not None and factors.shape[2] > 1:
                 factors = factors.repeat_interleave(repeats, 2)
