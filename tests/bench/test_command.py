@@ -93,6 +93,11 @@ def check_attention(output, printed, *, judged):
     assert ("research code, memory kept" in content["time"][-1]["contenders"]) == judged
     assert content["memory"][0]["over_sdpa"]["torch"] == 1.0
     assert set(content["odd"][0]["rate_over_aligned"]) == set(attention.RAGGED)
+    forms = {row["impl"]: row for row in content["forms"]}
+    assert set(forms["torch"]["time_over_plain"]) == {"factors", "angles", "decay", "decay, later keys too"}
+    for row in forms.values():  # who does not take an argument says so
+        assert set(row["contenders"]) | set(row["not_run"]) == set(attention.FORMS)
+        assert all("it does not take" in reason for reason in row["not_run"].values())
     for text in ("how many times as fast as SDPA", "Fitted exponent", "thread"):
         assert text in printed
     for text in ("Acceptance", "more rows were not measured"):

@@ -172,15 +172,16 @@ class Case:
         return Case(leaves, self.visible, self.counts, self.spans, self.key_mask, self.keywords, self.cu)
 
     def away_from_zero(self) -> Case:
-        """Positive features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by
-        it.
+        """Positive features and factors from 1/4 on, and angles so near to each other that cosines are from 1/2 on: a
+        normaliser near 0 makes errors of any size, whoever divides by it.
         """
         names = ("q", "k", "q_factors", "k_factors")
         leaves = {
             n: torch.where(t > 0, 0.25 + 0.75 * t, t) if n in names and t is not None else t
             for n, t in self.leaves.items()
         }
-        return replace(self, leaves=leaves)
+        near = {n: 2 / 3 * t for n, t in leaves.items() if n in ("q_angles", "k_angles") and t is not None}
+        return replace(self, leaves=leaves | near)
 
     def call(self, impl: str):
         x = self.leaves

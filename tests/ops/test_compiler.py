@@ -96,7 +96,8 @@ def linear(case):
         state = LinearState(y["kv"], y["z"], y.get("state_decay")) if "kv" in y else None
         result = linear_attention(
             y["q"], y["k"], y["v"], y.get("q_factors"), y.get("k_factors"), visible=case.visible,
-            key_mask=case.key_mask, log_decay=y.get("log_decay"), initial_state=state, return_state=True, **case.cu,
+            key_mask=case.key_mask, q_angles=y.get("q_angles"), k_angles=y.get("k_angles"),
+            log_decay=y.get("log_decay"), initial_state=state, return_state=True, **case.cu,
         )  # fmt: skip
         return (result.output, *(t for t in result.state if t is not None))
 
@@ -123,6 +124,10 @@ def assert_compiled_equals_eager(run, tensors, **options):
 COMPILED_FORMS = {
     "causal": ("causal", {"R": 2, "state": True, "mask": True}),
     "decay": ("causal", {"R": 2, "decay": True, "state": True, "H": 4, "G": 2}),
+    "angles": ("causal", {"angles": 2, "state": True, "mask": True}),
+    "two-sided": ("all", {"R": 2, "decay": True, "state": True, "H": 4, "G": 2}),
+    "two-sided blocks": ("blocks", {"decay": True}),
+    "two-sided, packed": ("blocks", {"decay": True, "lengths": [3, 0, 4]}),
     "all": ("all", {"S": 9}),
     "staircase": ("wait-k", {"S": 9, "R": 2}),
     "staircase per sample": ("per sample", {"S": 9}),

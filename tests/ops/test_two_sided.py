@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from leapformer.ops import LeapWeights, Staircase, leap_attention, linear_attention
-from tests.ops import oracle
+from leapformer.ops import LeapWeights, Staircase, leap_attention
 from tests.ops.oracle import Case, assert_near, attend, check, check_low, make_case, needs, results_and_gradients, takes
 
 INF = float("inf")
@@ -366,13 +365,3 @@ def test_leap_modules(visible, hidden, impl):
 
     for number, (found, expected) in enumerate(zip(results(impl), results("reference"), strict=True)):
         assert_near(found, expected, name=f"result {number}")
-
-
-def test_refused_in_words_where_it_is_not_taken(request):
-    """Every implementation takes it, or says that it does not."""
-    x, decay = torch.rand(1, 3, 1, 2), -torch.rand(1, 3, 1)
-    for name, implementation in oracle._IMPLEMENTATIONS.items():
-        if FIELD not in implementation.takes and not implementation.reasons(None):
-            with pytest.raises(ValueError, match=f"it does not take {FIELD}"):
-                linear_attention(x, x, x, log_decay=decay, impl=name)
-    assert linear_attention(x, x, x, log_decay=decay).output.shape == x.shape
