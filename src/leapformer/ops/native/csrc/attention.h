@@ -12,8 +12,9 @@
 //     dv = A^T g + phi_k dS,  dphi_k = v dS^T + dz^T
 //
 // and dx, df follow from dA * sigma, dA * (x_q x_k^T) and dphi. Angles a in place of factors are f = [cos a, sin a], and
-// da = cos(a) df_sin - sin(a) df_cos. A decay multiplies sigma_ij by exp(L_i - L_j), the query's
-// factors by exp(L_i) where they meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began.
+// da = cos(a) df_sin - sin(a) df_cos. A decay multiplies sigma_ij by exp(L_i - L_j), the query's factors by exp(L_i) where they
+// meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began. Where later keys are seen too, with a
+// decay of their own, it is two_sided.h.
 #pragma once
 
 #include "angles.h"

@@ -15,13 +15,14 @@
 //     dA = g v^T + d,  dphi_q = exp(L) (g S^T + d z^T) + exp(M_end - M) (g U^T + d y^T)
 //     dphi_k = exp(L_end - L) (v dS^T + dz^T) + exp(M) (v dU^T + dy^T),  dv = A^T g + exp(L_end - L) phi_k dS + exp(M) phi_k dU
 //
-// Decays: log_decay[t] stands in the exponent of all pairs j < t <= i. Counted for each token, with a_i what query i has of
-// earlier keys (the sum of weight times gradient) and b_j what key j has of later queries, that is, t <= e,
+// log_decay[t] stands in the exponent of all pairs j < t <= i. With a_i the sum over all earlier keys, the state among them, of
+// weight times gradient at query i, and b_j that over all later queries of key j,
 //
 //     dlog_decay[t] = S_e . dS_e + sum over t <= i < e of (a_i - b_i)
 //
-// where e is the end of a group of SUPER tiles, for which the forward pass has kept S. later_decay[t] stands in that of all
-// i <= t < j; the same counts towards earlier queries, from the group's beginning b, make it U_b . dU_b + sum over b <= i <= t.
+// for any e; it is the end of the group of SUPER tiles, for which the forward pass has kept S, so that sums stay short.
+// later_decay[t] stands in the exponent of all pairs i <= t < j: with a and b counted towards the other side, and from the
+// group's beginning b on, its gradient is U_b . dU_b + sum over b <= i <= t of (a_i - b_i).
 #pragma once
 
 #include "attention.h"
@@ -29,7 +30,7 @@
 
 struct TwoSided : Attention {
     // Half of what it is elsewhere: scores are those of whole tiles here, and cost as much as the states.
-        static constexpr int STEP = TILE / 2;
+    static constexpr int STEP = TILE / 2;
     static constexpr long GROUP = TILE * SUPER;
     enum { EARLIER = 0, LATER = 1 };
 
