@@ -28,14 +28,6 @@ INLINE Vec select(Int mask, Vec x, Vec y) { return (Vec)((mask & (Int)x) | (~mas
 INLINE Vec keep(Int mask, Vec x) { return (Vec)(mask & (Int)x); }
 INLINE Vec relu(Vec x) { return keep(~(x < Vec{}), x); }  // NaN stays NaN
 
-INLINE float total(Vec x) {
-    float lane[W];
-    store(lane, x);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-    return lane[0];
-}
-
 // Lanes below n.
 INLINE Int lanes_below(int n) {
     Int lane;
@@ -73,7 +65,7 @@ INLINE Vec sine(Vec x) {
     return s * y * x + x;
 }
 
-// ---- transposition of W x W blocks by log2(W) rounds of exchanging halves ------------------------------------------
+// ---- the sum of all lanes, and transposition of W x W blocks by log2(W) rounds of exchanging halves ------------------
 
 template <int... I>
 struct Lanes {};
@@ -89,6 +81,20 @@ struct CountLanes<0, I...> {
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
 #endif
+
+template <int s, int... l>
+INLINE Vec plus_lanes_apart(Vec x, Lanes<l...>) {
+    return x + SHUFFLE(x, x, (l ^ s)...);
+}
+
+INLINE float total(Vec x) {
+    typedef typename CountLanes<W>::type All;
+    if (W > 8) x = plus_lanes_apart<(W > 8 ? 8 : 1)>(x, All());
+    if (W > 4) x = plus_lanes_apart<(W > 4 ? 4 : 1)>(x, All());
+    x = plus_lanes_apart<2>(x, All());
+    x = plus_lanes_apart<1>(x, All());
+    return x[0];
+}
 
 template <int s, int... l>
 INLINE void exchange(Vec& a, Vec& b, Lanes<l...>) {
