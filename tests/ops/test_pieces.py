@@ -114,9 +114,10 @@ def test_threads_give_the_same_bits_every_time(form):
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
-def arguments(T=8192, B=1, H=1) -> Arguments:
+def arguments(T=8192, B=1, H=1, later=False) -> Arguments:
     q = torch.empty(B, T, H, 4, device="meta")
     fields = dict.fromkeys(Arguments._fields) | {"q": q, "k": q, "v": q, "causal": True, "normalize": True}
+    fields["later_decay"] = q[..., 0] if later else None
     return Arguments(**fields)
 
 
@@ -133,6 +134,11 @@ def arguments(T=8192, B=1, H=1) -> Arguments:
         (16, {"H": 8}, 8),
         (4, {"B": 4}, 1),
         (4, {"B": 0}, 1),
+        (1, {"T": 2**15, "later": True}, 1),
+        (1, {"T": 2**15 + 1, "later": True}, 2),  # no thread keeps more than that between its sweeps
+        (1, {"T": 2**20, "B": 2, "H": 8, "later": True}, 32),
+        (2, {"T": 2**20, "later": True}, 32),
+        (2, {"later": True}, 8),
     ],
 )
 def test_where_it_is_worth_it(threads, shape, expected, monkeypatch):

@@ -13,6 +13,7 @@ from leapformer.ops.checks import boundaries
 from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
 
 CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * SUPER in csrc
+KEPT = 32768  # tokens of which a thread keeps what its first sweep has found, where later keys are seen with a decay
 
 
 class Outputs(NamedTuple):
@@ -51,16 +52,23 @@ def pieces(x: Arguments) -> int:
     """Into how many parts each sequence of each key head is cut, so that few of them still use all threads.
 
     The states that the parts start from are summed up first, which costs about a third of the forward pass again, so it
-    is done where the threads would stand idle for longer than that.
+    is done where the threads would stand idle for longer than that. And where later keys are seen no thread is to keep
+    more than ``KEPT`` tokens between its two sweeps.
     """
-    n = threads()
-    if n == 1 or x.is_step:
+    if x.is_step:
         return 1
-    units = x.sequences * x.k.shape[2]
-    if units == 0 or n * -(-units // n) <= 1.4 * units:
+    n, units, least = threads(), x.sequences * x.k.shape[2], _least_pieces(x)
+    if n == 1 or units == 0 or n * -(-units // n) <= 1.4 * units:
+        return least
+    average = max(x.q.shape[1], x.k.shape[1]) * x.q.shape[0] // x.sequences
+    return max(least, min(-(-4 * n // units), average // CHECKPOINT))
+
+
+def _least_pieces(x: Arguments) -> int:
+    if x.later_decay is None or x.sequences == 0:
         return 1
-    longest = max(x.q.shape[1], x.k.shape[1]) * x.q.shape[0] // x.sequences
-    return max(1, min(-(-4 * n // units), longest // CHECKPOINT))
+    longest = x.q.shape[1] if x.cu_seqlens is None else int(x.cu_seqlens.diff().max())
+    return max(1, -(-longest // KEPT))
 
 
 def slots(x: Arguments, pieces: int) -> int:
