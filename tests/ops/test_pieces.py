@@ -134,10 +134,10 @@ def arguments(T=8192, B=1, H=1, later=False) -> Arguments:
         (16, {"H": 8}, 8),
         (4, {"B": 4}, 1),
         (4, {"B": 0}, 1),
-        (1, {"T": 2**15, "later": True}, 1),
-        (1, {"T": 2**15 + 1, "later": True}, 2),  # no thread keeps more than that between its sweeps
-        (1, {"T": 2**20, "B": 2, "H": 8, "later": True}, 32),
-        (2, {"T": 2**20, "later": True}, 32),
+        (1, {"T": 2**17, "later": True}, 1),
+        (1, {"T": 2**17 + 1, "later": True}, 2),  # no thread keeps more than that between its sweeps
+        (1, {"T": 2**20, "B": 2, "H": 8, "later": True}, 8),
+        (2, {"T": 2**21, "later": True}, 16),
         (2, {"later": True}, 8),
     ],
 )

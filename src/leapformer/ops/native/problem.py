@@ -13,7 +13,7 @@ from leapformer.ops.checks import boundaries
 from leapformer.ops.native.library import LIBRARY, PROBLEM, threads
 
 CHECKPOINT = 512  # keys between two states that the forward pass keeps: TILE * SUPER in csrc
-KEPT = 32768  # tokens of which a thread keeps what its first sweep has found, where later keys are seen with a decay
+KEPT = 131072  # tokens of which a thread keeps what its first sweep has found, where later keys are seen with a decay
 
 
 class Outputs(NamedTuple):
