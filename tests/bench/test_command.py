@@ -248,6 +248,7 @@ def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, cap
     assert [row["what"] for row in rows[:2]] == ["train step"] * 2 and rows[3]["what"] == "decoding step"
     assert "GiB a block" in rows[2]["not_run"]["a step or a block"]
     assert all(row["modules_alone"]["median"] > 0 and "difference" in row for row in (*rows[:2], rows[3]))
+    assert all(overhead.RUNNING in row["contenders"] and row["running"]["median"] > -1 for row in (*rows[:2], rows[3]))
     printed = capsys.readouterr().out
     assert "modules alone" in printed and "Not run: tiny parameters at 32 tokens" in printed
     assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
