@@ -10,6 +10,7 @@ import torch
 from leapformer.analysis.plots import (
     Line,
     figure_svg,
+    figure_svg_file,
     learning_curves,
     lines_over_length,
     perplexity_by_position,
@@ -124,3 +125,9 @@ def test_a_run_without_events_gives_an_empty_plot_and_no_error(tmp_path):
     run = load_run(folder)
     for plot in (learning_curves, quality_and_speed):
         assert figure_svg(plot([run])).startswith("<svg")
+
+
+def test_a_file_of_its_own_is_whole_svg(runs):
+    content = figure_svg_file(learning_curves(runs)).decode()
+    root = ElementTree.fromstring(content)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("viewBox") and ">training step<" in content

@@ -62,3 +62,17 @@ def test_a_model_without_them_is_refused():
 def test_not_one_text(ids):
     with pytest.raises(ValueError, match="input_ids: expected the tokens of one text"):
         learned_proportions(tiny_model(), ids)
+
+
+def test_clocks_have_steps_and_turns():
+    fields = {"variant": "gated", "proportion": "running", "clocks": 2, "num_key_value_heads": 2, "leap_places": True}
+    model = tiny_model(**fields)
+    layers = learned_proportions(model, TEXT)
+    assert len(layers) == 2
+    for layer in layers:
+        assert layer.steps is not None and layer.steps.shape == (len(TEXT), 2) and layer.keys.shape == (len(TEXT), 4)
+        assert 0 < layer.steps.min() < layer.steps.max() < 1
+        rates = model.get_submodule(f"{layer.layer}.clocks").log_rates.detach().exp().flatten()
+        expected = layer.steps.sum(0).repeat_interleave(2) * rates / (2 * torch.pi)
+        torch.testing.assert_close(layer.keys[-1], expected, rtol=1e-5, atol=0)
+        assert torch.equal(layer.queries, layer.keys)

@@ -178,6 +178,7 @@ def test_translation_runs_without_curves_and_of_another_split(translations, tmp_
     parsed = Page(render_report([tested], title="Test", split="test"))
     assert "Best on the test text: LeaPformer with BLEU 33.00 at k = 5." in parsed.text
     assert "Quality and lagging" in parsed.text and "on straight lines" not in parsed.text
+    assert "perplexity" not in parsed.text  # nothing is known of losses on that split
 
 
 def test_speech_beside_text_is_refused(translations, tmp_path):

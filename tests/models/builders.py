@@ -19,6 +19,15 @@ HYBRID = ["leap", "softmax"]
 SETTINGS = {
     "leap-paper": {"attention": "leap"},
     "leap-gated": {"attention": "leap", "variant": "gated"},
+    "running": {"attention": "leap", "variant": "gated", "proportion": "running", "clocks": 2},
+    "running-grouped": {
+        "attention": "leap",
+        "variant": "gated",
+        "proportion": "running",
+        "num_key_value_heads": 1,
+        "leap_places": True,
+        "decay": False,
+    },
     "leap-grouped": {"attention": "leap", "num_key_value_heads": 1, "leap_per_head": True, "leap_hidden": 1},
     "cosformer-paper": {"attention": "cosformer"},
     "cosformer-gated": {"attention": "cosformer", "variant": "gated"},
@@ -28,6 +37,12 @@ SETTINGS = {
     "softmax-paper": {"attention": "softmax"},
     "softmax-conv": {"attention": "softmax", "conv_width": 4},
     "hybrid-gated": {"attention": HYBRID, "variant": "gated"},
+    "hybrid-output-gate": {"attention": HYBRID, "variant": "gated", "output_gate": "silu"},
+    "leap-rotary": {"attention": "leap", "variant": "gated", "rotary": True, "qk_norm": True, "positions": "none"},
+    "hybrid-delta": {"attention": HYBRID, "variant": "gated", "attention_update": "delta", "output_gate": "silu"},
+    "linear-channel": {"attention": "linear", "variant": "gated", "decay_per": "channel"},
+    "leap-prior": {"attention": "leap", "variant": "gated", "proportion": "prior"},
+    "softmax-rotary": {"attention": "softmax", "rotary": True, "qk_norm": True, "positions": "none"},
 }
 
 

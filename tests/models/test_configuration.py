@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from leapformer.models import LeapformerConfig, LeapformerForCausalLM, NotCausal
-from tests.models.builders import tiny_config, tiny_model
+from leapformer.models import (
+    LeapformerConfig,
+    LeapformerForCausalLM,
+    LeapformerForSequenceClassification,
+    NotCausal,
+)
+from tests.models.builders import SETTINGS, tiny_config, tiny_model
 
 
 def test_defaults_follow_from_the_sizes():
@@ -53,6 +58,7 @@ def test_a_configuration_survives_saving(tmp_path):
         ({"attention": ["leap"]}, r"config attention: expected one kind per block \(2\), found 1"),
         ({"variant": "best"}, "config variant: expected one of paper, gated, found 'best'"),
         ({"positions": "rotary"}, "config positions: expected one of sinusoidal, learned, none, found 'rotary'"),
+        ({"output_gate": "tanh"}, "config output_gate: expected one of silu, sigmoid, found 'tanh'"),
         ({"output_norm": "max"}, "config output_norm: expected one of sum, rmsnorm, found 'max'"),
         ({"hidden_size": 15}, "config hidden_size: expected a multiple of num_attention_heads=2"),
         ({"num_key_value_heads": 3}, "config num_key_value_heads: expected a divisor of num_attention_heads=2"),
@@ -71,8 +77,29 @@ def test_a_wrong_value_gets_one_line(fields, message):
         tiny_config(**fields)
 
 
+def test_switches_that_do_not_fit_a_model_are_refused():
+    delta = {"attention": ["softmax", "leap"], "attention_update": "delta"}
+    LeapformerForCausalLM(tiny_config(**delta))
+    message = "config attention_update: expected 'sum' where later tokens are seen, found 'delta'"
+    with pytest.raises(ValueError, match=message):
+        LeapformerForSequenceClassification(tiny_config(**delta))
+    message = "config decay_per: expected 'head' where later tokens are seen, found 'channel'"
+    with pytest.raises(ValueError, match=message):
+        LeapformerForSequenceClassification(tiny_config(decay=True, decay_per="channel"))
+    with pytest.raises(ValueError, match="config head_dim: expected an even number with rotary positions, found 3"):
+        tiny_config(rotary=True, head_dim=3)
+
+
 @pytest.mark.parametrize("kind", ["linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer"])
 def test_a_language_model_refuses_a_bidirectional_kind(kind):
     message = f"config attention: expected a kind that can be causal, found '{kind}' .it is bidirectional."
     with pytest.raises(NotCausal, match=message):
         LeapformerForCausalLM(tiny_config(attention=["leap", kind]))
+
+
+@pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_configuration_knows_about_how_many_parameters_there_are(fields):
+    """A model that is refused for its size is one that would have it: the matrices are all counted."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "leap_hidden": 2, "classifier_hidden_size": 1}
+    model = tiny_model(**{**fields, **sizes})
+    assert model.config._about_parameters() == pytest.approx(model.num_parameters(), rel=0.1)

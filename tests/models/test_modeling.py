@@ -118,9 +118,12 @@ def test_residual_projections_start_smaller():
     assert named["embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_share_of_leap_is_kept():
-    plain = tiny_model(attention="linear", hidden_size=32)
-    shared = tiny_model(attention="leap", hidden_size=32, leap_share=0.05)
+@pytest.mark.parametrize(
+    "fields", [{}, {"output_gate": "silu", "qk_norm": True, "variant": "gated", "attention_update": "delta"}], ids=str
+)
+def test_the_share_of_leap_is_kept(fields):
+    plain = tiny_model(attention="linear", hidden_size=32, **fields)
+    shared = tiny_model(attention="leap", hidden_size=32, leap_share=0.05, **fields)
     added = shared.num_parameters_added_by_leap()
     assert shared.num_parameters() == plain.num_parameters() + added
     assert added / plain.num_parameters() == pytest.approx(0.05, rel=0.1)

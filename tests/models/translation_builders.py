@@ -24,9 +24,21 @@ SETTINGS = {
     },
     "leap-conv": {"conv_width": 4},
     "gated": {"variant": "gated"},
+    "running": {"variant": "gated", "proportion": "running"},
+    "running-places": {"variant": "gated", "proportion": "running", "clocks": 2, "leap_places": True, "decay": True},
     "gated-cosformer": {"variant": "gated", "cross_attention": "cosformer", **MAXIMA},
     "softmax-conv": {"cross_attention": "softmax", "encoder_attention": "softmax", "conv_width": 3},
     "grouped": {"num_key_value_heads": 1, "leap_per_head": True, "leap_hidden": 1},
+    "output-gate": {"variant": "gated", "output_gate": "silu", "cross_attention": "softmax"},
+    "leap-rotary": {"variant": "gated", "rotary": True, "qk_norm": True},
+    "linear-normed": {"cross_attention": "linear", "decoder_attention": "linear", "qk_norm": True},
+    "delta": {"variant": "gated", "attention_update": "delta", "delta_range": 2},
+    "channel": {"variant": "gated", "decay_per": "channel"},
+    "prior": {"proportion": "prior"},
+    "softmax-rotary": {
+        **{f"{place}_attention": "softmax" for place in ("encoder", "decoder", "cross")},
+        **{"rotary": True, "qk_norm": True, "position_scale": 0},
+    },
     "quadratic-elu": {"reweighting": "quadratic", "feature_map": "elu"},
 }
 

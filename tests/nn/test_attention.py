@@ -22,6 +22,21 @@ LAYERS = {
     "softmax": {"kind": "softmax"},
     "softmax conv": {"kind": "softmax", "conv_width": 4},
     "softmax grouped": {"kind": "softmax", "num_kv_heads": 2},
+    "softmax output gate": {"kind": "softmax", "output_gate": "sigmoid"},
+    "softmax rotary": {"kind": "softmax", "rotary": True, "qk_norm": True, "num_kv_heads": 2},
+    "linear rotary": {"kind": "linear", "variant": "gated", "rotary": True, "qk_norm": True, "num_kv_heads": 2},
+    "leap rotary": {"kind": "leap", "output_norm": True, "rotary": True},
+    "leap normed features": {"kind": "leap", "qk_norm": True},
+    "cosformer delta": {"kind": "cosformer", "max_positions": 40, "update": "delta"},
+    "leap delta gated": {"kind": "leap", "variant": "gated", "update": "delta", "num_kv_heads": 2, "rotary": True},
+    "linear delta silu": {"kind": "linear", "feature_map": "silu", "update": "delta", "delta_range": 2},
+    "running delta": {"kind": "leap", "proportion": "running", "clocks": 2, "variant": "gated", "update": "delta"},
+    "leap channel decay": {"kind": "leap", "decay": True, "decay_per": "channel", "num_kv_heads": 2},
+    "linear channel gated": {"kind": "linear", "variant": "gated", "decay_per": "channel", "rotary": True},
+    "leap channel delta": {"kind": "leap", "variant": "gated", "decay_per": "channel", "update": "delta"},
+    "leap prior": {"kind": "leap", "proportion": "prior", "num_kv_heads": 2, "leap_bins": 9},
+    "leap prior gated": {"kind": "leap", "proportion": "prior", "variant": "gated", "update": "delta"},
+    "leap output gate": {"kind": "leap", "variant": "gated", "output_gate": "silu"},
 }
 B, T, D = 3, 21, 16
 
@@ -222,10 +237,20 @@ def test_wrong_arguments_are_named(arguments, message):
         build_attention(hidden_size=D, num_heads=4, **arguments)
 
 
-@pytest.mark.parametrize("kind", ["leap", "cosformer", "softmax"])
-def test_compiles_whole_and_trains_under_checkpointing(kind, x):
+COMPILED = {
+    "leap": {"kind": "leap", "variant": "gated"},
+    "cosformer": {"kind": "cosformer"},
+    "softmax": {"kind": "softmax"},
+    "softmax rotary": LAYERS["softmax rotary"],
+    "delta": LAYERS["leap delta gated"],
+    "channel delta": LAYERS["leap channel delta"],
+}
+
+
+@pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED.keys())
+def test_compiles_whole_and_trains_under_checkpointing(fields, x):
     torch.manual_seed(0)
-    layer = build_attention(kind, hidden_size=D, num_heads=4, variant="gated" if kind == "leap" else "paper")
+    layer = build_attention(hidden_size=D, num_heads=4, **fields)
     block = DecoderBlock(layer, hidden_size=D, intermediate_size=32).double()
     expected, _ = block(x)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -248,11 +273,15 @@ def test_block_with_cross_attention_needs_a_context(x):
         block(x)
 
 
+SWITCHES = {"rotary": True, "qk_norm": True, "output_gate": "silu"}
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, SWITCHES, {"update": "delta"}, {"decay_per": "channel"}], ids=str)
 @pytest.mark.parametrize("kind", ["leap", "softmax"])
-def test_autocast_gives_its_dtype_and_the_same_step_by_step(kind, x):
+def test_autocast_gives_its_dtype_and_the_same_step_by_step(kind, fields, x):
     torch.manual_seed(0)
-    layer, x = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4), x.float()
+    layer, x = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4, **fields), x.float()
     with torch.autocast("cpu", torch.bfloat16):
         whole, _ = layer(x, visible="causal")
         state, parts = None, []
@@ -264,10 +293,11 @@ def test_autocast_gives_its_dtype_and_the_same_step_by_step(kind, x):
     torch.testing.assert_close(whole.float(), layer(x, visible="causal")[0], atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize("fields", [{}, {"rotary": True, "update": "delta"}], ids=str)
 @pytest.mark.parametrize("kind", ["leap", "softmax"])
-def test_packed_sequences_compile_whole(kind, x):
+def test_packed_sequences_compile_whole(kind, fields, x):
     torch.manual_seed(0)
-    layer = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4).double()
+    layer = build_attention(kind, hidden_size=D, num_heads=4, variant="gated", conv_width=4, **fields).double()
     cu_seqlens = torch.tensor([0, 5, T], dtype=torch.int32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     close(

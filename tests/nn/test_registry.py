@@ -167,8 +167,8 @@ def test_a_proportion_for_both_that_is_always_the_same_changes_nothing():
 @pytest.mark.parametrize(
     ("composition", "message"),
     [
-        ({"feature_map": "rleu"}, r"feature_map: expected one of \['elu', 'relu'\], got 'rleu'"),
-        ({"feature_map": 3}, r"feature_map: expected one of \['elu', 'relu'\], got 3"),
+        ({"feature_map": "rleu"}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 'rleu'"),
+        ({"feature_map": 3}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 3"),
         ({"reweighting": 3}, r"reweighting: expected one of \['cosine', 'quadratic'\], got 3"),
         ({"proportion": "place"}, "proportion: expected None, 'position' or 'learned', got 'place'"),
         ({"proportion": (Always(), 3)}, "proportion: expected None, 'position' or 'learned', got"),
@@ -186,13 +186,23 @@ STREAMING = [kind for kind in KINDS if kind == "softmax" or REGISTRY[kind].capab
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "conv_width": 3}, {"variant": "gated"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_kv_heads": 2, "conv_width": 3},
+        {"variant": "gated"},
+        {"variant": "gated", "proportion": "running", "clocks": 2, "num_kv_heads": 2, "leap_places": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", STREAMING)
 def test_a_source_in_pieces_is_the_source(kind, fields):
     """Absorbed in two pieces and read, beside the whole at once; rows of other lengths, and the mass of every chunk."""
     torch.manual_seed(0)
     limits = {"max_positions": 32, "max_source_positions": 32} if kind == "cosformer" else {}
-    layer = build_attention(kind, hidden_size=64, num_heads=4, num_features=16, **limits, **fields).double().eval()
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_features": 16, "cross": True}
+    layer = build_attention(kind, **sizes, **limits, **fields).double().eval()
     x, source = torch.randn(2, 2, 64).double(), torch.randn(2, 7, 64).double()
     lengths, places = torch.tensor([7, 5]), torch.arange(2)[None].expand(2, 2)
     real = torch.arange(7) < lengths[:, None]

@@ -18,8 +18,10 @@ from leapformer.errors import MissingExtra
 try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.transforms import Bbox
 except ImportError as error:
     raise MissingExtra("plots", package="matplotlib", purpose="drawing plots") from error
 
@@ -236,6 +238,138 @@ def proportions(layers: Sequence[LayerProportions]) -> list[Figure]:
     return [_layer_proportions(layer) for layer in layers]
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Costs of the cells of a grid, in their order, None where one is not known; cells beside one another stay so."""
+
+    xlabel: str
+    costs: Sequence[float | None]
+
+
+def quality_against_costs(
+    cells: Sequence[tuple[str, float, float | None]], panels: Sequence[Panel], *, ylabel: str
+) -> Figure:
+    """The quality of named cells, with bars of one standard error, against a cost in each panel.
+
+    Arguments:
+        cells: name, quality and standard error, None where it is not known.
+        panels: one below the other.
+        ylabel: of the quality, with its direction.
+    """
+    rows = len(panels)
+    figure = Figure(figsize=(1.5 * WIDTH, 0.4 + (2.9 + 0.12 * max(0, len(cells) - 6)) * rows), layout="constrained")
+    every = figure.subplots(rows, 1, squeeze=False).flat
+    for axes, panel in zip(every, panels, strict=True):
+        _style(axes)
+        for place, ((_, quality, error), cost) in enumerate(zip(cells, panel.costs, strict=True)):
+            if cost is None:
+                continue
+            axes.errorbar(
+                [cost],
+                [quality],
+                yerr=error,
+                color=_color(place),
+                marker=_cycle(MARKERS, place + place // len(SERIES_COLORS)),
+                markersize=7,
+                linestyle="none",
+                capsize=3,
+                elinewidth=1.2,
+            )
+        _cost_axis(axes, panel)
+        axes.set_ylabel(ylabel)
+    figure.draw_without_rendering()  # places of labels depend on where the axes end up
+    figure.set_layout_engine("none")
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        known = [(n, c, q, e or 0.0) for (n, q, e), c in zip(cells, panel.costs, strict=True) if c is not None]
+        _label_points(axes, known)
+    return figure
+
+
+def _cost_axis(axes: Axes, panel: Panel) -> None:
+    """Linear over a narrow range, logarithmic over a wide one, with room for labels at the sides."""
+    costs = [cost for cost in panel.costs if cost is not None and cost > 0]
+    wide = len(costs) > 1 and max(costs) > 4 * min(costs)
+    axes.set_xlabel(f"{panel.xlabel} (log scale)" if wide else panel.xlabel)
+    axes.margins(x=0.3, y=0.2)
+    if wide:
+        axes.set_xscale("log")
+        left, right = axes.get_xlim()
+        axes.set_xticks(_round_numbers(left, right))
+        axes.set_xlim(left, right)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    if costs and max(costs) - min(costs) < 1e-3 * max(costs):  # all alike: no ticks finer than the difference
+        middle = max(costs)
+        axes.set_xlim(0.9 * middle, 1.1 * middle)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _amount(value)))
+
+
+def _amount(value: float) -> str:
+    """1.2M, 450k, 12.5: numbers as people say them."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[str, float, float, float]]) -> None:
+    """Write a name beside each point (name, x, y, half of its bar), where it covers no other name, point or bar.
+
+    Places farther away, with a thin line to the point, are tried after those beside it; where all are taken, the one
+    that covers least is used all the same.
+    """
+    figure: Any = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    frame = axes.get_window_extent(renderer)
+    taken = [_mark_box(axes, *place, radius=5 * figure.dpi / 72) for _, *place in points]
+    for name, x, y, _ in points:
+        tries: list[tuple[int, Any, Bbox]] = []
+        for offset in _label_offsets():
+            text = _label(axes, name, (x, y), offset)
+            box = text.get_window_extent(renderer)
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+            tries.append((sum(box.overlaps(other) for other in taken) + 3 * outside, text, box))
+            if tries[-1][0] == 0:
+                break
+        _, best, box = min(tries, key=lambda tried: tried[0])
+        for _, text, _ in tries:
+            if text is not best:
+                text.remove()
+        taken.append(box)
+
+
+def _mark_box(axes: Axes, x: float, y: float, error: float, *, radius: float) -> Bbox:
+    """Where a point with its bar is, in dots."""
+    across, middle = axes.transData.transform((x, y))
+    low, high = (axes.transData.transform((x, y + shift))[1] for shift in (-error, error))
+    return Bbox.from_extents(across - radius, min(low, middle - radius), across + radius, max(high, middle + radius))
+
+
+def _label(axes: Axes, name: str, point: tuple[float, float], offset: tuple[float, float]) -> Any:
+    """A name at an offset from its point, with a line between them where it is far."""
+    right, up = offset
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 4}
+    return axes.annotate(
+        name.replace("$", r"\$"),  # a name is no formula
+        point,
+        offset,
+        textcoords="offset points",
+        ha="left" if right > 0 else "right" if right < 0 else "center",
+        va="center" if right else "bottom" if up > 0 else "top",
+        fontsize=8,
+        color=INK,
+        arrowprops=line if abs(up) > 12 else None,
+    )
+
+
+def _label_offsets() -> list[tuple[float, float]]:
+    """Where the name of a point may stand, in points to the right of it and above it, the best first."""
+    beside = [(9.0, 0.0), (-9.0, 0.0), (9.0, 9.0), (9.0, -9.0), (-9.0, 9.0), (-9.0, -9.0), (0.0, 9.0), (0.0, -9.0)]
+    farther = [(side * 16.0, up * far) for far in (20.0, 32.0, 44.0, 56.0) for up in (1, -1) for side in (1, -1)]
+    return [*beside, *farther]
+
+
 def figure_svg(figure: Figure, *, prefix: str = "") -> str:
     """The figure as an inline `<svg>` element.
 
@@ -263,6 +397,14 @@ def figure_svg(figure: Figure, *, prefix: str = "") -> str:
     return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest
 
 
+def figure_svg_file(figure: Figure) -> bytes:
+    """The figure as an SVG file of its own, on white; its text stays text."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "leapformer"}):
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
 def figure_png(figure: Figure) -> bytes:
     """The figure as a picture, on white."""
     buffer = io.BytesIO()
@@ -272,6 +414,11 @@ def figure_png(figure: Figure) -> bytes:
 
 def _layer_proportions(layer: LayerProportions) -> Figure:
     heads = max(layer.queries.shape[1], layer.keys.shape[1])
+    running = layer.steps is not None
+    sides = (
+        [("queries and keys", layer.keys, 0)] if running else [("queries", layer.queries, 0), ("keys", layer.keys, 1)]
+    )
+    one, what = ("clock", "turns") if running else ("head", "proportion")
     columns = 1 if heads == 1 else 2
     rows = math.ceil(heads / columns)
     figure = Figure(figsize=(WIDTH, 0.75 + 1.25 * rows), layout="constrained")
@@ -282,16 +429,19 @@ def _layer_proportions(layer: LayerProportions) -> Figure:
             continue
         _style(axes)
         # A module shared by grouped keys has fewer key heads than query heads.
-        for side, values, place in (("queries", layer.queries, 0), ("keys", layer.keys, 1)):
+        for side, values, place in sides:
             column = values[:, head * values.shape[1] // heads].tolist()
             axes.plot(range(len(column)), column, color=_color(place), linewidth=1.0, label=side)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
-        axes.set_title(f"head {head + 1}", fontsize=9, color=INK, loc="left", pad=2)
+        if layer.steps is None:
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+        else:
+            axes.set_yscale("symlog", linthresh=0.1)  # clocks differ by powers of ten
+        axes.set_title(f"{one} {head + 1}", fontsize=9, color=INK, loc="left", pad=2)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.supxlabel("token", fontsize=9, color=INK)
-    figure.supylabel("proportion", fontsize=9, color=INK)
+    figure.supylabel(what, fontsize=9, color=INK)
     return figure
 
 

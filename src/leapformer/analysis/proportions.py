@@ -1,13 +1,15 @@
 """The proportions that a trained model gives to the tokens of a text, layer by layer and head by head.
 
 A LeaPformer weighs query i and key j by relu(q_i) . relu(k_j) * cos(pi/2 (P_q(i) - P_k(j))), and learns the proportions
-P_q and P_k in [0, 1] (equations 6 and 7 of the paper; arXiv 2405.13046).
+P_q and P_k in [0, 1] (equations 6 and 7 of the paper; arXiv 2405.13046). Running proportions are clocks: every token
+takes a step in [0, 1] that is learned, and the proportion is the sum of the steps so far.
 
-    T tokens, H query heads, G key heads
+    T tokens, H query heads, G key heads, m clocks of a head
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leapformer.errors import LeapformerError
+from leapformer.nn.clocks import Clocks
 from leapformer.nn.proportions import LeapModule
 
 
@@ -27,11 +30,14 @@ class LayerProportions:
         layer: name of the layer in the model, such as "model.layers.0.attention".
         queries: P_q, float32 [T, H].
         keys: P_k, float32 [T, G].
+        steps: of running proportions, float32 [T, G]; then queries and keys are both [T, G m], the turns that each
+            clock has made, theta times the sum of the steps over 2 pi.
     """
 
     layer: str
     queries: Tensor
     keys: Tensor
+    steps: Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,7 +64,7 @@ def learned_proportions(model: nn.Module, input_ids: Tensor | Sequence[int]) -> 
             model(input_ids=ids.to(device), use_cache=False)
     finally:
         model.train(training)
-    return list(_paired(recorded))
+    return list(_by_layer(model, recorded))
 
 
 @contextmanager
@@ -85,9 +91,21 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _paired(recorded: dict[str, Tensor]) -> Iterator[LayerProportions]:
-    """The query and the key module of each attention layer, side by side."""
+def _by_layer(model: nn.Module, recorded: dict[str, Tensor]) -> Iterator[LayerProportions]:
+    """The clocks of each attention layer, or its query and its key module side by side."""
+    running = {name.removesuffix(".clocks.k_steps") for name in recorded if name.endswith(".clocks.k_steps")}
     for name, queries in recorded.items():
         layer, _, side = name.rpartition(".")
-        if side == "q_proportion":
+        if side == "k_steps":
+            layer = layer.removesuffix(".clocks")
+            turns = _turns(model.get_submodule(f"{layer}.clocks"), queries)
+            yield LayerProportions(layer=layer, queries=turns, keys=turns, steps=queries)
+        elif side == "q_proportion" and layer not in running:
             yield LayerProportions(layer=layer, queries=queries, keys=recorded[f"{layer}.k_proportion"])
+
+
+def _turns(clocks: nn.Module, steps: Tensor) -> Tensor:
+    """From steps [T, G] to the turns of all clocks [T, G m]."""
+    assert isinstance(clocks, Clocks)
+    rates = clocks.log_rates.detach().double().cpu().exp() / (2 * math.pi)
+    return (steps.double().cumsum(0)[..., None] * rates).flatten(1).float()

@@ -137,7 +137,7 @@ def render_report(
     if not runs:
         raise ValueError("runs: expected at least one, found none")
     page = _page_of(runs)
-    columns = _columns(runs, page)
+    columns = _columns(runs, page, split)
     environment = Environment(
         loader=PackageLoader("leapformer.analysis", "."),
         autoescape=True,
@@ -178,11 +178,11 @@ def _page_of(runs: Sequence[RunRecord]) -> Page:
     return tasks[0].page_or_default() if len(tasks) == 1 else Page(metrics=(LOSS,), headline=LOSS)
 
 
-def _columns(runs: Sequence[RunRecord], page: Page) -> list[PageColumn]:
-    """Those of the page's task, and behind them those of every run."""
+def _columns(runs: Sequence[RunRecord], page: Page, split: str) -> list[PageColumn]:
+    """Those of the page's task, and behind them those of every run; none of which no run knows anything."""
     unit = declarations(runs)[0].unit
     own = [PageColumn(each.heading, each.note, partial(_cell, metric=each)) for each in page.metrics]
-    return [
+    columns = [
         *own,
         PageColumn(
             f"{unit} per second",
@@ -193,6 +193,7 @@ def _columns(runs: Sequence[RunRecord], page: Page) -> list[PageColumn]:
         PageColumn("parameters", "all", lambda run, split: _number(run.results.get("parameters"), digits=0)),
         PageColumn("LeaP modules", "share of them", lambda run, split: _leap_share(run)),
     ]
+    return [column for column in columns if any(column.text(run, split) is not None for run in runs)]
 
 
 def _cell(run: RunRecord, split: str, *, metric: Metric) -> str | None:
@@ -295,6 +296,7 @@ def _layers(shown: TextProportions) -> list[dict[str, Any]]:
             "number": number,
             "plot": _inline(figure_svg(figure, prefix=f"layer{number}-")),
             "strips": _strips(layer, shown.tokens),
+            "running": layer.steps is not None,
             "range": f"{_extreme(layer, min):.2f} to {_extreme(layer, max):.2f}",
         }
         for number, (layer, figure) in enumerate(zip(shown.layers, proportions(shown.layers), strict=True), start=1)
@@ -302,9 +304,9 @@ def _layers(shown: TextProportions) -> list[dict[str, Any]]:
 
 
 def _strips(layer: LayerProportions, tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """Each head's text, token by token with its shade from 0 to SHADES - 1, for queries and for keys."""
-    strips = []
-    for side, values in (("queries", layer.queries), ("keys", layer.keys)):
+    """Each head's text, token by token with its shade from 0 to SHADES - 1: for queries and for keys, or the steps."""
+    strips, sides = [], {"queries": layer.queries, "keys": layer.keys}
+    for side, values in (sides if layer.steps is None else {"steps": layer.steps}).items():
         if values.shape[0] != len(tokens):
             raise ValueError(f"tokens: expected {values.shape[0]}, one per proportion, found {len(tokens)}")
         for head, column in enumerate(values.T.tolist(), start=1):
@@ -314,7 +316,8 @@ def _strips(layer: LayerProportions, tokens: Sequence[str]) -> list[dict[str, An
 
 
 def _extreme(layer: LayerProportions, choose: Any) -> float:
-    return choose(float(choose(values.flatten().tolist())) for values in (layer.queries, layer.keys))
+    sides = (layer.queries, layer.keys) if layer.steps is None else (layer.steps,)
+    return choose(float(choose(values.flatten().tolist())) for values in sides)
 
 
 def _inline(svg: str) -> Markup:

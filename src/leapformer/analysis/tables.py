@@ -57,9 +57,13 @@ def comparison(runs: Sequence[RunRecord], *, split: str = "validation") -> Compa
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Mean of a - b over paired values and its standard error (nan for one pair)."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return _mean(differences), error
+    return mean_and_error([x - y for x, y in zip(a, b, strict=True)])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return _mean(values), error
 
 
 def groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -94,11 +98,11 @@ def _rank(members: Sequence[RunRecord], split: str) -> float:
     """Mean of what their task compares first, such as the loss, lower being better; those without it come last."""
     metric = members[0].declared.compared[0]
     values = [run.value(metric, split) for run in members]
-    known = [value * _sign(metric) for value in values if value is not None]
+    known = [value * sign(metric) for value in values if value is not None]
     return _mean(known) if len(known) == len(members) else math.inf
 
 
-def _sign(metric: Metric) -> int:
+def sign(metric: Metric) -> int:
     """What makes lower the better."""
     return 1 if metric.better == "lower" else -1
 
@@ -143,15 +147,13 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
     for (name, members), (other, others) in combinations(groups, 2):
         compared = [metric for task in declarations([*members, *others]) for metric in task.compared]
         for metric in dict.fromkeys(compared):
-            values, other_values = _by_seed(members, metric, split), _by_seed(others, metric, split)
+            values, other_values = by_seed(members, metric, split), by_seed(others, metric, split)
             seeds = sorted(values.keys() & other_values.keys(), key=str)
             if len(seeds) < 2:
                 continue
             mean, error = paired_difference([values[s] for s in seeds], [other_values[s] for s in seeds])
             verdict = (
-                "no difference"
-                if abs(mean) <= 2 * error
-                else f"{name if mean * _sign(metric) < 0 else other} is better"
+                "no difference" if abs(mean) <= 2 * error else f"{name if mean * sign(metric) < 0 else other} is better"
             )
             notes.append(
                 f"{name} - {other}: {mean:+.{metric.digits}f} {metric.unit}, standard error {error:.{metric.digits}f} "
@@ -161,7 +163,8 @@ def _paired_notes(groups: Sequence[tuple[str, Sequence[RunRecord]]], split: str)
     return notes
 
 
-def _by_seed(members: Sequence[RunRecord], metric: Metric, split: str) -> dict[Any, float]:
+def by_seed(members: Sequence[RunRecord], metric: Metric, split: str) -> dict[Any, float]:
+    """A figure of runs by their seeds, of those that have it."""
     values = {run.results.get("seed"): run.value(metric, split) for run in members}
     return {seed: value for seed, value in values.items() if value is not None}
 

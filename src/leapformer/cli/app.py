@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from leapformer import __version__
+from leapformer.cli.ablate import ablate
 from leapformer.cli.bench import bench
 from leapformer.cli.compare import compare
 from leapformer.cli.data import prepare
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "ablate": ablate,
     "generate": generate,
     "translate": translate,
     "lra": lra,

@@ -33,7 +33,7 @@ def proportions(
     from leapformer.analysis.proportions import learned_proportions
     from leapformer.cli.keeping import keep
     from leapformer.files.folders import check_output_folder
-    from leapformer.files.writing import write_text
+    from leapformer.files.writing import write_bytes
     from leapformer.training.loading import load_with_tokenizer
     from leapformer.training.run import Run
 
@@ -50,7 +50,9 @@ def proportions(
         raise LeapformerError(f"--text: expected at most {limit[0]} tokens, found {len(ids)}; {limit[1]}")
     layers = learned_proportions(model, ids)
     for number, layer in enumerate(layers):
-        sides = (("queries", layer.queries), ("keys", layer.keys))
+        sides = [("queries", layer.queries), ("keys", layer.keys)]
+        if layer.steps is not None:
+            sides = [("steps", layer.steps), ("turns", layer.keys)]
         ranges = (f"{name} {float(side.min()):.2f} to {float(side.max()):.2f}" for name, side in sides)
         typer.echo(f"layer {number}: {', '.join(ranges)}")
     target = run.path / "plots" if output is None else output
@@ -59,7 +61,7 @@ def proportions(
         target.mkdir(parents=True, exist_ok=True)
         for number, figure in enumerate(plots.proportions(layers)):
             path = target / f"proportions-layer-{number}.svg"
-            write_text(path, plots.figure_svg(figure))
+            write_bytes(path, plots.figure_svg_file(figure))
             typer.echo(f"Written to {path}")
 
     if output is None:

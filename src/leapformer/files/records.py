@@ -111,6 +111,7 @@ class ResultsRecord(Record):
     tokens_per_second: NotNegative | None = None
     examples_per_second: NotNegative | None = None
     inference_examples_per_second: NotNegative | None = None
+    state_bytes: Count | None = None
     peak_memory_mib: NotNegative | None = None
     impl: Text | None = None
     perplexity_by_position: list[PositionRecord] | None = None
@@ -168,6 +169,21 @@ def read_events(path: str | os.PathLike[str], *, largest: int = 16 * LARGEST) ->
     # Bytes that are no text spoil their own row: they are no JSON outside of strings, and are refused inside.
     rows = read_text(path, largest=largest, errors="surrogateescape").split("\n")
     return [event for event in map(parse_event, rows) if event is not None]
+
+
+def last_event(path: str | os.PathLike[str], *, tail: int = 16_384) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl that may be in the middle of being written; None where there is none.
+
+    Arguments:
+        tail: only so many bytes at its end are looked at.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            rows = file.read(tail).decode("utf-8", "surrogateescape").split("\n")
+    except OSError:
+        return None
+    return next((event for row in reversed(rows) if (event := parse_event(row)) is not None), None)
 
 
 def parse_event(row: str) -> dict[str, Any] | None:

@@ -2,11 +2,13 @@
 their checks.
 """
 
+import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import PreTrainedConfig
 
+from leapformer.files.showing import shown
 from leapformer.models.fields import (
     RANGES,
     check_choices,
@@ -21,10 +23,15 @@ from leapformer.models.reading import read_config
 from leapformer.nn import FEATURE_MAPS, REWEIGHTINGS
 from leapformer.nn.blocks import ACTIVATIONS
 from leapformer.nn.build import Variant
+from leapformer.nn.decay import DecayPer
+from leapformer.nn.delta import Update
+from leapformer.nn.layer import OutputGate
 from leapformer.nn.proportions import Start
+from leapformer.nn.rotary import ROTARY_BASE
 from leapformer.ops.api import Impl
 
 OutputNorm = Literal["sum", "rmsnorm"]
+LearnedProportion = Literal["learned", "prior", "running"]
 
 
 class AttentionFields(PreTrainedConfig):
@@ -41,8 +48,21 @@ class AttentionFields(PreTrainedConfig):
 
     variant: Variant = "paper"
     decay: bool | None = None
+    decay_scales: list[float | int] | tuple[float | int, ...] | None = None
+    decay_per: DecayPer = "head"
     conv_width: int | None = None
     output_norm: OutputNorm | None = None
+    output_gate: OutputGate | None = None
+    qk_norm: bool = False
+    rotary: bool = False
+    rotary_base: float | int = ROTARY_BASE
+    attention_update: Update = "sum"  # PreTrainedConfig has a method `update`
+    delta_range: int = 1
+    proportion: LearnedProportion | None = None
+    clocks: int | None = None
+    clock_rate: float | int | None = None
+    clock_decades: float | int | None = None
+    leap_places: bool | None = None
     leap_hidden: int | None = None
     leap_start: Start = "default"
     leap_per_head: bool = False
@@ -89,9 +109,25 @@ class AttentionFields(PreTrainedConfig):
             self.embedding_scale = 1 / self.embedding_initializer_range
         self._fill_in()
         check_choices(self, self.choices())
+        self._check_composition()
         self._check_rest()
         check_size(self, self._about_parameters())
         finish(self, kwargs, super().__post_init__)
+
+    def _check_composition(self) -> None:
+        """What a layer would refuse, before there is one."""
+        scales = self.decay_scales
+        if scales is not None and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
+            expected = "[shortest, longest] in tokens, 0 < shortest <= longest"
+            raise ValueError(f"config decay_scales: expected {expected}, found {shown(scales)}")
+        normed = self.output_norm == "rmsnorm" or (self.output_norm is None and self.variant == "gated")
+        if self.proportion == "running" and not normed:
+            raise ValueError(
+                "config proportion: expected output_norm='rmsnorm' beside 'running', whose weights may be negative, "
+                "found another"
+            )
+        if self.rotary and (self.head_dim or 0) % 2:
+            raise ValueError(f"config head_dim: expected an even number with rotary positions, found {self.head_dim}")
 
     def _check_sizes(self) -> None:
         """What has to be right before anything is filled in."""
@@ -101,6 +137,14 @@ class AttentionFields(PreTrainedConfig):
 
     def _check_rest(self) -> None:
         """What remains to be checked once all fields have a value."""
+
+    def _about_attention(self) -> int:
+        """The parameters of one attention layer, about: projections, output gate, convolution and LeaP."""
+        D, heads = getattr(self, "hidden_size"), getattr(self, "num_attention_heads")  # noqa: B009
+        K = self.head_dim or 0
+        both = heads + (self.num_key_value_heads or 0)
+        gate = D * K * heads if self.output_gate is not None else 0
+        return 2 * D * K * both + gate + (self.conv_width or 0) * D + both * (self.leap_hidden or 0) * K
 
     def _about_parameters(self) -> int:
         """The parameters of the largest model of this configuration, without what is small beside the rest."""

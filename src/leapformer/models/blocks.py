@@ -13,6 +13,7 @@ SHARED_FIELDS = {
     "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "conv_width": "conv_width",
+    "output_gate": "output_gate",
     "bias": "attention_bias",
     "dropout": "attention_dropout",
 }
@@ -34,6 +35,14 @@ def attention_arguments(config: Any, kind: str) -> dict[str, Any]:
         "variant": config.variant,
         **given,
     }
+
+
+def _refuse_a_past(own: Mapping[str, Any]) -> None:
+    """Refuse arguments of a layer that are of a past, where later tokens are seen."""
+    if own.get("update") == "delta":
+        raise ValueError("config attention_update: expected 'sum' where later tokens are seen, found 'delta'")
+    if own.get("decay") and own.get("decay_per") == "channel":
+        raise ValueError("config decay_per: expected 'head' where later tokens are seen, found 'channel'")
 
 
 def block_arguments(config: Any) -> dict[str, Any]:
@@ -59,17 +68,20 @@ def build_block(
 
     Raises NotCausal where it should be causal and its attention can't.
     """
-    # A decay is of a past; in an encoder and over a source it would be weights that nothing uses.
+    # Where nothing is said of it, a decay is of a past; over a source it would be weights that nothing uses. Places of
+    # a source and of a target are on no common scale, so nothing is turned between them.
     own = attention_arguments(config, kind)
-    own.update({} if causal else {"decay": False}, **place)
+    own.update({} if causal or own.get("decay") else {"decay": False}, **place)
     own["max_source_positions"] = None
+    if not causal:
+        _refuse_a_past(own)
     attention = build_attention(kind, **own)
     if causal and not attention.capabilities.causal:
         raise NotCausal(f"config attention: expected a kind that can be causal, found {kind!r} (it is bidirectional)")
     over_source = None
     if cross is not None:
         own = attention_arguments(config, cross)
-        own.update(decay=False, **place)
+        own.update(decay=False, rotary=False, update="sum", cross=True, **place)
         over_source = build_attention(cross, **own)
     block = (DecoderBlock if causal else EncoderBlock)(
         attention, cross_attention=over_source, **block_arguments(config)

@@ -38,11 +38,26 @@ class LeapformerConfig(AttentionFields):
             "linear-relu" and "linear-elu" are that with the feature map named), "softmax", "performer", and for
             classification alone "linformer", "nystromformer", "skyformer", "reformer", "bigbird", "informer".
         variant ("paper"): "paper" or "gated". It sets the three switches below wherever they are None.
-        decay (None): data-dependent decay per head; paper False, gated True. Linear kinds only.
+        decay (None): data-dependent decay per head; paper False, gated True in language models and False in encoders,
+            where it fades in both directions. Linear kinds only.
+        decay_scales (None): [shortest, longest] time scales of the decays at the start, in tokens and in equal ratios
+            over the heads; None keeps 98 % a token.
         conv_width (None): width of the causal depthwise convolution on the layer's input, 0 for none;
             paper 0, gated 4. Softmax takes it only where this field asks for it, for a fair comparison.
         output_norm (None): "sum" (the paper's normaliser) or "rmsnorm"; paper "sum", gated "rmsnorm". Linear kinds
             only.
+        proportion (None): of "leap", "learned" (the paper's), "prior" (learned from the place on, see
+            `leapformer.nn.PriorProportion`) or "running" (clocks, see `leapformer.nn.Clocks`; they need output_norm
+            "rmsnorm"); None is "learned".
+        clocks (None: 1), clock_rate (None: pi/2), clock_decades (None: 2), leap_places (None: False): of running
+            proportions; clocks of a head, radians a step of the fastest at the start, powers of ten down to the
+            slowest, and whether the paper's proportions are added.
+        output_gate (None): "silu" or "sigmoid": the heads' outputs times silu or sigmoid of a projection of the layer's
+            input, for every kind; hidden_size x heads x head_dim parameters a layer.
+        qk_norm (False): norms of queries and keys; rotary (False), rotary_base (10000): rotary positions of
+            self-attention, beside or (positions="none") in place of added ones. Which kinds take them: docs/nn.md.
+        decay_per ("head"): or "channel", a decay for each channel of the keys. Linear kinds, language models only.
+        attention_update ("sum"): or "delta", the delta rule; delta_range (1): or 2. Linear kinds, language models only.
         leap_hidden (None): hidden size r of the LeaP module; None is head_dim / 4, the paper's; 1 is one linear layer.
         leap_share (None): instead of leap_hidden, the share of parameters that LeaP may add, such as 0.002.
         leap_start ("default"): how the LeaP module starts, "default" or "spread".
@@ -157,9 +172,8 @@ class LeapformerConfig(AttentionFields):
         return None
 
     def _about_parameters(self) -> int:
-        D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
-        block = 2 * D * K * heads + 2 * D * (self.intermediate_size or 0) + (self.conv_width or 0) * D
-        block += heads * (self.leap_hidden or 0) * K
+        D = self.hidden_size
+        block = self._about_attention() + 2 * D * (self.intermediate_size or 0)
         weights = [(REGISTRY[kind].weights, attention_arguments(self, kind)) for kind in self.attention_kinds]
         other = sum(count(arguments) for count, arguments in weights if count is not None)
         words = words_that_count(self.vocab_size, None if self.tie_word_embeddings else self.vocab_size)

@@ -23,7 +23,7 @@ from leapformer.models.configuration import LeapformerConfig
 from leapformer.models.inputs import PACKING_NAMES, check_rest, read_layout, wanted
 from leapformer.models.loss import next_token_labels, reduce_losses, token_losses
 from leapformer.models.reading import CheckpointError, check_folder, check_shapes, weights_of_another
-from leapformer.nn import LeapModule, LearnedPositions, SinusoidalPositions, hidden_for_share
+from leapformer.nn import Clocks, LeapModule, LearnedPositions, SinusoidalPositions, hidden_for_share
 
 
 class SequenceTooLong(LeapformerError, ValueError):
@@ -111,7 +111,10 @@ class LeapformerPreTrainedModel(PreTrainedModel):
     def num_parameters_added_by_leap(self) -> int:
         """How many of the parameters belong to LeaP modules."""
         return sum(
-            p.numel() for module in self.modules() if isinstance(module, LeapModule) for p in module.parameters()
+            p.numel()
+            for module in self.modules()
+            if isinstance(module, LeapModule | Clocks)
+            for p in module.parameters(recurse=False)
         )
 
 
@@ -445,6 +448,9 @@ def choose_leap_hidden(config: LeapformerConfig, model: type[PreTrainedModel]) -
     with torch.device("meta"):
         parameters = model(LeapformerConfig(**fields)).num_parameters()
     modules = config.num_attention_heads + config.num_key_value_heads if config.leap_per_head else 2
+    if config.proportion == "running":  # one of keys gives the steps
+        steps = config.num_key_value_heads if config.leap_per_head else 1
+        modules = steps + modules if config.leap_places else steps
     return hidden_for_share(
         config.leap_share, parameters=parameters, modules=blocks * modules, head_dim=config.head_dim
     )

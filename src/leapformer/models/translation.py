@@ -57,6 +57,10 @@ ENCODER_FIELDS = (
     "variant",
     "conv_width",
     "output_norm",
+    "output_gate",
+    "qk_norm",
+    "rotary",
+    "rotary_base",
     "leap_hidden",
     "leap_per_head",
     "leap_bins",
@@ -488,7 +492,9 @@ def smoothed_losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[T
 def _blocks(config: LeapformerTranslationConfig, layers: int, kind: str, cross: str | None = None) -> nn.ModuleList:
     """The blocks of the encoder, or with cross-attention those of the decoder."""
     longest = config.max_source_positions if cross is None else config.max_target_positions
-    place = {"max_positions": longest or 1, "max_source_positions": config.max_source_positions}
+    place: dict[str, Any] = {"max_positions": longest or 1, "max_source_positions": config.max_source_positions}
+    if cross is None:
+        place["update"] = "sum"  # the delta rule is of a past, which the decoder alone has
     parts, causal = (2 if cross is None else 3) * layers, cross is not None
     return nn.ModuleList(
         build_block(config, kind, causal=causal, parts=parts, place=place, cross=cross) for _ in range(layers)

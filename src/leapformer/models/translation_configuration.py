@@ -47,16 +47,17 @@ class LeapformerTranslationConfig(AttentionFields):
             chosen by itself.
         max_source_positions, max_target_positions (None): cosFormer's M of the states of the source and of the tokens
             of the target; a limit where cosFormer is, needed there, and not used elsewhere.
-        variant ("paper"), decay, conv_width, output_norm (None), leap_hidden (None: head_dim / 4), leap_start,
-        leap_per_head,
+        variant ("paper"), decay, conv_width, output_norm, output_gate (None), qk_norm, rotary, rotary_base,
+        attention_update, delta_range, decay_per, leap_hidden (None: head_dim / 4), leap_start, leap_per_head,
         leap_bins, feature_map, reweighting, attention_impl, attention_eps, attention_bias: as in `LeapformerConfig`.
-            The decay is for the decoder's self-attention alone.
+            A decay per channel and the delta rule are for the decoder's self-attention alone, as is the decay that a
+            variant sets; rotary positions are for any self-attention.
     Loss:
         label_smoothing (0.1): of the cross-entropy.
         ctc_weight (0.0): above 0 the encoder gets a CTC head, and this times its loss is added.
         ctc_vocab_size (None: vocab_size): symbols of the CTC head; its blank is one more, the last.
     The rest:
-        position_scale (1.0): what the sinusoidal positions are multiplied with.
+        position_scale (1.0): what the sinusoidal positions are multiplied with; 0 for none.
         hidden_act ("relu"), hidden_dropout (0.1), attention_dropout, activation_dropout (0.0), layer_norm_eps.
         tie_word_embeddings (True): the output layer is the embedding of the target.
         initializer_range (0.02), embedding_initializer_range, embedding_scale: as in `LeapformerConfig`.
@@ -145,8 +146,7 @@ class LeapformerTranslationConfig(AttentionFields):
             )
 
     def _about_parameters(self) -> int:
-        D, K, heads = self.hidden_size, self.head_dim or 0, self.num_attention_heads + (self.num_key_value_heads or 0)
-        attention = 2 * D * K * heads + (self.conv_width or 0) * D + heads * (self.leap_hidden or 0) * K
+        D, attention = self.hidden_size, self._about_attention()
         layers, C = self.encoder_layers + self.decoder_layers, self.conv_channels
         untied = None if self.tie_word_embeddings else self.vocab_size
         tables = words_that_count(self.vocab_size, untied, self.source_vocab_size, self.ctc_vocab_size)

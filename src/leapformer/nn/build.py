@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 from leapformer.nn import bigbird, informer, linear, linformer, nystromformer, performer, reformer, skyformer, softmax
+from leapformer.nn.decay import DecayPer
+from leapformer.nn.delta import Update
 from leapformer.nn.feature_maps import FeatureMap
 from leapformer.nn.layer import AttentionLayer, Mechanism, Shared
+from leapformer.nn.linear import Proportions
 from leapformer.nn.proportions import Start
 from leapformer.nn.reweighting import Reweighting
 from leapformer.ops.api import Impl
@@ -42,10 +45,23 @@ class Options(Shared, total=False):
     variant: Variant
     decay: bool | None
     output_norm: bool | None
+    decay_scales: Sequence[float] | None
+    decay_per: DecayPer
+    proportion: Proportions | None
+    clocks: int
+    clock_rate: float
+    clock_decades: float
+    leap_places: bool
+    cross: bool
     leap_hidden: int
     leap_per_head: bool
     leap_bins: int | None
     leap_start: Start
+    qk_norm: bool
+    rotary: bool
+    rotary_base: float
+    update: Update
+    delta_range: int
     feature_map: str | FeatureMap
     reweighting: str | Reweighting
     max_positions: int

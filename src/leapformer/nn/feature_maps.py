@@ -1,4 +1,4 @@
-"""Feature maps: what makes queries and keys non-negative. x [..., K] -> [..., K], elementwise."""
+"""Feature maps: what makes queries and keys non-negative, all but "silu". x [..., K] -> [..., K], elementwise."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 
 FeatureMap = Callable[[Tensor], Tensor]
-FEATURE_MAPS: dict[str, FeatureMap] = {"relu": torch.relu, "elu": elu_plus_one}
+FEATURE_MAPS: dict[str, FeatureMap] = {"relu": torch.relu, "elu": elu_plus_one, "silu": F.silu}

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leapformer.nn.conv import ShortConvolution
-from leapformer.nn.packing import check_packing
+from leapformer.nn.packing import check_packing, token_positions
 from leapformer.nn.state import LayerState, real_tokens
 from leapformer.ops.api import Visible
+
+OutputGate = Literal["silu", "sigmoid"]
+GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,16 @@ class Call(NamedTuple):
         """Whether a state is given or wanted."""
         return self.state is not None or self.return_state
 
+    def places(self, q: Tensor) -> Tensor:
+        """Positions int64 [B or 1, T] of the tokens of q [B, T, ...]: ``position_ids``, or real tokens counted, on from
+        the state.
+        """
+        if self.position_ids is not None:
+            return self.position_ids
+        first = None if self.state is None else self.state.length
+        mask = self.key_mask if self.is_self else None
+        return token_positions(q.shape[1], q.device, key_mask=mask, cu_seqlens=self.cu_seqlens, first=first)
+
 
 class Shared(TypedDict, total=False):
     """Arguments of ``AttentionLayer`` that a mechanism passes on."""
@@ -62,6 +76,7 @@ class Shared(TypedDict, total=False):
     num_kv_heads: int | None
     head_dim: int | None
     conv_width: int
+    output_gate: OutputGate | None
     bias: bool
     dropout: float
 
@@ -73,10 +88,13 @@ class AttentionLayer(nn.Module):
         hidden_size, num_heads, num_kv_heads (None: num_heads), head_dim (None: hidden_size / num_heads): D, H, G, K.
         conv_width: width of the short causal convolution on the layer's input, 0 for none.
         share_qk: keys are the queries; then num_kv_heads is num_heads.
+        output_gate: multiply the heads' outputs, behind an output norm, by silu(W x) or sigmoid(W x), W [H K, D]
+            without bias and x what the projections see ("silu": arXiv 2307.08621, eq. 8; "sigmoid": arXiv 2505.06708);
+            None: don't.
         bias: of the projections. dropout: where it is, the mechanism says.
 
     Raises:
-        ValueError: heads that do not divide each other or the width.
+        ValueError: heads that do not divide each other or the width, or an unknown gate.
     """
 
     capabilities: Capabilities
@@ -90,6 +108,7 @@ class AttentionLayer(nn.Module):
         head_dim: int | None = None,
         conv_width: int = 0,
         share_qk: bool = False,
+        output_gate: OutputGate | None = None,
         bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -114,6 +133,10 @@ class AttentionLayer(nn.Module):
         self.k_proj = None if share_qk else nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        if output_gate is not None and output_gate not in GATES:
+            raise ValueError(f"output_gate: expected one of {sorted(GATES)} or None, got {output_gate!r}")
+        self.output_gate: OutputGate | None = output_gate
+        self.gate_proj = None if output_gate is None else nn.Linear(hidden_size, num_heads * head_dim, bias=False)
 
     def forward(
         self,
@@ -133,7 +156,8 @@ class AttentionLayer(nn.Module):
         Args:
             visible, cu_seqlens, cu_seqlens_k: as in ``leapformer.ops.linear_attention``.
             key_mask: bool [B, S] (self: [B, T]), True = real; padding may lie anywhere.
-            position_ids: int64 [B or 1, T] from 0, for cosFormer; None counts real tokens, on from the state.
+            position_ids: int64 [B or 1, T] from 0, for cosFormer and rotary positions; None counts real tokens, on from
+                the state.
             state: what came before (self-attention); written in place and returned where gradients are off.
             return_state: also return the state after x.
 
@@ -156,12 +180,18 @@ class AttentionLayer(nn.Module):
         v = self.v_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
         call = Call(context is None, visible, key_mask, cu_seqlens, cu_seqlens_k, position_ids, state, return_state)
         y, kept = self.attend(q, k, v, x, call)
-        y = self.o_proj(y.flatten(-2))
+        y = self.o_proj(self._gated(y.flatten(-2), x))
         if kept is None:
             return y, None
         kept.conv = None if tail is None else tail.clone()  # a view would keep all inputs alive
         kept.length = real_tokens(x, own_mask, state, cu_seqlens=cu_seqlens)
         return y, kept if state is None else state.update(kept)
+
+    def _gated(self, y: Tensor, x: Tensor) -> Tensor:
+        """The heads' outputs y [B, T, H K], each as far open as x [B, T, D] says."""
+        if self.output_gate is None or self.gate_proj is None:
+            return y
+        return y * GATES[self.output_gate](self.gate_proj(x))
 
     def _check_packing(
         self, x: Tensor, context: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
@@ -227,14 +257,14 @@ class AttentionLayer(nn.Module):
         self._absorb(k, v, state, first=first, key_mask=key_mask, chunk=chunk)
 
     def read(self, x: Tensor, state: LayerState, *, position_ids: Tensor) -> Tensor:
-        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x goes on in
-        ``state``.
+        """Cross-attention of x [B, 1, D] over all that ``state`` has absorbed; a convolution over x, and clocks of
+        queries, go on in ``state``.
         """
         none = x.new_zeros(len(x), 0, x.shape[2])
-        moves = self.conv is not None
+        moves = self.conv is not None or state.query_clock is not None
         y, kept = self(x, none, position_ids=position_ids, state=replace(state), return_state=moves)
         if kept is not None:
-            state.conv = kept.conv
+            state.conv, state.query_clock = kept.conv, kept.query_clock
         return y
 
     def mass(self, x: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:

@@ -7,43 +7,39 @@ re-weighting.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leapformer.nn.clocks import Clocks
+from leapformer.nn.decay import ChannelDecay, Decay, DecayPer
+from leapformer.nn.delta import DeltaRule, Update, spread
 from leapformer.nn.feature_maps import FEATURE_MAPS, FeatureMap
 from leapformer.nn.layer import Call, Capabilities, Mechanism, Shared
+from leapformer.nn.norms import normed, unit
 from leapformer.nn.packing import token_positions
 from leapformer.nn.plain import is_plain
+from leapformer.nn.prior import PriorProportion
 from leapformer.nn.proportions import LeapModule, PositionProportion, Proportion, Start
 from leapformer.nn.reweighting import REWEIGHTINGS, Cosine, Reweighting
+from leapformer.nn.rotary import ROTARY_BASE, check_rotary, turned
 from leapformer.nn.state import LayerState
 from leapformer.nn.sums import SummingAttention
-from leapformer.ops import leap_attention, linear_attention
+from leapformer.ops import (
+    LinearState,
+    angle_factors,
+    channel_decay_attention,
+    delta_attention,
+    leap_attention,
+    linear_attention,
+)
 from leapformer.ops.api import Impl
 
-Proportions = Literal["position", "learned"] | Proportion | tuple[Proportion, Proportion]
-
-
-class Decay(nn.Module):
-    """log_decay = logsigmoid(W x + b) per head, b = 4 at the start, so that the state keeps 98 % a token."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_heads))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.constant_(self.bias, 4.0)
-
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, H] <= 0; padding doesn't decay."""
-        log_decay = F.logsigmoid(F.linear(x, self.weight, self.bias))
-        return log_decay if key_mask is None else log_decay.masked_fill(~key_mask[..., None], 0)
+Proportions = Literal["position", "learned", "prior", "running"] | Proportion | tuple[Proportion, Proportion]
 
 
 class LinearAttention(SummingAttention):
@@ -51,19 +47,34 @@ class LinearAttention(SummingAttention):
 
     Args:
         hidden_size, num_heads, num_kv_heads (num_heads), head_dim (hidden_size / num_heads): D, H, G, K.
-        feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers.
-        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), or a ``Proportion``,
+        feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers; or
+            "silu", which does, where nothing is divided by a sum of weights.
+        proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "prior" (learned from
+            the place on, see ``PriorProportion``), "running" (clocks,
+            see ``Clocks``; it goes with ``output_norm``, since its re-weighting may be negative), or a ``Proportion``,
             or two, for queries and for keys.
+        clocks, clock_rate, clock_decades: of running proportions, see ``Clocks``.
+        leap_places: running proportions are where the clocks stand plus the paper's learned ones.
+        cross: cross-attention, which has no decay, and where queries and keys have clocks of their own.
         reweighting: "cosine", "quadratic" or a ``Reweighting``.
         max_positions: cosFormer's M.
         leap_hidden, leap_per_head, leap_bins, leap_start: see ``LeapModule``.
-        decay: multiply the state by a learned, data-dependent factor per head and token (causal self-attention only).
+        decay: a learned, data-dependent decay per head between the two tokens of self-attention. decay_scales: its
+            start, see ``Decay``. decay_per: "head", or "channel": of its keys, see ``ChannelDecay``; that is of a past,
+            so of causal self-attention only.
         conv_width: width of the short causal convolution on the layer's input, 0 for none.
         output_norm: RMSNorm over each head's output instead of division by the normaliser.
+        qk_norm: features of every head's query and key have the length 1 (arXiv 2406.06484); what proportions
+            are read off has not.
+        rotary, rotary_base: features of self-attention are turned by their positions, see ``nn.rotary``.
+        update: "sum", or "delta": before the state takes a key in, it forgets what it holds under that key, see
+            ``leapformer.ops.delta_attention``. Features then have the length 1, beta is up to delta_range, see
+            ``DeltaRule``, and without an output norm the output is as it is. Causal self-attention only.
         dropout: on the attention's output. eps, impl: as in ``leapformer.ops.linear_attention``.
 
     Raises:
-        ValueError: an unknown name, or an object that is none of these.
+        ValueError: an unknown name, an object that is none of these, or what may turn weights negative (running
+            proportions, rotary positions, "silu") where they are divided by their sum.
     """
 
     capabilities = Capabilities(causal=True, cross=True, streaming=True, arbitrary_length=True)
@@ -77,12 +88,24 @@ class LinearAttention(SummingAttention):
         proportion: Proportions | None = "learned",
         reweighting: str | Reweighting = "cosine",
         max_positions: int = 2048,
+        clocks: int = 1,
+        clock_rate: float = math.pi / 2,
+        clock_decades: float = 2.0,
+        leap_places: bool = False,
+        cross: bool = False,
         leap_hidden: int = 8,
         leap_per_head: bool = False,
         leap_bins: int | None = None,
         leap_start: Start = "default",
         decay: bool = False,
+        decay_scales: Sequence[float] | None = None,
+        decay_per: DecayPer = "head",
         output_norm: bool = False,
+        qk_norm: bool = False,
+        rotary: bool = False,
+        rotary_base: float = ROTARY_BASE,
+        update: Update = "sum",
+        delta_range: int = 1,
         eps: float = 1e-6,
         impl: Impl = "auto",
         **shared: Unpack[Shared],
@@ -90,33 +113,81 @@ class LinearAttention(SummingAttention):
         super().__init__(hidden_size, num_heads, **shared)
         self.feature_map: FeatureMap = _named(FEATURE_MAPS, feature_map, "feature_map")
         self.reweighting = _reweighting(reweighting)
-        self.q_proportion, self.k_proportion, self.position_proportion = None, None, None
-        if proportion == "learned":
-            leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+        self.q_proportion, self.k_proportion, self.position_proportion, self.clocks = None, None, None, None
+        if proportion == "running":
+            if not output_norm:
+                raise ValueError(
+                    "proportion='running': expected output_norm (its re-weighting may be negative), got none"
+                )
+            self.clocks = Clocks(
+                self.head_dim,
+                self.num_heads,
+                self.num_kv_heads,
+                clocks=clocks,
+                rate=clock_rate,
+                decades=clock_decades,
+                cross=cross,
+                hidden=leap_hidden,
+                per_head=leap_per_head,
+                start=leap_start,
+            )
+        leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+        self.has_prior = proportion == "prior"
+        if self.has_prior:
+            self.q_proportion, self.k_proportion = (
+                PriorProportion(self.head_dim, heads, heads=heads if leap_per_head else 1, **leap)
+                for heads in (self.num_heads, self.num_kv_heads)
+            )
+        elif proportion == "learned" or (proportion == "running" and leap_places):
             self.q_proportion = LeapModule(self.head_dim, heads=self.num_heads if leap_per_head else 1, **leap)
             self.k_proportion = LeapModule(self.head_dim, heads=self.num_kv_heads if leap_per_head else 1, **leap)
         elif proportion == "position":
             self.position_proportion = PositionProportion(max_positions)
         elif isinstance(proportion, PositionProportion):
             self.position_proportion = proportion
-        elif proportion is not None:
+        elif proportion is not None and proportion != "running":
             self.q_proportion, self.k_proportion = _two(proportion)
         self.has_relu = self.feature_map is FEATURE_MAPS["relu"]
-        self.is_plain_leap = self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
+        self.is_plain_leap = (
+            self.clocks is None and self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
+        )
         self.is_plain_leap = self.is_plain_leap and _is_exact(self.k_proportion)
-        self.decay = Decay(hidden_size, num_heads) if decay else None
+        decay = decay and not cross
+        if decay_per not in ("head", "channel"):
+            raise ValueError(f"decay_per: expected 'head' or 'channel', got {decay_per!r}")
+        self.by_channel = decay and decay_per == "channel"
+        self.decay = None
+        if self.by_channel:
+            self.decay = ChannelDecay(hidden_size, num_heads, self.head_dim, scales=decay_scales)
+        elif decay:
+            self.decay = Decay(hidden_size, num_heads, scales=decay_scales)
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
         self.eps = eps
         self.impl: Impl = impl
-        self.feature_width, self.has_decay = self.head_dim, decay
+        self.feature_width, self.has_decay = self.head_dim, decay and not self.by_channel
         weighted = self.q_proportion is not None or self.position_proportion is not None
         self.rank = self.reweighting.rank if weighted else 1
-        self.capabilities = Capabilities(True, True, True, arbitrary_length=self.position_proportion is None)
+        if self.clocks is not None:
+            self.rank = 2 * clocks
+        self.rotary_base = check_rotary(self.head_dim, rotary_base) if rotary else None
+        if update not in ("sum", "delta"):
+            raise ValueError(f"update: expected 'sum' or 'delta', got {update!r}")
+        if update == "delta" and cross:
+            raise ValueError("update='delta': expected self-attention (it is of a past), got cross-attention")
+        self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
+        self.own_states, self.qk_norm = self.delta is not None or self.by_channel, qk_norm or self.delta is not None
+        if self.own_states or self.qk_norm or rotary or self.has_prior:
+            self.is_plain_leap = False  # something stands between the features and the sums
+        if not output_norm and self.delta is None:
+            for what, there in (("rotary", rotary), ("feature_map='silu'", feature_map == "silu")):
+                if there:
+                    raise ValueError(f"{what}: expected output_norm (products of features may be negative), got none")
+        free = self.position_proportion is None
+        self.capabilities = Capabilities(True, cross=not self.own_states, streaming=True, arbitrary_length=free)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         state, visible = call.state, call.visible
-        causal = call.is_self and isinstance(visible, str) and visible == "causal"
-        log_decay = self.decay(x, key_mask=call.key_mask) if self.decay is not None and causal else None
+        log_decay = self.decay(x, key_mask=call.key_mask) if self.decay is not None and call.is_self else None
         keywords = {
             "visible": visible,
             "key_mask": call.key_mask,
@@ -130,38 +201,161 @@ class LinearAttention(SummingAttention):
             "impl": self.impl,
             "update_state": state is not None and call.return_state and state.updates_in_place,
         }
-        leaps = self._plain_leaps()
-        if leaps is not None:
+        leaps, clock, query_clock = self._plain_leaps(), None, None
+        if self.clocks is not None:
+            q, k = self.feature_map(q), self.feature_map(k)
+            q_angles, k_angles, clock, query_clock = self._angles(self.clocks, q, k, call)
+            q, k = self._in_place(q, k, call)
+            if self.own_states:
+                factors = angle_factors(q_angles), angle_factors(k_angles)
+                output, linear = self._step_by_step(q, k, v, x, *factors, log_decay, call)
+            else:
+                output, linear = linear_attention(q, k, v, q_angles=q_angles, k_angles=k_angles, **keywords)
+        elif leaps is not None:
             output, linear = leap_attention(q, k, v, leaps[0].weights(), leaps[1].weights(), **keywords)
         else:
             # A learned proportion looks at the features; otherwise nobody needs them outside the operator.
             relu = self.has_relu and self.q_proportion is None
+            relu = relu and not (self.own_states or self.qk_norm or self.rotary_base)
             q, k = (q, k) if relu else (self.feature_map(q), self.feature_map(k))
             q_factors, k_factors = self._factors(q, k, call)
-            output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
+            q, k = self._in_place(q, k, call)
+            if self.own_states:
+                output, linear = self._step_by_step(q, k, v, x, q_factors, k_factors, log_decay, call)
+            else:
+                output, linear = linear_attention(q, k, v, q_factors, k_factors, relu=relu, **keywords)
         if self.output_norm is not None:
-            wanted = getattr(self.output_norm, "weight", output).dtype  # autocast: bf16, float32
-            output = self.output_norm(output.to(wanted)).to(output.dtype)
+            output = normed(self.output_norm, output)
         output = F.dropout(output, self.dropout, self.training)
-        return output, None if linear is None else LayerState(length=q.new_zeros(0), linear=linear)
+        if linear is None:
+            return output, None
+        return output, LayerState(length=q.new_zeros(0), linear=linear, clock=clock, query_clock=query_clock)
+
+    def _in_place(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Features as they are multiplied: of length 1 where that is asked for, and turned by their places."""
+        q, k = self._unit(q), self._unit(k)
+        if self.rotary_base is None or not call.is_self:
+            return q, k
+        places = call.places(q)
+        return self.placed(q, places), self.placed(k, places)
+
+    def placed(self, phi: Tensor, places: Tensor) -> Tensor:
+        return phi if self.rotary_base is None else turned(phi, places, self.rotary_base)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        if not self.qk_norm:
+            return x
+        return unit(x) if self.delta is not None else unit(x).to(x.dtype)  # beta |k|^2 must not round to above 2
+
+    def _step_by_step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        q_factors: Tensor | None,
+        k_factors: Tensor | None,
+        log_decay: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, LinearState | None]:
+        """What ``linear_attention`` gives, by the delta rule or with a decay per channel."""
+        if not (call.is_self and isinstance(call.visible, str) and call.visible == "causal"):
+            what = "decay_per='channel'" if self.delta is None else "update='delta'"
+            found = f"visible={call.visible!r}" if call.is_self else "a context"
+            raise ValueError(f"{what}: expected causal self-attention (it is of a past), got {found}")
+        keywords: dict[str, Any] = {
+            "key_mask": call.key_mask,
+            "cu_seqlens": call.cu_seqlens,
+            "initial_state": None if call.state is None else call.state.linear,
+            "return_state": call.return_state,
+        }
+        if self.by_channel and log_decay is not None:
+            log_decay = log_decay.repeat(1, 1, 1, self.rank)
+        if self.delta is not None:
+            q, k = spread(q, q_factors, unit=True), spread(k, k_factors, unit=True)
+            output, linear = delta_attention(q, k, v, self.delta(x), log_decay=log_decay, **keywords)
+        else:
+            assert log_decay is not None
+            q, k = spread(q, q_factors), spread(k, k_factors)
+            keywords |= {"normalize": self.output_norm is None, "eps": self.eps}
+            output, linear = channel_decay_attention(q, k, v, log_decay, **keywords)
+        if linear is None:
+            return output, None
+        kv, z = (x.flatten(2, 3).unflatten(2, (self.rank, self.feature_width)) for x in (linear.kv, linear.z))
+        return output, LinearState(kv, z, linear.log_decay)
+
+    def _angles(self, clocks: Clocks, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of the features of queries and of keys: angles [B, T, H, m] and [B, S, G, m], and where the clocks of keys,
+        and in cross-attention those of queries, stand behind them."""
+        state = call.state
+        past = None if state is None else state.clock
+        bounds = call.cu_seqlens if call.is_self else call.cu_seqlens_k
+        k_angles, clock = clocks.of_keys(k, past, key_mask=call.key_mask, cu_seqlens=bounds)
+        if clocks.q_steps is None:
+            if not call.is_self:
+                raise ValueError("proportion='running': expected cross=True for cross-attention, got cross=False")
+            q_angles, query_clock = clocks.for_query_heads(k_angles), None
+        else:
+            past = None if state is None else state.query_clock
+            q_angles, query_clock = clocks.of_queries(q, past, cu_seqlens=call.cu_seqlens)
+        if self.q_proportion is not None and self.k_proportion is not None:
+            q_angles = q_angles + clocks.at_places(self.q_proportion(q))
+            k_angles = k_angles + clocks.at_places(self.k_proportion(k))
+        return q_angles, k_angles, clock, query_clock
+
+    def next_keys(
+        self, k: Tensor, places: Tensor, state: LayerState, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.delta is not None:
+            raise ValueError("update='delta': expected keys of tokens (no other key has a beta), got keys alone")
+        if self.clocks is None:
+            return super().next_keys(k, places, state, key_mask)
+        k = self.feature_map(k)
+        angles, state.clock = self.clocks.of_keys(k, state.clock, key_mask=key_mask)
+        if self.k_proportion is not None:
+            angles = angles + self.clocks.at_places(self.k_proportion(k))
+        return self._unit(k), angle_factors(angles)
+
+    def next_queries(self, q: Tensor, position_ids: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
+        if self.clocks is None:
+            return super().next_queries(q, position_ids, state)
+        q = self.feature_map(q)
+        angles = self.clocks.of_queries(q, state.query_clock).angles
+        if self.q_proportion is not None:
+            angles = angles + self.clocks.at_places(self.q_proportion(q))
+        return self._unit(q), angle_factors(angles)
+
+    def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
+        state = super()._empty_state(rows, keep_mass=keep_mass)
+        if self.clocks is not None:
+            shape, wide = (len(rows), self.num_kv_heads, self.clocks.clocks), torch.float64
+            state.clock = rows.new_zeros(shape, dtype=wide)
+            if self.clocks.q_steps is not None:
+                state.query_clock = rows.new_zeros(len(rows), self.num_heads, self.clocks.clocks, dtype=wide)
+        return state
 
     def key_features(self, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
         k = self.feature_map(k)
-        p = self.k_proportion(k) if self.k_proportion is not None else self._proportion_of_places(places)
+        of_places = self._proportion_of_places
+        p = of_places(places) if self.k_proportion is None else self._read_off(self.k_proportion, k, places)
         if p is None:
-            return k, None
+            return self._unit(k), None
         p = p.expand(k.shape[0], -1, -1)
-        return k, self.reweighting.factors_k(p.to(torch.promote_types(k.dtype, torch.float32)))
+        return self._unit(k), self.reweighting.factors_k(p.to(torch.promote_types(k.dtype, torch.float32)))
 
     def query_features(self, q: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         q, p = self.feature_map(q), None
         if self.q_proportion is not None:
-            p = self.q_proportion(q)
+            p = self._read_off(self.q_proportion, q, position_ids)
         elif self.position_proportion is not None:
             p = self.position_proportion(position_ids)
         if p is None:
-            return q, None
-        return q, self.reweighting.factors_q(p.to(torch.promote_types(q.dtype, torch.float32)))
+            return self._unit(q), None
+        return self._unit(q), self.reweighting.factors_q(p.to(torch.promote_types(q.dtype, torch.float32)))
+
+    def _read_off(self, proportion: Any, x: Tensor, places: Tensor | None) -> Tensor:
+        """The proportions of features x [B, T, H, K], at ``places`` where they count."""
+        return proportion(x, places) if self.has_prior else proportion(x)
 
     def _proportion_of_places(self, places: Tensor) -> Tensor | None:
         """Of keys, [B or 1, S, 1]; slots of padding have places too, which may lie beyond the maximum."""
@@ -179,20 +373,20 @@ class LinearAttention(SummingAttention):
 
     def _factors(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """Factors [B, T, H or 1, R] and [B, S, G or 1, R] of the re-weighting, or none."""
-        if self.q_proportion is not None and self.k_proportion is not None:
-            p_q, p_k = self.q_proportion(q), self.k_proportion(k)
-        elif self.position_proportion is not None:
-            own = call.position_ids
-            if own is None:
-                first = None if call.state is None else call.state.length
-                mask = call.key_mask if call.is_self else None
-                own = token_positions(q.shape[1], q.device, key_mask=mask, cu_seqlens=call.cu_seqlens, first=first)
-            p_q = p_k = self.position_proportion(own).expand(q.shape[0], -1, -1)
-            if not call.is_self:
-                keys = token_positions(k.shape[1], k.device, key_mask=call.key_mask, cu_seqlens=call.cu_seqlens_k)
-                p_k = self.position_proportion(keys).expand(k.shape[0], -1, -1)
-        else:
+        if self.q_proportion is None and self.position_proportion is None:
             return None, None
+        of_queries = of_keys = None
+        if self.position_proportion is not None or self.has_prior:
+            of_queries = of_keys = call.places(q)
+            if not call.is_self:
+                of_keys = token_positions(k.shape[1], k.device, key_mask=call.key_mask, cu_seqlens=call.cu_seqlens_k)
+        if self.q_proportion is not None and self.k_proportion is not None:
+            p_q, p_k = self._read_off(self.q_proportion, q, of_queries), self._read_off(self.k_proportion, k, of_keys)
+        else:
+            assert self.position_proportion is not None and of_queries is not None and of_keys is not None
+            p_q = p_k = self.position_proportion(of_queries).expand(q.shape[0], -1, -1)
+            if not call.is_self:
+                p_k = self.position_proportion(of_keys).expand(k.shape[0], -1, -1)
         if p_q.dtype != torch.promote_types(q.dtype, torch.float32):
             p_q, p_k = (p.to(torch.promote_types(q.dtype, torch.float32)) for p in (p_q, p_k))
         return self.reweighting.factors_q(p_q), self.reweighting.factors_k(p_k)
@@ -254,11 +448,17 @@ _COMPOSITION = {
     "feature_map": "feature_map",
     "reweighting": "reweighting",
     "decay": "decay",
+    "decay_scales": "decay_scales",
+    "decay_per": "decay_per",
     "output_norm": "output_norm",
+    **{name: name for name in ("qk_norm", "rotary", "rotary_base", "delta_range")},
+    "update": "attention_update",
     "eps": "attention_eps",
     "impl": "attention_impl",
+    "cross": None,
 }
-_LEAP = {name: name for name in ("leap_hidden", "leap_per_head", "leap_bins", "leap_start")}
+_LEAP = {name: name for name in ("proportion", "leap_hidden", "leap_per_head", "leap_bins", "leap_start")}
+_LEAP |= {name: name for name in ("clocks", "clock_rate", "clock_decades", "leap_places")}
 _GATED = {"decay": True, "conv_width": 4, "output_norm": True}
 
 
@@ -284,7 +484,6 @@ MECHANISMS = (
         label="LeaPformer",
         row=5,
         options={**_COMPOSITION, **_LEAP},
-        fixed={"proportion": "learned"},
         gated=_GATED,
         translates=True,
     ),

@@ -71,7 +71,10 @@ class LeapModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, H, K], already ReLU'd -> proportion [B, T, H], float32 or better."""
-        p = proportion(x, self.weights())
+        return self.rounded(proportion(x, self.weights()))
+
+    def rounded(self, p: Tensor) -> Tensor:
+        """p to ``bins`` values, with a straight-through gradient."""
         if self.bins is None:
             return p
         rounded = torch.round(p * (self.bins - 1)) / (self.bins - 1)

@@ -5,12 +5,16 @@ Letters: B batch, T queries, S keys, H query heads, G key/value heads, K head wi
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from leapformer.nn.layer import AttentionLayer, Call, Capabilities, Mechanism
+from leapformer.nn.layer import AttentionLayer, Call, Capabilities, Mechanism, Shared
+from leapformer.nn.norms import normed
 from leapformer.nn.packing import sequence_of
+from leapformer.nn.rotary import ROTARY_BASE, check_rotary, turned
 from leapformer.nn.state import LayerState
 from leapformer.ops import Staircase
 
@@ -18,13 +22,42 @@ from leapformer.ops import Staircase
 class SoftmaxAttention(AttentionLayer):
     """softmax(q k^T / sqrt(K)) v through PyTorch's scaled_dot_product_attention (arXiv 1706.03762, eq. 1).
 
-    Dropout is on the attention weights. The state keeps all keys and values, so it grows. A query that sees no key
-    gets 0. Arguments as in ``AttentionLayer``.
+    Dropout is on the attention weights. The state keeps all keys and values, so it grows; its keys are normed and
+    turned already. A query that sees no key gets 0.
+
+    Args:
+        qk_norm: RMSNorm of every head's query and key, with a learned scale [K] for each of the two: scores of vectors
+            of length 1 would lie within 1 / sqrt(K), and softmax would hardly choose (arXiv 2302.05442, sec. 2; as
+            RMSNorm arXiv 2505.09388).
+        rotary, rotary_base: turn queries and keys of self-attention by their positions, see ``nn.rotary``. Over a
+            source nothing is turned: places of a source and of a target are on no common scale.
+        The others as in ``AttentionLayer``.
+
+    Raises:
+        ValueError: also rotary positions with an odd head_dim.
     """
 
     capabilities = Capabilities(causal=True, cross=True, streaming=False, arbitrary_length=True)
 
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        rotary: bool = False,
+        rotary_base: float = ROTARY_BASE,
+        **shared: Unpack[Shared],
+    ) -> None:
+        super().__init__(hidden_size, num_heads, **shared)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None for _ in range(2))
+        self.rotary_base = check_rotary(self.head_dim, rotary_base) if rotary else None
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
+        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        if self.rotary_base is not None and call.is_self:
+            places = call.places(q)
+            q, k = (turned(one, places, self.rotary_base) for one in (q, k))
         state, visible, key_mask = call.state, call.visible, call.key_mask
         if call.cu_seqlens is not None and call.stateful:
             raise ValueError("softmax attention: expected no state with cu_seqlens (its cache has one row a sequence)")
@@ -56,7 +89,13 @@ class SoftmaxAttention(AttentionLayer):
             return output, None
         return output, LayerState(length=q.new_zeros(0), keys=k, values=v, key_mask=key_mask)
 
+    def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        return x if norm is None else normed(norm, x)
+
     def _prefix_state(self, k: Tensor, v: Tensor) -> LayerState:
+        k = self._normed(k, self.k_norm)
+        if self.rotary_base is not None:
+            k = turned(k, torch.arange(k.shape[1], device=k.device)[None], self.rotary_base)
         return LayerState(length=k.new_zeros(0), keys=k, values=v)
 
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
@@ -66,11 +105,12 @@ class SoftmaxAttention(AttentionLayer):
     def _absorb(
         self, k: Tensor, v: Tensor, state: LayerState, *, first: Tensor, key_mask: Tensor | None, chunk: int
     ) -> None:
-        state.append(k, v, key_mask)
+        state.append(self._normed(k, self.k_norm), v, key_mask)
 
     def _mass(self, q: Tensor, state: LayerState, *, position_ids: Tensor, chunk: int) -> Tensor:
         """The weights summed up over each chunk."""
         assert state.keys is not None
+        q = self._normed(q, self.q_norm)
         k = state.keys.repeat_interleave(self.num_heads // self.num_kv_heads, 2)
         scores = torch.einsum("bhk,bshk->bhs", q[:, 0], k) * self.head_dim**-0.5
         real = torch.ones_like(scores[:, 0], dtype=torch.bool) if state.key_mask is None else state.key_mask
@@ -81,7 +121,14 @@ class SoftmaxAttention(AttentionLayer):
         return weights.new_zeros(*weights.shape[:2], chunks).scatter_add(2, place[:, None].expand_as(weights), weights)
 
 
-MECHANISM = Mechanism(name="softmax", layer=SoftmaxAttention, label="softmax", row=0, translates=True)
+MECHANISM = Mechanism(
+    name="softmax",
+    layer=SoftmaxAttention,
+    label="softmax",
+    row=0,
+    options={name: name for name in ("qk_norm", "rotary", "rotary_base")},
+    translates=True,
+)
 
 
 def _all_real(B: int, S: int, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What an attention layer keeps between calls.
 
 Letters: B batch, S tokens kept, G heads, K, V widths, W convolution width, M chunks of a source, R rank of the
-re-weighting.
+re-weighting, H query heads, m clocks of a head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from leapformer.nn.packing import sequence_of
 from leapformer.ops import LinearState
 
-TENSORS = ("length", "keys", "values", "key_mask", "conv", "chunk_keys")
+TENSORS = ("length", "keys", "values", "key_mask", "conv", "chunk_keys", "clock", "query_clock")
 
 
 @dataclass
@@ -31,6 +31,8 @@ class LayerState:
         conv: [B, W - 1, D], the last inputs of the short convolution; None without one.
         chunk_keys: [B, M, G, R, K], the sum of the key features of every chunk of a source, where its mass is asked
             for.
+        clock, query_clock: float64 [B, G, m] and [B, H, m], the angles at which running proportions stand; of a
+            source's keys, and of the target's queries in cross-attention.
     """
 
     length: Tensor
@@ -40,6 +42,8 @@ class LayerState:
     key_mask: Tensor | None = None
     conv: Tensor | None = None
     chunk_keys: Tensor | None = None
+    clock: Tensor | None = None
+    query_clock: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,13 +96,17 @@ class LayerState:
             key_mask=key_mask,
             conv=_join_rows([state.conv for state in states if state.conv is not None]),
             chunk_keys=_join_rows(_as_long([state.chunk_keys for state in states if state.chunk_keys is not None])),
+            clock=_join_rows([state.clock for state in states if state.clock is not None]),
+            query_clock=_join_rows([state.query_clock for state in states if state.query_clock is not None]),
         )
 
     def put(self, index: Tensor, part: LayerState) -> None:
         """Row b of ``part`` takes the place of row index[b]; at fixed addresses, except for what grows."""
         self.length.index_copy_(0, index, part.length)
-        if self.conv is not None and part.conv is not None:
-            self.conv.index_copy_(0, index, part.conv)
+        for name in ("conv", "clock", "query_clock"):
+            own, new = getattr(self, name), getattr(part, name)
+            if own is not None and new is not None:
+                own.index_copy_(0, index, new)
         if self.linear is not None and part.linear is not None:
             for own, new in zip(self.linear, part.linear, strict=True):
                 if own is not None and new is not None:

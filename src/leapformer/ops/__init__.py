@@ -10,6 +10,9 @@ from leapformer.ops.api import (
     linear_state,
     proportion,
 )
+from leapformer.ops.channels import channel_decay_attention
+from leapformer.ops.delta import delta_attention
+from leapformer.ops.lowering import angle_factors
 from leapformer.ops.state import LinearState
 from leapformer.ops.visibility import Staircase
 
@@ -18,8 +21,11 @@ __all__ = [
     "LeapWeights",
     "LinearState",
     "Staircase",
+    "angle_factors",
     "available_impls",
+    "channel_decay_attention",
     "cosine_factors",
+    "delta_attention",
     "leap_attention",
     "linear_attention",
     "linear_state",

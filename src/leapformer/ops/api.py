@@ -18,6 +18,7 @@ from leapformer.ops import native, reference, torch_impl, triton
 from leapformer.ops.arguments import Arguments, LeapWeights
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import check_arguments, check_tensors, expect, module_weights, state_tensors
+from leapformer.ops.decay import total_decay
 from leapformer.ops.implementation import Implementation
 from leapformer.ops.lowering import fit, is_causal, leap_score, lower
 from leapformer.ops.state import LinearState
@@ -283,7 +284,7 @@ def _final_state(
 ) -> LinearState:
     """The state to return: a new one, or ``initial_state`` with what an implementation has not written there itself."""
     before = None if initial_state is None else initial_state.log_decay
-    total = None if x.log_decay is None else _total_decay(x.log_decay, x.cu_seqlens, kv.dtype)
+    total = None if x.log_decay is None else total_decay(x.log_decay, x.cu_seqlens, kv.dtype)
     if not update_state or initial_state is None:
         if before is not None:
             total = before.clone() if total is None else total + before
@@ -294,17 +295,6 @@ def _final_state(
     if before is not None and total is not None:
         before.add_(total)
     return initial_state
-
-
-def _total_decay(log_decay: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The summed log decay [B or N, H] of the stretch."""
-    if cu_seqlens is None:
-        return log_decay.sum(1, dtype=dtype)
-    bounds = cu_seqlens.to(torch.int64)
-    slots = torch.arange(log_decay.shape[1], device=log_decay.device)
-    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
-    total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
-    return total.index_add(0, row, log_decay[0].to(dtype))
 
 
 def _block_states(

@@ -27,3 +27,14 @@ def without_resets(gradient: Tensor | None, log_decay: Tensor | None, compute_dt
     if gradient is None or log_decay is None:
         return None
     return gradient.masked_fill(log_decay <= least_step(compute_dtype), 0)
+
+
+def total_decay(log_decay: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The summed log decay of a stretch, [B, H], or [N, H] of N packed sequences, from that of its tokens [B, T, H]."""
+    if cu_seqlens is None:
+        return log_decay.sum(1, dtype=dtype)
+    bounds = cu_seqlens.to(torch.int64)
+    slots = torch.arange(log_decay.shape[1], device=log_decay.device)
+    row = torch.searchsorted(bounds[1:].contiguous(), slots, right=True)
+    total = log_decay.new_zeros(bounds.shape[0] - 1, log_decay.shape[2], dtype=dtype)
+    return total.index_add(0, row, log_decay[0].to(dtype))

@@ -21,7 +21,7 @@ def model_fields(*set_by_task: str, config_class: Any = LeapformerConfig) -> dic
     """The fields that a recipe may set, with their types and choices; those that its task sets are not among them."""
     choices = config_class.choices()
     return {
-        name: Annotated[_with_text(kind), AfterValidator(_one_of(choices[name]))] if name in choices else kind
+        name: Annotated[_with_text(kind), AfterValidator(one_of(choices[name]))] if name in choices else kind
         for name, kind in own_fields(config_class).items()
         if name not in _NEVER and name not in set_by_task
     }
@@ -36,7 +36,7 @@ def _with_text(kind: Any) -> Any:
     return Union[tuple(map(_with_text, get_args(kind)))] if get_origin(kind) is Union else kind  # noqa: UP007
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[Any], Any]:
+def one_of(names: tuple[str, ...]) -> Callable[[Any], Any]:
     """A check of a name, or of each in a list."""
 
     def check(value: Any) -> Any:
@@ -56,6 +56,11 @@ def build_config(fields: dict[str, Any], *, config_class: Any = LeapformerConfig
         raise ValueError("model." + " ".join(str(error.__cause__ or error).split())) from error
     except ValueError as error:
         raise ValueError(str(error).replace("config ", "model.", 1)) from error
+
+
+def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
+    """The configuration before the data says how large the vocabulary is: large enough for the bands of a softmax."""
+    return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
 def config_of(recipe: Any, **arguments: Any) -> Any:

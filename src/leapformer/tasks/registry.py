@@ -21,6 +21,7 @@ TASKS = {
     "lra": "leapformer.tasks.lra",
     "lra-denoise": "leapformer.tasks.lra.denoise",
     "simulst": "leapformer.tasks.simulst",
+    "synthetic": "leapformer.tasks.synthetic",
 }
 
 

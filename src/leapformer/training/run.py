@@ -69,12 +69,20 @@ class Run(RunFolder):
             return
         if self.finished:
             raise LeapformerError(f"{self.path}: this run is finished; choose another --output")
-        differences = list(_differences(self.recipe(), recipe.to_dict()))
+        differences = self.differences(recipe)
         if differences:
             raise LeapformerError(
                 f"{self.path}: holds an unfinished run of another recipe ({'; '.join(differences[:3])}); "
                 "choose another --output"
             )
+
+    def differences(self, recipe: Recipe) -> list[str]:
+        """ "key was old, now new" for every key in which a recipe differs from that of this run; nothing without a run.
+
+        Raises:
+            LeapformerError: the recipe that is there is damaged.
+        """
+        return list(_differences(self.recipe(), recipe.to_dict())) if self.recipe_path.is_file() else []
 
     def check_free(self) -> None:
         """Check that no training is at work in this folder, before anything is read or written.

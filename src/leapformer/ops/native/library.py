@@ -13,10 +13,10 @@ from leapformer.ops.arguments import Arguments
 
 NAME = "libleapformer_native.so"
 ELSEWHERE = "LEAPFORMER_NATIVE"  # environment variable: a library that was built otherwise, as for the sanitizers
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
-# What csrc/interface.h calls Problem, in its order: 18 integers, eps, and addresses and strides.
-PROBLEM = struct.Struct("18qd73q")
+# What csrc/interface.h calls Problem, in its order: 19 integers, eps, and addresses and strides.
+PROBLEM = struct.Struct("19qd79q")
 
 # torch's OpenMP runtime may be any of these.
 OPENMP = ("libgomp", "libomp", "libiomp5")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, LeapWeights, by_name
+from leapformer.ops.arguments import ANGLES, MODULES, Arguments, Gradients, Incoming, LeapWeights, by_name
 from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.memory import new_empty
 from leapformer.ops.native import problem
@@ -41,19 +41,27 @@ def _direct(x: Arguments, update_state: bool) -> Outputs:
 def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
     saved, grads = Outputs(*(t.contiguous() for t in results)), _empty_gradients(x)
     problem.run("backward", x, saved, both_halves(incoming, saved), grads)
+    kind = "factors" if x.q_angles is None else "angles"
+    given = _factors(x)
+    of_factors = {f"{side}_{kind}": _over_heads(g, t) for side, g, t in zip("qk", grads[3:5], given, strict=True)}
     q_weights, k_weights = _module_gradients(x.q_leap, grads.q_leap), _module_gradients(x.k_leap, grads.k_leap)
     return Gradients(
         grads.q,
         grads.k,
         grads.v,
-        _over_heads(grads.q_factors, x.q_factors),
-        _over_heads(grads.k_factors, x.k_factors),
+        **of_factors,
         log_decay=grads.log_decay,
+        later_decay=grads.later_decay,
         kv=grads.kv,
         z=grads.z,
         **by_name("q", q_weights),
         **by_name("k", k_weights),
     )
+
+
+def _factors(x: Arguments) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of queries and keys, or the angles in their place."""
+    return (x.q_factors, x.k_factors) if x.q_angles is None else (x.q_angles, x.k_angles)
 
 
 def _over_heads(gradient: Tensor | None, factors: Tensor | None) -> Tensor | None:
@@ -95,15 +103,17 @@ def _empty_gradients(x: Arguments) -> GradientBuffers:
 
     H, G = x.q.shape[2], x.k.shape[2]
     q, k, v = (new_empty(t, t.shape) for t in (x.q, x.k, x.v))
+    q_factors, k_factors = _factors(x)
     return GradientBuffers(
         q,
         k,
         v,
-        like(x.q_factors, H),
-        like(x.k_factors, G),
+        like(q_factors, H),
+        like(k_factors, G),
         module(x.q_leap, H),
         module(x.k_leap, G),
         like(x.log_decay),
+        like(x.later_decay),
         like(x.kv),
         like(x.z),
     )
@@ -125,6 +135,7 @@ def _module_gradients(module: LeapWeights | None, partial: Tensor | None) -> Wei
     return w1.reshape(n, r, K), None if module.b1 is None else b1, w2, b2.reshape(n)
 
 
+TAKES = BASIS | MODULES | ANGLES | {"later_decay"}
 OPERATOR = Operator(
     "native_linear_attention",
     forward=_forward,
@@ -132,6 +143,6 @@ OPERATOR = Operator(
     backward=_backward,
     direct=_direct,
     results=5,
-    takes=BASIS | MODULES,
+    takes=TAKES,
 )
-IMPLEMENTATION = Implementation(OPERATOR.attend, takes=BASIS | MODULES, limits=reasons)
+IMPLEMENTATION = Implementation(OPERATOR.attend, takes=TAKES, limits=reasons)

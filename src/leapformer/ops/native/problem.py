@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Outputs(NamedTuple):
 
 
 class GradientBuffers(NamedTuple):
-    """Buffers for the gradients; factors with all heads, modules as [slots, heads, weights]."""
+    """Buffers for the gradients; factors, or angles, with all heads, modules as [slots, heads, weights]."""
 
     q: Tensor
     k: Tensor
@@ -36,11 +37,12 @@ class GradientBuffers(NamedTuple):
     q_leap: Tensor | None
     k_leap: Tensor | None
     log_decay: Tensor | None
+    later_decay: Tensor | None
     kv: Tensor | None
     z: Tensor | None
 
 
-_NOTHING: Any = [None] * 10
+_NOTHING: Any = [None] * 11
 _NO_GRADIENTS = GradientBuffers(*_NOTHING)
 _NOTHING = (0, 0, 0, 0, 0)  # a view of nothing
 
@@ -72,7 +74,8 @@ def checkpoints(x: Arguments) -> tuple[int, int, int]:
     (B, S, G, K), V = x.k.shape, x.v.shape[-1]
     # Two more than needed: a graph would depend on whether there are none, or one.
     rows = (1 if x.cu_seqlens is not None else B) * (S // CHECKPOINT) + 2
-    return (rows if x.causal or x.counts is not None else 0), G, x.rank * K * (V + 1)
+    states = G if x.later_decay is None else 2 * G  # of earlier keys, and of later ones
+    return (rows if x.causal or x.counts is not None else 0), states, x.rank * K * (V + 1)
 
 
 def both_halves(incoming: Incoming, saved: Outputs) -> Incoming:
@@ -94,7 +97,9 @@ def run(
     B, T, H, K = q.shape
     _, S, G, V = v.shape
     sequences, cut = x.sequences, pieces(x)
-    wide = [_wide(t) for t in (x.q_factors, x.k_factors, x.log_decay)]
+    angles = x.q_angles is not None
+    factors = (_turns(x.q_angles), _turns(x.k_angles)) if angles else (_wide(x.q_factors), _wide(x.k_factors))
+    log_decay, later_decay = _wide(x.log_decay), _wide(x.later_decay)
     kv, z = _ready(x.kv), _ready(x.z)
     bounds, counts = _bounds(x), _counts(x.counts)
     modules = _module(x.q_leap), _module(x.k_leap)
@@ -121,6 +126,7 @@ def run(
         slots(x, cut),
         cut,
         x.relu,
+        angles,
     )
     fields = (
         q.data_ptr(),
@@ -129,16 +135,17 @@ def run(
         *k.stride(),
         v.data_ptr(),
         *v.stride(),
-        *_view(wide[0]),
-        *_view(wide[1]),
-        *_view(wide[2]),
+        *_view(factors[0]),
+        *_view(factors[1]),
+        *_view(log_decay),
+        *_view(later_decay),
         *_addresses(kv, z),
         *((0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())),
         *((0, 0) if counts is None else (counts.data_ptr(), counts.stride(0) if counts.shape[0] > 1 else 0)),
         *_addresses(*bounds, *out),
         *passed,
         *(_addresses(*passed_state) if passed_state else (0, 0)),
-        *_addresses(g.q, g.k, g.v, g.q_factors, g.k_factors, g.log_decay, g.kv, g.z),
+        *_addresses(g.q, g.k, g.v, g.q_factors, g.k_factors, g.log_decay, g.later_decay, g.kv, g.z),
         *_leap(modules[0], g.q_leap),
         *_leap(modules[1], g.k_leap),
     )
@@ -183,6 +190,13 @@ def _ready(t: Tensor | None) -> Tensor | None:
 
 def _wide(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float32 else t.to(torch.float32)
+
+
+def _turns(angles: Tensor | None) -> Tensor | None:
+    """Angles in float32; those that are more precise lose their full turns first."""
+    if angles is None or angles.dtype != torch.float64:
+        return _wide(angles)
+    return angles.remainder(2 * math.pi).to(torch.float32)
 
 
 def _module(m: LeapWeights | None) -> LeapWeights | None:

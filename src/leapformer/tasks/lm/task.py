@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from leapformer.errors import LeapformerError
 from leapformer.files.checksums import is_sound, write_sums
 from leapformer.files.writing import staged_folder
-from leapformer.models import LeapformerConfig, LeapformerForCausalLM
+from leapformer.models import LeapformerForCausalLM
 from leapformer.tasks.lm.baselines import count_baselines, count_word_baselines
 from leapformer.tasks.lm.corpora import Corpus, load_corpus
 from leapformer.tasks.lm.metrics import LossByPosition
 from leapformer.tasks.lm.packing import EncodedSplit, PackedCollator, PackedDataset, check_context, encode_split
 from leapformer.tasks.lm.results import RESULTS
 from leapformer.tasks.lm.tokenizers import build_tokenizer
-from leapformer.tasks.model_section import build_config, config_of, model_fields
+from leapformer.tasks.model_section import config_of, model_fields, provisional_config
 from leapformer.training.loading import load_tokenizer
 from leapformer.training.recipes import MOST_TOKENS, Recipe, Section, expand_path
 from leapformer.training.task import ProgressOf, Task, TaskData, untold
@@ -92,13 +92,6 @@ class LanguageModelRecipe(Recipe):
                 f"found {self.data.block_size}; {why}"
             )
         return self
-
-
-def provisional_config(fields: dict[str, Any]) -> LeapformerConfig:
-    """The configuration before the tokenizer says how large the vocabulary is: large enough for the bands of a
-    softmax.
-    """
-    return build_config(fields, vocab_size=max(fields.get("adaptive_cutoffs") or [255]) + 1)
 
 
 class LanguageModelData(TaskData):
@@ -179,7 +172,17 @@ class LanguageModelData(TaskData):
             "metrics": losses.metrics(words=encoded.words, size=encoded.bytes).as_dict(),
             "perplexity_by_position": losses.perplexity(bins=POSITION_BINS),
             "baselines": self.baselines(split),
+            "state_bytes": self.state_bytes(model),
         }
+
+    @torch.no_grad()
+    def state_bytes(self, model: Any) -> int:
+        """What the model keeps of one text of `data.block_size` tokens for those that come next."""
+        was_training = model.training
+        text = torch.zeros(1, self.recipe.data.block_size, dtype=torch.long, device=model.device)
+        cache = model.eval().model(text, use_cache=True).past_key_values
+        model.train(was_training)
+        return cache.nbytes
 
     def baselines(self, split: str) -> dict[str, float]:
         """Perplexities per word counted on the training text: over the model's own tokens, and over words.

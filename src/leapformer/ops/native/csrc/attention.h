@@ -11,15 +11,16 @@
 //     dA = g v^T + d,  dphi_q = g S^T + d z^T,  dS += phi_q^T g,  dz += phi_q^T d
 //     dv = A^T g + phi_k dS,  dphi_k = v dS^T + dz^T
 //
-// and dx, df follow from dA * sigma, dA * (x_q x_k^T) and dphi. A decay multiplies sigma_ij by exp(L_i - L_j), the query's
-// factors by exp(L_i) where they meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began.
+// and dx, df follow from dA * sigma, dA * (x_q x_k^T) and dphi. Angles a in place of factors are f = [cos a, sin a], and
+// da = cos(a) df_sin - sin(a) df_cos. A decay multiplies sigma_ij by exp(L_i - L_j), the query's factors by exp(L_i) where they
+// meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began. Where later keys are seen too, with a
+// decay of their own, it is two_sided.h.
 #pragma once
 
+#include "angles.h"
+#include "direction.h"
 #include "leap.h"
 #include "plan.h"
-
-// A step of the decay that leaves exactly 0, as -inf does. Differences of sums that held anything further off would be lost.
-constexpr float LEAST_STEP = -200;
 
 struct Buffers {
     float *kx, *kt, *v, *vt, *phi_k, *kf, *dkf, *dxk, *dv, *dphi_k;
@@ -56,21 +57,23 @@ struct Buffers {
 
 // Floats of a state on its way between the pieces of a sequence, and of the decay over one of them.
 inline long handed_size(const Shape& s) { return s.state() + 1; }
+inline long handed_states(const Problem& p) { return p.later_decay.data ? 4 : 2; }  // of each piece
 
 struct Attention : Buffers {
     const Problem& p;
     const Plan& plan;
     const Shape s;
-    float* between;  // [units, pieces, 2, handed_size]: states on their way
+    float* between;  // [units, pieces, handed_states, handed_size]: states on their way
     Sequence seq;
-    long g, key_tile = -1;
-    int keys = 0;       // of the key tile that is loaded
+    long g, key_start = 0;
+    int keys = 0;       // of the key tile that is loaded, from key_start of the sequence on
     float all_decay;    // exp of the decay of the whole tile
     bool empty;         // the state is zero
+    long floats;        // of its own memory
 
     Attention(const Plan& plan, float* memory, bool backward, float* between)
         : p(plan.p), plan(plan), s(plan.p), between(between) {
-        place(memory, p, s, backward);
+        floats = place(memory, p, s, backward);
     }
 
     void start(long n, long group) {
@@ -101,7 +104,7 @@ struct Attention : Buffers {
     }
     // What piece j hands on (0) and, backward, its queries behind all keys (1); after handing out, what it starts from (0).
     float* handed(long j, int which = 0) const {
-        return between + ((state_row() * p.pieces + j) * 2 + which) * handed_size(s);
+        return between + ((state_row() * p.pieces + j) * handed_states(p) + which) * handed_size(s);
     }
     void write_handed(const float* S_from, const float* z_from, float decay, float* to) const {
         write_state(S_from, z_from, to, to + long(s.F) * s.V);
@@ -122,9 +125,32 @@ struct Attention : Buffers {
 
     // Factors [R, TILE] of tokens from `token` on; 1 where none are given.
     void load_factors(const View& f, long token, long head, int n, float* to) const {
+        if (p.angles) return load_angles(f, token, head, n, to);
         for (int r = 0; r < s.R; r++)
             for (int i = 0; i < TILE; i++)
                 to[r * TILE + i] = i >= n ? 0 : (f.data ? at(f, token + i, head, r) : 1.0f);
+    }
+    long factor_width() const { return p.angles ? s.R / 2 : s.R; }
+    void load_angles(const View& f, long token, long head, int n, float* to) const {
+        const int half = s.R / 2, used = up16(n);
+        float angle[TILE];
+        for (int r = 0; r < half; r++) {
+            float *cosines = to + r * TILE, *sines_to = cosines + half * TILE;
+            for (int i = 0; i < used; i++) angle[i] = i < n ? at(f, token + i, head, r) : 0;
+            sines(used, angle, true, cosines), sines(used, angle, false, sines_to);
+            memset(cosines + n, 0, sizeof(float) * (TILE - n)), memset(sines_to + n, 0, sizeof(float) * (TILE - n));
+        }
+    }
+    // Gradients of n tokens' factors, or of the angles whose cosines and sines f they are, to rows `row` elements apart.
+    void write_factors(int n, const float* f, const float* df, float* to, long row) const {
+        if (!p.angles) {
+            for (int a = 0; a < n; a++)
+                for (int r = 0; r < s.R; r++) to[a * row + r] = df[r * TILE + a];
+            return;
+        }
+        const int half = s.R / 2 * TILE;
+        for (int a = 0; a < n; a++)
+            for (int r = 0, c = a; c < half; r++, c += TILE) to[a * row + r] = f[c] * df[half + c] - f[half + c] * df[c];
     }
     float at(const View& x, long token, long head, long r) const {
         return ((const float*)x.data)[seq.batch * x.b + token * x.t + head * x.h + r * x.d];
@@ -134,12 +160,11 @@ struct Attention : Buffers {
     void load_decay(long token, int n) {
         double sum = 0;
         for (int i = 0; i < n; i++) {
-            const float step = at(p.log_decay, token + i, g, 0);
-            since[i] = sum += step < LEAST_STEP ? LEAST_STEP : step;
+            since[i] = sum += bounded(at(p.log_decay, token + i, g, 0));
         }
         for (int i = n; i < TILE; i++) since[i] = sum;
         for (int i = 0; i < TILE; i++) eq[i] = float(since[i]), ek[i] = float(sum - since[i]);
-        for (int i = 0; i < TILE; i += W) store(eq + i, exponential(load(eq + i))), store(ek + i, exponential(load(ek + i)));
+        exponentials(TILE, eq), exponentials(TILE, ek);
         all_decay = n ? eq[n - 1] : 1.0f;
     }
 
@@ -155,9 +180,10 @@ struct Attention : Buffers {
             for (int c = 0; c < s.Kp; c += W) store(x + i * s.ldk + c, relu(load(x + i * s.ldk + c)));
     }
 
-    void load_keys(long m) {
-        key_tile = m, keys = int(least(seq.S - m * TILE, long(TILE)));
-        const long token = seq.k0 + m * TILE;
+    // n keys and their values from `start` of the sequence on, and the keys' factors.
+    void read_keys(long start, int n) {
+        key_start = start, keys = n;
+        const long token = seq.k0 + start;
         const uint8_t* mask = nullptr;
         if (p.key_mask) {
             for (int i = 0; i < keys; i++) real[i] = p.key_mask[seq.batch * p.mask_b + (token + i) * p.mask_t];
@@ -173,11 +199,14 @@ struct Attention : Buffers {
         if (mask)
             for (int i = 0; i < keys; i++)
                 for (int r = 0; r < s.R && !mask[i]; r++) kf[r * TILE + i] = 0;
-        if (p.log_decay.data) load_decay(token, keys);
+    }
+    void load_keys(long m) {
+        read_keys(m * TILE, int(least(seq.S - m * TILE, long(TILE))));
+        if (p.log_decay.data) load_decay(seq.k0 + m * TILE, keys);
         features(s, keys, kx, p.log_decay.data ? weighted(kf, ek) : kf, phi_k);
     }
 
-    void load_queries(long head, long i, int n) {
+    void read_queries(long head, long i, int n) {
         const long token = seq.q0 + i;
         load_rows(rows_of(p.q, seq.batch, token, head, p.bfloat16), n, s.K, nullptr, qx, s.ldk, s.Kp);
         if (p.relu) relu_rows(n, qx);
@@ -185,6 +214,9 @@ struct Attention : Buffers {
             q_module.forward(s, n, qx, qf);
         else
             load_factors(p.q_factors, token, head, n, qf);
+    }
+    void load_queries(long head, long i, int n) {
+        read_queries(head, i, n);
         features(s, n, qx, p.log_decay.data ? weighted(qf, eq) : qf, phi_q);
     }
 
@@ -201,7 +233,7 @@ struct Attention : Buffers {
     // exp(L_i - L_j) for all j of the tile; what lies behind i is never used.
     void decay_row(int i, float* row) const {
         for (int j = 0; j < TILE; j++) row[j] = float(since[i] - since[j]);
-        for (int j = 0; j < TILE; j += W) store(row + j, exponential(load(row + j)));
+        exponentials(TILE, row);
     }
 
     template <int RANK>
@@ -472,10 +504,11 @@ struct Attention : Buffers {
     }
 
     // The part of dx and df that comes through the features: x, f and dphi + d z -> += dx [n, ldk], += df.
-    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay).
+    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay). With `first`, dx
+    // and df hold nothing yet.
     void features_backward(
         int n, const float* x, const float* f, const float* dphi, const float* extra, const float* extra_weight,
-        const float* weight, float* dx, float* df, float* decay_part
+        const float* weight, float* dx, float* df, float* decay_part, bool first = false
     ) {
         for (int i = 0; i < n; i++) {
             float along = 0;
@@ -487,10 +520,10 @@ struct Attention : Buffers {
                 for (int c = 0; c < s.Kp; c += W) {
                     const Vec both = load(grad + c) + add * load(more + c);
                     sum += load(x + i * s.ldk + c) * both;
-                    store(dx + i * s.ldk + c, load(dx + i * s.ldk + c) + factor * both);
+                    store(dx + i * s.ldk + c, first && r == 0 ? factor * both : load(dx + i * s.ldk + c) + factor * both);
                 }
-                const float share = total(sum);
-                df[r * TILE + i] += share * (weight ? weight[i] : 1.0f);
+                const float share = total(sum), weighted = share * (weight ? weight[i] : 1.0f);
+                df[r * TILE + i] = first ? weighted : df[r * TILE + i] + weighted;
                 along += share * own;
             }
             if (decay_part) decay_part[i] = along;
@@ -528,8 +561,7 @@ struct Attention : Buffers {
         if (p.leap)
             q_module.backward(s, n, qx, qf, dqf, dxq, module_gradient);
         else if (p.dq_factors)
-            for (int a = 0; a < n; a++)
-                for (int r = 0; r < s.R; r++) p.dq_factors[(row + a * p.H) * s.R + r] = dqf[r * TILE + a];
+            write_factors(n, qf, dqf, p.dq_factors + row * factor_width(), p.H * factor_width());
         if (p.relu) through_relu(n, qx, dxq);
         store_rows(dxq, s.ldk, n, s.K, p.dq + row * s.K * size(), p.H * s.K, p.bfloat16);
     }
@@ -552,12 +584,11 @@ struct Attention : Buffers {
     }
 
     void write_key_gradients(float* module_gradient) {
-        const long row = (seq.batch * p.S + seq.k0 + key_tile * TILE) * p.G + g;
+        const long row = (seq.batch * p.S + seq.k0 + key_start) * p.G + g;
         if (p.leap)
             k_module.backward(s, keys, kx, kf, dkf, dxk, module_gradient);
         else if (p.dk_factors)
-            for (int a = 0; a < keys; a++)
-                for (int r = 0; r < s.R; r++) p.dk_factors[(row + a * p.G) * s.R + r] = dkf[r * TILE + a];
+            write_factors(keys, kf, dkf, p.dk_factors + row * factor_width(), p.G * factor_width());
         if (p.relu) through_relu(keys, kx, dxk);
         store_rows(dxk, s.ldk, keys, s.K, p.dk + row * s.K * size(), p.G * s.K, p.bfloat16);
         store_rows(dv, s.ldv, keys, s.V, p.dv + row * s.V * size(), p.G * s.V, p.bfloat16);

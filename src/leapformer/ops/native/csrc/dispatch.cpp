@@ -41,4 +41,4 @@ DOOR int leapformer_use_instruction_set(const char* name) {
 }
 // Python packs Problem by position: both sides must agree on its size and on the order of its fields.
 DOOR int64_t leapformer_problem_size() { return sizeof(Problem); }
-DOOR int64_t leapformer_interface_version() { return 3; }
+DOOR int64_t leapformer_interface_version() { return 4; }

@@ -24,9 +24,10 @@ struct Problem {
     int64_t bfloat16;  // q, k, v, output, grad and the gradients of q, k and v: bfloat16, else float32; all else float32
     int64_t B, N, T, S, H, G, K, V, R;
     int64_t causal, all, normalize, leap, threads, slots, pieces;
-    int64_t relu;  // of q and k; always with LeaP modules
+    int64_t relu;    // of q and k; always with LeaP modules
+    int64_t angles;  // in place of factors, R / 2 of them: the factors are their cosines, then their sines
     double eps;
-    View q, k, v, q_factors, k_factors, log_decay;
+    View q, k, v, q_factors, k_factors, log_decay, later_decay;
     const float *kv, *z;      // initial state [N, G, R, K, V] and [N, G, R, K]
     const uint8_t* key_mask;  // [B, S], 1 = real
     int64_t mask_b, mask_t;
@@ -40,7 +41,8 @@ struct Problem {
     View grad;                                                             // of the output
     const float *grad_kv, *grad_z;                                         // of the final state
     char *dq, *dk, *dv;                                                    // contiguous, like q, k and v
-    float *dq_factors, *dk_factors, *dlog_decay, *dkv, *dz;                // [B, T, H, R], [B, S, G, R], [B, T, H], state
+    // [B, T, H, R] and [B, S, G, R], with angles R / 2; [B, T, H] twice; like kv and z.
+    float *dq_factors, *dk_factors, *dlog_decay, *dlater_decay, *dkv, *dz;
     Leap q_leap, k_leap;
 };
 

@@ -3,11 +3,12 @@
 
 #include "vector.h"
 
-// C[MR, NV vectors] = (from ? from : 0) + sum over k in [0, steps) of A[i, k] B[k, :]. The sum starts from 0: added to a long
+// C[MR, NV vectors] = (from ? keep from : 0) + sum over k in [0, steps) of A[i, k] B[k, :]. The sum starts from 0: added to a long
 // sum one by one, its terms would lose what they lack in size.
 template <int MR, int NV>
 INLINE void register_tile(
-    long steps, const float* a, long a_row, long a_step, const float* b, long b_ld, const float* from, float* c, long c_ld
+    long steps, const float* a, long a_row, long a_step, const float* b, long b_ld, const float* from, float* c, long c_ld,
+    float keep
 ) {
     Vec sum[MR][NV];
 #pragma GCC unroll 8
@@ -29,33 +30,33 @@ INLINE void register_tile(
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++)
-            store(c + i * c_ld + j * W, from ? load(from + i * c_ld + j * W) + sum[i][j] : sum[i][j]);
+            store(c + i * c_ld + j * W, from ? splat(keep) * load(from + i * c_ld + j * W) + sum[i][j] : sum[i][j]);
 }
 
 template <int NV>
 INLINE void register_rows(
     int rows, long steps, const float* a, long a_row, long a_step, const float* b, long b_ld, const float* from, float* c,
-    long c_ld
+    long c_ld, float keep
 ) {
     switch (rows) {
-        case 6: return register_tile<6, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 5: return register_tile<5, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 4: return register_tile<4, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 3: return register_tile<3, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 2: return register_tile<2, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 1: return register_tile<1, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
+        case 6: return register_tile<6, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 5: return register_tile<5, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 4: return register_tile<4, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 3: return register_tile<3, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 2: return register_tile<2, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 1: return register_tile<1, NV>(steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
     }
 }
 
 inline void register_block(
     int vectors, int rows, long steps, const float* a, long a_row, long a_step, const float* b, long b_ld,
-    const float* from, float* c, long c_ld
+    const float* from, float* c, long c_ld, float keep = 1
 ) {
     switch (vectors) {
-        case 1: return register_rows<1>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 2: return register_rows<2>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 3: return register_rows<COLUMNS < 3 ? 1 : 3>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
-        case 4: return register_rows<COLUMNS < 4 ? 1 : 4>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld);
+        case 1: return register_rows<1>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 2: return register_rows<2>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 3: return register_rows<COLUMNS < 3 ? 1 : 3>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
+        case 4: return register_rows<COLUMNS < 4 ? 1 : 4>(rows, steps, a, a_row, a_step, b, b_ld, from, c, c_ld, keep);
     }
 }
 
@@ -76,9 +77,10 @@ struct Range {
     const int *first = nullptr, *last = nullptr;
 };
 
-// C[M, N] = (from ? from : 0) + A[M, steps] B[steps, N], N a multiple of 16; `from` may be C itself.
+// C[M, N] = (from ? keep from : 0) + A[M, steps] B[steps, N], N a multiple of 16; `from` may be C itself.
 inline void product(
-    int M, int N, int steps, Left a, const float* b, long b_ld, const float* from, float* c, long c_ld, Range range = {}
+    int M, int N, int steps, Left a, const float* b, long b_ld, const float* from, float* c, long c_ld, Range range = {},
+    float keep = 1
 ) {
     for (int j = 0; j < N;) {
         const int vectors = vectors_of_tile(N - j);
@@ -87,7 +89,7 @@ inline void product(
             const int begin = range.first ? range.first[i] : 0, end = range.last ? range.last[i + rows - 1] : steps;
             register_block(
                 vectors, rows, end - begin, a.data + i * a.row + begin * a.step, a.row, a.step, b + begin * b_ld + j, b_ld,
-                from ? from + i * c_ld + j : nullptr, c + i * c_ld + j, c_ld
+                from ? from + i * c_ld + j : nullptr, c + i * c_ld + j, c_ld, keep
             );
             i += rows;
         }
