@@ -55,6 +55,8 @@ def feature_tiles(K: int, V: int, R: int, dtype: torch.dtype) -> Tiles:
     """For sweeps that hold all values and a tile of features."""
     BK, BV = power_of_two(K), power_of_two(V)
     most = 4096 if dtype != torch.bfloat16 else 8192
+    if R > 4:  # the gradients of so many features take as much again
+        most //= 2
     return Tiles(16, min(BK, _fitting(most // (R * BV))), BV, 8, 1)
 
 
