@@ -25,20 +25,24 @@ from torch import Tensor, nn
 
 import leapformer
 from benchmarks.contenders import FLA, contender
-from leapformer.bench.contenders import LEAP, SDPA, Shape
+from leapformer.bench.contenders import LEAP, SDPA, Inputs, Shape
 from leapformer.bench.result import Result, Settings, Table, ratio_text, short
 from leapformer.bench.rows import KEY, Compared, names_of, rows_of
 from leapformer.bench.timing import Race, Sample, Timer, race
 from leapformer.nn import DecoderBlock, SinusoidalPositions, build_attention
-from leapformer.ops import LeapWeights, LinearState, available_impls, leap_attention, linear_attention
+from leapformer.ops import LeapWeights, LinearState, Staircase, available_impls, leap_attention, linear_attention
+from leapformer.ops.visibility import Visible
 
 SECONDS = 8 * 60  # the whole run; what does not fit is named as not run
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+WEIGHTED_LENGTHS = (2048, 16384, 131072)
 CONTEXTS = (1024, 8192, 65536, 131072)
 TOKENS = 32768  # in a call: shorter sequences come in larger batches, so that the GPU has work
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PASSES = {False: "forward", True: "forward + backward"}
 HEADS, WIDTH, HIDDEN = 8, 64, 16
+FACTORS, ANGLES = "factors", "angles"
+NO_DECAY, DECAY, TWO_SIDED = "causal", "causal, decay", "two-sided decay"
 CACHED, IN_PLACE = f"{SDPA} with a cache", ", in place"  # the latter after the name of an implementation
 
 # The model of the recipe lm/wikitext103 (a test compares them): its vocabulary is that of the text, 267,744 words.
@@ -82,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     bench = Bench(result, device="cuda", timed=gpu_timer, until=time.monotonic() + SECONDS)
     wrong = check(bench)
     if not wrong:
+        measure_weightings(bench)
         measure_attention(bench)
         measure_decoding(bench)
         measure_training(bench)
@@ -164,6 +169,8 @@ class Form:
 
     Attributes:
         leap: hidden size of LeaP modules, or 0 for given factors.
+        angles: how many in place of factors, up to some thousand turns; or 0.
+        resets: of the decay stand among its steps.
         bounds: of packed sequences, in any unit that the last one is the whole of; empty for a batch with a key mask.
         only: the one dtype that it is for; empty for all.
     """
@@ -173,9 +180,11 @@ class Form:
     H: int = 4
     G: int = 4
     S: int | None = None
-    visible: str = "causal"
+    visible: Visible = "causal"
     decay: bool = False
+    resets: bool = False
     leap: int = 0
+    angles: int = 0
     bounds: tuple[int, ...] = ()
     normalize: bool = True
     only: str = ""
@@ -191,6 +200,13 @@ CHECKS = {
     "leap, 128 wide": Form(leap=32, K=128, V=128, only="bfloat16"),
     "leap with decay": Form(leap=16, decay=True),
     "numerator": Form(normalize=False, K=48, V=40),
+    "angles": Form(angles=2, G=2, normalize=False),
+    "angles, 128 wide": Form(angles=1, K=128, V=128, visible="all", normalize=False, only="bfloat16"),
+    "two-sided": Form(visible="all", decay=True),
+    "two-sided, blocks": Form(visible=Staircase.blocks(100), decay=True, resets=True, angles=1, normalize=False),
+    "two-sided, leap": Form(visible="all", decay=True, leap=16),
+    "two-sided, packed": Form(visible="all", decay=True, resets=True, bounds=(0, 130, 130, 401, 700)),
+    "two-sided, 128 wide": Form(visible="all", decay=True, K=128, V=128, only="bfloat16"),
 }
 
 
@@ -248,10 +264,14 @@ def _case(form: Form, device: str, dtype: torch.dtype, tokens: int) -> tuple[dic
         if form.leap:
             sizes = {"w1": (1, form.leap, K), "b1": (1, form.leap), "w2": (1, form.leap), "b2": (1,)}
             x |= {f"{side}_{n}": normal(*size) / K**0.5 for n, size in sizes.items()}
+        elif form.angles:
+            x[f"{side}_angles"] = 1e4 * normal(B, length, heads, form.angles)
         else:
             x[f"{side}_factors"] = torch.rand(B, length, heads, 2, generator=generator, device=device)
     if form.decay:
         x["log_decay"] = -torch.rand(B, tokens, H, generator=generator, device=device)
+        if form.resets:
+            x["log_decay"][:, 10::97] = -torch.inf
     keywords: dict[str, Any] = {"visible": form.visible, "normalize": form.normalize, "eps": 1e-2}
     if form.bounds:
         bounds = torch.tensor(form.bounds, dtype=torch.int32, device=device)
@@ -270,7 +290,8 @@ def _results(case: tuple[dict[str, Tensor], dict[str, Any]], impl: Any, dtype: t
         leaps = (LeapWeights(*(x[f"{side}_{n}"] for n in ("w1", "b1", "w2", "b2"))) for side in "qk")
         output, state = leap_attention(x["q"], x["k"], x["v"], *leaps, **keywords)
     else:
-        output, state = linear_attention(x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], relu=True, **keywords)
+        weighting = {name: x[name] for side in "qk" for name in (f"{side}_factors", f"{side}_angles") if name in x}
+        output, state = linear_attention(x["q"], x["k"], x["v"], **weighting, relu=True, **keywords)
     assert state is not None
     found = {"output": output, "kv": state.kv, "z": state.z}
     generator = torch.Generator(output.device).manual_seed(1)
@@ -280,6 +301,55 @@ def _results(case: tuple[dict[str, Tensor], dict[str, Any]], impl: Any, dtype: t
         loss = loss + (t.double() * cotangent).sum()
     gradients = dict(zip(x, torch.autograd.grad(loss, list(x.values())), strict=True))
     return {n: t.detach() for n, t in found.items()} | {f"gradient of {n}": g for n, g in gradients.items()}
+
+
+# ---- angles and decays -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightingRow(Compared):
+    """One race of ways to weight pairs of tokens in bfloat16; `weighting` is "angles" or "decay"."""
+
+    weighting: str
+    length: int
+    batch: int
+    passes: str = field(metadata={KEY: "pass"})
+
+
+def measure_weightings(bench: Bench, lengths: Sequence[int] = WEIGHTED_LENGTHS, impl: str = "triton") -> None:
+    """Angles against their factors, which the caller makes; a decay in both directions against none, causal."""
+    for weighting, against in (("angles", FACTORS), ("decay", NO_DECAY)):
+        for length in lengths:
+            batch = max(1, TOKENS // length)
+            for backward in (False, True):
+                names = {"angles": (FACTORS, ANGLES), "decay": (NO_DECAY, DECAY, TWO_SIDED)}[weighting]
+                runs = {name: partial(_weighted, bench, name, batch, length, backward, impl) for name in names}
+                compared = _compared(bench.race(runs), against)
+                row = WeightingRow(weighting=weighting, length=length, batch=batch, passes=PASSES[backward], **compared)
+                bench.result.add("weightings", row)
+
+
+def _weighted(bench: Bench, name: str, batch: int, length: int, backward: bool, impl: Any) -> Callable[[], object]:
+    """One call of plain numerators with one angle a head (as factors, or itself), causal unless the decay is
+    two-sided."""
+    inputs = Inputs(backward, bench.device, torch.bfloat16)
+    size = batch, length, HEADS, WIDTH
+    q, k, v = (inputs.leaf(*size) for _ in range(3))
+    angles = [inputs.proportion(batch, length, HEADS).detach().cumsum(1)[..., None] for _ in "qk"]
+    leaves = [q, k, v, *(t.requires_grad_(backward) for t in angles)]
+    keywords: dict[str, Any] = {"visible": "causal", "normalize": False, "impl": impl}
+    if name in (DECAY, TWO_SIDED):
+        decay = -inputs.proportion(batch, length, HEADS).detach() / 10
+        leaves.append(decay.requires_grad_(backward))
+        keywords |= {"log_decay": decay, "visible": "all" if name == TWO_SIDED else "causal"}
+
+    def attend() -> Tensor:
+        if name == FACTORS:
+            factors = [torch.cat([t.cos(), t.sin()], dim=-1) for t in angles]
+            return linear_attention(q, k, v, *factors, **keywords).output
+        return linear_attention(q, k, v, q_angles=angles[0], k_angles=angles[1], **keywords).output
+
+    return inputs.call(attend, leaves, size)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -491,6 +561,11 @@ def tables(content: Mapping[str, Any]) -> list[Table]:
     """What a run says, ratios first."""
     gpu = content["machine"]["gpu"] or content["machine"]["processor"]
     found = [_check_table(content, gpu)]
+    weightings = rows_of(content, "weightings", WeightingRow)
+    for weighting, passes in dict.fromkeys((r.weighting, r.passes) for r in weightings):
+        rows = {f"{r.length:,} x {r.batch}": r for r in weightings if (r.weighting, r.passes) == (weighting, passes)}
+        against = FACTORS if weighting == "angles" else NO_DECAY
+        found.append(_race_table(f"{gpu}: {weighting}, {passes}, bfloat16", "tokens", rows, against))
     attention = rows_of(content, "attention", AttentionRow)
     for kind in dict.fromkeys((r.dtype, r.visible, r.passes) for r in attention):
         rows = {f"{r.length:,} x {r.batch}": r for r in attention if (r.dtype, r.visible, r.passes) == kind}

@@ -187,6 +187,8 @@ def translation(bleu: float | None, seed: int) -> RunRecord:
 def test_what_stands_in_for_the_headline_does_so_for_all_or_none():
     found = ablation({"a": [translation(25.0, 0)], "b": [translation(27.0, 0)]}, baseline="a")
     assert found.metric.key == "BLEU" and found.cells[1].difference == 2.0
+    found = ablation({"a": [translation(25.0, 0)], "b": [translation(27.0, 0)]}, baseline="a", metric="loss")
+    assert found.metric == LOSS and found.cells[1].difference == 0.0
     found = ablation({"a": [translation(25.0, 0)], "b": [translation(None, 0)]}, baseline="a")
     assert found.metric.key == LOSS.key and found.cells[1].difference == 0.0
 
@@ -196,6 +198,8 @@ def test_faults():
         ablation({"a": []}, baseline="a")
     lacking = run(1.0)
     del lacking.results["splits"]["validation"]["bits_per_byte"]
+    with pytest.raises(LeapformerError, match="metric: expected one of bits_per_byte, loss, .*, found 'los'"):
+        ablation(GRID, baseline="leap", metric="los")
     with pytest.raises(LeapformerError, match="run-0/results.json: expected bits per byte of the validation split"):
         ablation({"a": [lacking]}, baseline="a")
 

@@ -93,6 +93,11 @@ def check_attention(output, printed, *, judged):
     assert ("research code, memory kept" in content["time"][-1]["contenders"]) == judged
     assert content["memory"][0]["over_sdpa"]["torch"] == 1.0
     assert set(content["odd"][0]["rate_over_aligned"]) == set(attention.RAGGED)
+    forms = {row["impl"]: row for row in content["forms"]}
+    assert set(forms["torch"]["time_over_plain"]) == {"factors", "angles", "decay", "decay, later keys too"}
+    for row in forms.values():  # who does not take an argument says so
+        assert set(row["contenders"]) | set(row["not_run"]) == set(attention.FORMS)
+        assert all("it does not take" in reason for reason in row["not_run"].values())
     for text in ("how many times as fast as SDPA", "Fitted exponent", "thread"):
         assert text in printed
     for text in ("Acceptance", "more rows were not measured"):
@@ -243,6 +248,7 @@ def test_overhead_is_a_share_of_a_step_a_block_and_a_decoding_step(tmp_path, cap
     assert [row["what"] for row in rows[:2]] == ["train step"] * 2 and rows[3]["what"] == "decoding step"
     assert "GiB a block" in rows[2]["not_run"]["a step or a block"]
     assert all(row["modules_alone"]["median"] > 0 and "difference" in row for row in (*rows[:2], rows[3]))
+    assert all(overhead.RUNNING in row["contenders"] and row["running"]["median"] > -1 for row in (*rows[:2], rows[3]))
     printed = capsys.readouterr().out
     assert "modules alone" in printed and "Not run: tiny parameters at 32 tokens" in printed
     assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)

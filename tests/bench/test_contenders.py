@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.contenders import FLA, RESEARCH, contender, others
 from leapformer.bench import contenders
-from leapformer.bench.contenders import CAUSAL, LEAP, LRA, SDPA, contenders_for, useful_flops
+from leapformer.bench.contenders import CAUSAL, FORMS, LEAP, LRA, SDPA, contenders_for, form, useful_flops
 from leapformer.bench.worker import Worker
 
 SMALL_CAUSAL, SMALL_LRA = replace(CAUSAL, heads=2, width=8), replace(LRA, batch=3, width=8, hidden=4)
@@ -66,6 +66,20 @@ def test_every_contender_gives_an_output_and_all_gradients(shape):
 def test_odd_shapes_run(change):
     output = contender("torch").call(replace(SMALL_CAUSAL, **change), N, backward=False)()
     assert output.shape == (1, N, 2, 8) and output.isfinite().all()
+
+
+def test_forms_are_what_they_say():
+    """Angles are their factors, and a decay that is seen from both sides is another attention than a causal one."""
+    calls = {name: form("torch", name).call(SMALL_CAUSAL, N, backward=False)() for name in FORMS}
+    torch.testing.assert_close(calls["angles"], calls["factors"], rtol=1e-4, atol=1e-5)
+    different = [calls[name] for name in FORMS if name != "angles"]
+    for i, one in enumerate(different):
+        assert one.shape == (1, N, 2, 8) and one.isfinite().all()
+        assert not any(torch.allclose(one, other, atol=1e-3) for other in different[:i])
+    for name in FORMS:
+        gradients = form("torch", name).call(SMALL_CAUSAL, N, backward=True)()
+        assert len(gradients) == {"plain": 3, "factors": 5, "angles": 5}.get(name, 4)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 def test_useful_operations():

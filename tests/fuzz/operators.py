@@ -60,17 +60,18 @@ def _size(chance: random.Random) -> int:
 
 
 def _form(chance: random.Random, visible: str) -> dict[str, Any]:
-    G = chance.choice((1, 1, 2, 3))
+    G, rank = chance.choice((1, 1, 2, 3)), chance.choice((0, 0, 1, 2, 3))
     form: dict[str, Any] = {
         "H": G * chance.choice((1, 1, 2)),
         "G": G,
         "K": chance.choice((0, 1, 3, 8, 17)),
         "V": chance.choice((0, 1, 4, 17)),
-        "R": chance.choice((0, 0, 1, 2, 3)),
+        "R": rank,
+        "angles": chance.choice((0, 1, 2, 3)) if rank == 0 else 0,
         "factor_heads": chance.random() < 0.6,
         "mask": chance.random() < 0.4,
         "state": chance.random() < 0.4,
-        "decay": visible == "causal" and chance.random() < 0.6,
+        "decay": chance.random() < {"causal": 0.6, "all": 0.4, "own blocks": 0.8}.get(visible, 0.0),
         "normalize": chance.random() < 0.75,
         "eps": chance.choice((1e-6, 1e-6, 0.1, 2.0, 1e-30)),
         "relu": chance.random() < 0.4,
@@ -88,14 +89,19 @@ def _form(chance: random.Random, visible: str) -> dict[str, Any]:
                     form["key_lengths"][-1] += 1
     else:
         form.update(T=_size(chance), B=chance.choice((1, 1, 2, 3)))
-        if visible != "causal":
+        if visible != "causal" and not form["decay"]:
             form["S"] = _size(chance)
     return form
 
 
 def _case(chance: random.Random) -> Case:
-    visible = chance.choice((*oracle.VISIBILITIES, "causal", "causal", "huge"))
-    made = make_case("all" if visible == "huge" else visible, **_form(chance, visible)).away_from_zero()
+    visible = chance.choice((*oracle.VISIBILITIES, "causal", "causal", "own blocks", "own blocks", "huge"))
+    every, phase = chance.choice((1, 2, 5, 64, 70)), chance.randint(-9, 9)
+    stairs_of = {"huge": "all", "own blocks": (every - phase, every, every, phase)}
+    made = make_case(stairs_of.get(visible, visible), **_form(chance, visible)).away_from_zero()
+    if not made.keywords["normalize"] and made.leaves["q_angles"] is not None and chance.random() < 0.5:
+        for name in ("q_angles", "k_angles"):  # of any size: the sum of cosines is then of any sign
+            made.leaves[name] = 30 * made.leaves[name] - 9
     lengths = [(t.stop - t.start, s.stop - s.start) for _, t, s in made.spans]
     if visible == "huge":
         _make_huge(chance, made, lengths)
@@ -244,7 +250,7 @@ def _leap(chance: random.Random) -> str:
     if decay is not None and decay.numel():
         decay[torch.rand(decay.shape) < 0.1] = -INF
     keywords: dict[str, Any] = {
-        "visible": "causal" if decay is not None else chance.choice(("all", "causal", Staircase(2, 2, 3))),
+        "visible": chance.choice(("all", "causal", Staircase(2, 2, 3 if decay is None else 2))),
         "key_mask": torch.rand(B, T) > 0.3 if chance.random() < 0.4 else None,
         "return_state": True,
         "eps": chance.choice((0.1, 1.0)),
@@ -319,14 +325,15 @@ def _updated(chance: random.Random) -> str:
     """Split anywhere and resumed, the state updated in place in any layout: as one call over everything."""
     impl = chance.choice(IMPLEMENTATIONS)
     dtype = torch.float64 if impl != "native" else torch.float32
-    T = chance.choice((1, 2, 5, 66, 130))
+    T, rank = chance.choice((1, 2, 5, 66, 130)), chance.choice((0, 2))
     made = make_case(
         "causal",
         T=T,
         B=2,
         H=2,
         G=chance.choice((1, 2)),
-        R=chance.choice((0, 2)),
+        R=rank,
+        angles=chance.choice((0, 1)) if rank == 0 else 0,
         decay=chance.random() < 0.7,
         K=3,
         mask=chance.random() < 0.3,
@@ -337,7 +344,8 @@ def _updated(chance: random.Random) -> str:
         made.leaves["log_decay"][torch.rand(2, T, 2) < 0.2] = chance.choice(DECAYS)
     made = made.to(dtype)
     x = made.leaves
-    heads, rank = 2 if x["log_decay"] is not None else x["k"].shape[2], 1 if x["q_factors"] is None else 2
+    heads = 2 if x["log_decay"] is not None else x["k"].shape[2]
+    rank = 1 if x["q_factors"] is None and x["q_angles"] is None else 2
     zeros = LinearState.zeros(2, heads, rank, 3, 4, dtype=dtype, decay_heads=2 if x["log_decay"] is not None else None)
     state = LinearState(*(t if t is None else _laid_out(chance, t) for t in zeros))
     outputs, start = [], 0
@@ -354,6 +362,8 @@ def _updated(chance: random.Random) -> str:
                 part["k_factors"],
                 visible="causal",
                 key_mask=mask,
+                q_angles=part["q_angles"],
+                k_angles=part["k_angles"],
                 log_decay=part["log_decay"],
                 initial_state=state,
                 update_state=True,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops import LinearState, Staircase, linear_attention
@@ -44,13 +45,13 @@ def one_head(q, k, v, a, c, counts, keep, decay, kv, z, normalize, eps):
     to_query, to_end = torch.zeros(steps, dtype=q.dtype), torch.zeros((), dtype=q.dtype)
     after_key = torch.zeros(len(keep), dtype=q.dtype)
     if decay is not None:
-        i, j, t = torch.arange(steps)[:, None, None], slots[None, :, None], torch.arange(steps)[None, None, :]
+        t, i, j = torch.arange(steps), torch.arange(steps)[:, None], slots[:, None]
         none = torch.zeros((), dtype=q.dtype)  # a step that does not lie between: -inf is not to be multiplied by 0
-        between = torch.where(((j < t) & (t <= i)) | ((i <= t) & (t < j)), decay, none).sum(-1)
-        weight = weight * between.exp()
-        to_query = torch.where(t[0] <= i[:, 0], decay, none).sum(-1)
-        after_key = torch.where(j[0] < t[0], decay, none).sum(-1)
-        to_end = decay.sum()
+        since_key = torch.where(j < t, decay, none).cumsum(1).T  # over j < t <= i
+        until_key = F.pad(torch.where(i <= t, decay, none).cumsum(1), (1, 0))[:, slots]  # over i <= t < j
+        weight = weight * torch.where(slots <= i, since_key, until_key).exp()
+        to_query, to_end = decay.cumsum(0), decay.sum()
+        after_key = torch.where(j < t, decay, none).sum(1)
     weight = torch.where(seen, weight, torch.zeros_like(weight))
     query_features = a[:, :, None] * q[:, None, :]
     past = to_query.exp()
@@ -171,15 +172,16 @@ class Case:
         return Case(leaves, self.visible, self.counts, self.spans, self.key_mask, self.keywords, self.cu)
 
     def away_from_zero(self) -> Case:
-        """Positive features and factors from 1/4 on: a normaliser near 0 makes errors of any size, whoever divides by
-        it.
+        """Positive features and factors from 1/4 on, and angles so near to each other that cosines are from 1/2 on: a
+        normaliser near 0 makes errors of any size, whoever divides by it.
         """
         names = ("q", "k", "q_factors", "k_factors")
         leaves = {
             n: torch.where(t > 0, 0.25 + 0.75 * t, t) if n in names and t is not None else t
             for n, t in self.leaves.items()
         }
-        return replace(self, leaves=leaves)
+        near = {n: 2 / 3 * t for n, t in leaves.items() if n in ("q_angles", "k_angles") and t is not None}
+        return replace(self, leaves=leaves | near)
 
     def call(self, impl: str):
         x = self.leaves

@@ -8,9 +8,20 @@ import pytest
 import torch
 
 from leapformer.ops import LeapWeights, api, leap_attention, linear_attention
-from leapformer.ops.arguments import DIFFERENTIABLE, FIELDS, MODULES, NUMBERS, TENSORS, Arguments, Gradients
+from leapformer.ops.arguments import (
+    ANGLES,
+    DIFFERENTIABLE,
+    FACTORS,
+    FIELDS,
+    MODULES,
+    NUMBERS,
+    TENSORS,
+    Arguments,
+    Gradients,
+)
 from leapformer.ops.implementation import BASIS, Implementation
-from leapformer.ops.operator import Form
+from leapformer.ops.lowering import without_angles
+from leapformer.ops.operator import Form, Operator
 
 q = torch.rand(2, 5, 1, 3)
 key_mask = torch.ones(2, 5, dtype=torch.bool)
@@ -53,6 +64,45 @@ def test_who_takes_no_modules_gets_factors(monkeypatch):
     (x,) = seen
     assert all(getattr(x, name) is None for name in MODULES)
     assert x.rank == 2 and x.q_factors is not None and not x.relu
+
+
+@pytest.mark.parametrize("takes", (BASIS, BASIS | ANGLES))
+def test_who_takes_no_angles_gets_factors(takes, monkeypatch):
+    seen = []
+
+    def remember(x: Arguments, update_state: bool):
+        seen.append(x)
+        return attend(x if x.q_angles is None else without_angles(x), update_state)
+
+    angles = {"q_angles": torch.rand(2, 5, 1, 2), "k_angles": torch.rand(2, 5, 1, 2)}
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "torch", Implementation(remember, takes=takes))
+    expected = linear_attention(q, q, q, **angles, impl="reference").output
+    assert torch.allclose(linear_attention(q, q, q, **angles, impl="torch").output, expected, atol=1e-6)
+    (x,) = seen
+    given, absent = (ANGLES, FACTORS) if takes >= ANGLES else (FACTORS, ANGLES)
+    assert all(getattr(x, name) is not None for name in given) and all(getattr(x, name) is None for name in absent)
+    assert x.rank == 4
+
+
+def test_a_decay_of_later_keys_is_a_field_of_its_own(monkeypatch):
+    """Who does not take it refuses, and says so; "auto" goes on to the next."""
+    decay = -torch.rand(2, 5, 1)
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "native", Implementation(attend))
+    with pytest.raises(ValueError, match="got 'native', which can't: it does not take later_decay$"):
+        linear_attention(q, q, q, log_decay=decay, impl="native")
+    assert linear_attention(q, q, q, log_decay=decay, visible="causal", impl="native").output.shape == q.shape
+    expected = linear_attention(q, q, q, log_decay=decay, impl="reference").output
+    assert torch.allclose(linear_attention(q, q, q, log_decay=decay).output, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, own", (("leap", MODULES), ("angles", ANGLES)))
+def test_modules_and_angles_have_operators_of_their_own(kind, own):
+    functions = {"forward": lambda x: [], "empty": lambda x: [], "backward": lambda x, *_: x, "direct": lambda x, _: []}
+    operator = Operator(f"for_a_test_of_{kind}", **functions, results=3, takes=BASIS | own)
+    assert set(getattr(operator, kind).tensors) >= own and not FACTORS & set(getattr(operator, kind).tensors)
+    assert set(operator.linear.tensors) >= FACTORS and not own & set(operator.linear.tensors)
+    other = "angles" if kind == "leap" else "leap"
+    assert getattr(operator, other) is operator.linear
 
 
 def test_an_operator_has_only_the_fields_that_it_takes():

@@ -13,40 +13,60 @@ from leapformer.ops import (
     native,
     torch_impl,
 )
+from leapformer.ops.arguments import ANGLES, Arguments
 from tests.ops.oracle import assert_near, make_case
 
-OPERATORS = {"torch": (torch_impl.OPERATOR.linear, torch.float64), "native": (native.OPERATOR.linear, torch.float32)}
+OPERATORS = {"torch": (torch_impl.OPERATOR, torch.float64), "native": (native.OPERATOR, torch.float32)}
 NATIVE = pytest.param("native", marks=pytest.mark.requires_tool("native library"))
 
 
-def forward_arguments(visible="causal", *, dtype, **form):
-    case = make_case(visible, R=2, state=True, **form).to(dtype)
-    x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
-    counts = case.visible if isinstance(case.visible, torch.Tensor) else None
+def forward_arguments(operator, visible="causal", *, dtype, later=False, **form):
+    """What the operator is called with, in its order; ``later``: with the decay of later keys too."""
+    case = make_case(visible, state=True, **form).to(dtype)
+    x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items() if name != "state_decay"}
     packing = case.cu.get("cu_seqlens")
-    return (
-        x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], x["log_decay"], x["kv"], x["z"], case.key_mask, counts,
-        packing, case.cu.get("cu_seqlens_k", packing), visible == "causal", True, 1e-6,
-        case.keywords.get("relu", False),
-    )  # fmt: skip
+    return operator.given(
+        Arguments(
+            **x,
+            later_decay=torch.rand_like(x["log_decay"]).neg().requires_grad_() if later else None,
+            key_mask=case.key_mask,
+            counts=case.visible if isinstance(case.visible, torch.Tensor) else None,
+            cu_seqlens=packing,
+            cu_seqlens_k=case.cu.get("cu_seqlens_k", packing),
+            causal=visible == "causal",
+            relu=case.keywords.get("relu", False),
+        )
+    )
 
 
 OPERATOR_FORMS = {
-    "causal": {"T": 5, "mask": True, "relu": True},
-    "decay": {"T": 5, "decay": True},
-    "packed": {"lengths": [2, 0, 3]},
-    "all": {"visible": "all", "S": 6, "H": 4, "G": 2},
-    "tensor": {"visible": "tensor", "S": 6},
-    "absorb": {"visible": "all", "T": 0, "S": 3},
-    "read": {"visible": "all", "T": 3, "S": 0},
+    "causal": {"T": 5, "mask": True, "relu": True, "R": 2},
+    "decay": {"T": 5, "decay": True, "R": 2},
+    "decay of later keys": {"T": 5, "decay": True, "later": True, "R": 2},
+    "packed": {"lengths": [2, 0, 3], "R": 2},
+    "all": {"visible": "all", "S": 6, "H": 4, "G": 2, "R": 2},
+    "tensor": {"visible": "tensor", "S": 6, "R": 2},
+    "absorb": {"visible": "all", "T": 0, "S": 3, "R": 2},
+    "read": {"visible": "all", "T": 3, "S": 0, "R": 2},
+    "angles": {"T": 5, "angles": 2, "factor_heads": False},
+    "angles, decay of later keys": {"T": 5, "decay": True, "later": True, "angles": 1},
 }
+
+
+def operator_and_arguments(name, form):
+    """The operator's form that takes them; skipped where none does."""
+    operator, dtype = OPERATORS[name]
+    fields = ANGLES if "angles" in form else {"later_decay"} if "later" in form else set()
+    chosen = operator.angles if "angles" in form else operator.linear
+    if not fields <= set(chosen.tensors):
+        pytest.skip(f"{name} does not take {', '.join(sorted(fields))}")
+    return chosen, forward_arguments(chosen, dtype=dtype, **OPERATOR_FORMS[form])
 
 
 @pytest.mark.parametrize("form", OPERATOR_FORMS)
 @pytest.mark.parametrize("name", ("torch", NATIVE))
 def test_opcheck(name, form):
-    operator, dtype = OPERATORS[name]
-    arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
+    operator, arguments = operator_and_arguments(name, form)
     dynamic = "absorb" not in form and "read" not in form
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if dynamic:
@@ -54,17 +74,16 @@ def test_opcheck(name, form):
     torch.library.opcheck(operator.forward_op, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("form", ("causal", "decay", "packed", "all"))
+@pytest.mark.parametrize("form", ("causal", "decay", "decay of later keys", "packed", "all", "angles"))
 @pytest.mark.parametrize("name", ("torch", NATIVE))
 def test_opcheck_backward(name, form):
-    operator, dtype = OPERATORS[name]
-    arguments = forward_arguments(dtype=dtype, **OPERATOR_FORMS[form])
+    operator, arguments = operator_and_arguments(name, form)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     results = operator.forward_op(*arguments)
-    gradients = [torch.rand_like(t) for t in results[:3]]
+    gradients, tensors = [torch.rand_like(t) for t in results[:3]], len(operator.tensors)
     torch.library.opcheck(
         operator.backward_op,
-        (*arguments[:12], *results, *gradients, *arguments[12:]),
+        (*arguments[:tensors], *results, *gradients, *arguments[tensors:]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -77,7 +96,8 @@ def linear(case):
         state = LinearState(y["kv"], y["z"], y.get("state_decay")) if "kv" in y else None
         result = linear_attention(
             y["q"], y["k"], y["v"], y.get("q_factors"), y.get("k_factors"), visible=case.visible,
-            key_mask=case.key_mask, log_decay=y.get("log_decay"), initial_state=state, return_state=True, **case.cu,
+            key_mask=case.key_mask, q_angles=y.get("q_angles"), k_angles=y.get("k_angles"),
+            log_decay=y.get("log_decay"), initial_state=state, return_state=True, **case.cu,
         )  # fmt: skip
         return (result.output, *(t for t in result.state if t is not None))
 
@@ -104,6 +124,10 @@ def assert_compiled_equals_eager(run, tensors, **options):
 COMPILED_FORMS = {
     "causal": ("causal", {"R": 2, "state": True, "mask": True}),
     "decay": ("causal", {"R": 2, "decay": True, "state": True, "H": 4, "G": 2}),
+    "angles": ("causal", {"angles": 2, "state": True, "mask": True}),
+    "two-sided": ("all", {"R": 2, "decay": True, "state": True, "H": 4, "G": 2}),
+    "two-sided blocks": ("blocks", {"decay": True}),
+    "two-sided, packed": ("blocks", {"decay": True, "lengths": [3, 0, 4]}),
     "all": ("all", {"S": 9}),
     "staircase": ("wait-k", {"S": 9, "R": 2}),
     "staircase per sample": ("per sample", {"S": 9}),

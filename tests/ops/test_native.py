@@ -1,9 +1,11 @@
 """What only the native kernels have: instruction sets, the threads of another library, a fork."""
 
+import math
 import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,21 +40,78 @@ def run(body: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.mark.parametrize("name", ("baseline", "avx2", "avx512"))
-def test_every_instruction_set_of_this_machine(name):
+@pytest.fixture(params=("baseline", "avx2", "avx512"))
+def instructions(request):
+    """Each instruction set that this machine runs."""
     before = library.instruction_set()
     try:
-        library.use_instruction_set(name)
+        library.use_instruction_set(request.param)
     except ValueError as error:
-        assert name != "baseline" and name in str(error)  # every machine runs that one
-        return
-    try:
-        for visible in ("all", "causal", "wait-k"):
-            for dtype in (torch.float32, torch.bfloat16):
-                check_low(make_case(visible, T=70, K=20, V=17, R=2, relu=True).away_from_zero().to(dtype), "native")
-    finally:
-        library.use_instruction_set(before)
+        assert request.param != "baseline" and request.param in str(error)  # every machine runs that one
+        pytest.skip(str(error))
+    yield request.param
+    library.use_instruction_set(before)
     assert library.instruction_set() == before
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_every_instruction_set_of_this_machine(dtype, instructions):
+    for visible in ("all", "causal", "wait-k"):
+        check_low(make_case(visible, T=70, K=20, V=17, R=2, relu=True).away_from_zero().to(dtype), "native")
+    for rank in ({}, {"R": 2}, {"R": 3}, {"angles": 1, "mask": True}):
+        case = make_case("all", T=70, K=20, V=17, H=1, decay=True, state=True, **rank)
+        check_low(case.away_from_zero().to(dtype), "native")
+
+
+# ---- angles ----------------------------------------------------------------------------------------------------------
+
+ANGLE_ERROR = 2.0**-22  # what csrc/angles.h promises
+SIZES = {
+    "of a few turns": lambda x: 20 * (x - 0.5),
+    "of hundreds": lambda x: 600 * (x - 0.5),
+    "up to 2^24": lambda x: 2.0**24 * (2 * x - 1),
+    "of any size": lambda x: (2 * x - 1) * 10.0 ** (38 * x.roll(1)),
+    "tiny": lambda x: (2 * x - 1) * 10.0 ** (-40 * x.roll(1)),
+    "near multiples of pi/2": lambda x: (1e5 * (x - 0.5)).round() * (math.pi / 2) * (1 + 1e-7 * (x.roll(1) - 0.5)),
+}
+
+
+def factors_of(angles):
+    """What the kernels make of angles [n]: 16 tokens to a sample, each alone in its column of the state."""
+    angles = angles.view(-1, 16, 1, 1)
+    B = angles.shape[0]
+    k = torch.eye(16).view(1, 16, 1, 16).expand(B, 16, 1, 16)
+    none, v = torch.zeros(B, 0, 1, 16), torch.zeros(B, 16, 1, 1)
+    keywords = {"q_angles": torch.zeros(B, 0, 1, 1), "k_angles": angles, "return_state": True, "impl": "native"}
+    return linear_attention(none, k, v, **keywords).state.z[:, 0].transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cosines_and_sines(size, instructions):
+    x = torch.rand(2**15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = SIZES[size](x).to(torch.float32)
+    cosines, sines = factors_of(angles)
+    for found, exact in ((cosines, angles.double().cos()), (sines, angles.double().sin())):
+        assert (found.double() - exact).abs().max() <= ANGLE_ERROR
+
+
+def test_angles_that_are_no_angles(instructions):
+    angles = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
+    cosines, sines = (t.view(5, 16) for t in factors_of(angles.repeat_interleave(16)))
+    assert (cosines[:2] - 1).abs().max() <= ANGLE_ERROR and sines[:2].eq(0).all()
+    assert cosines[2:].isnan().all() and sines[2:].isnan().all()
+
+
+def test_precise_angles_lose_their_turns_first():
+    """Of float64 angles float32 holds what is left of a turn, not the turns."""
+    x = torch.rand(2**10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e6
+    cosines, sines = factors_of(x)
+    # Rounding an angle below 2 pi to float32 costs half of 2^-21.
+    assert (cosines.double() - x.cos()).abs().max() <= ANGLE_ERROR + 2.0**-22
+    assert (sines.double() - x.sin()).abs().max() <= ANGLE_ERROR + 2.0**-22
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_instruction_set():
@@ -120,23 +179,17 @@ def test_workers_of_a_data_loader():
     assert printed.strip() == "True"
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    case = make_case("causal", T=150, B=2, H=4, R=2, relu=True).to(torch.float32)
+@pytest.mark.parametrize("form", ({"R": 2, "relu": True}, {"angles": 1}, {"R": 2, "decay": True}))
+@pytest.mark.parametrize("visible", ("causal", "all"))
+def test_any_number_of_threads_gives_the_same_bits(visible, form):
+    case = make_case(visible, T=150, B=2, H=4, **form).to(torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in case.leaves.items()}
-            output = linear_attention(
-                leaves["q"],
-                leaves["k"],
-                leaves["v"],
-                leaves["q_factors"],
-                leaves["k_factors"],
-                visible="causal",
-                impl="native",
-            ).output
+            output = replace(case, leaves=leaves).call("native").output
             output.square().sum().backward()
             results.append([output, *(t.grad for t in leaves.values() if t is not None)])
     finally:
@@ -192,6 +245,17 @@ def test_a_state_is_not_touched_without_memory(limited_memory):
     with torch.no_grad(), pytest.raises(MemoryError, match="step"):
         linear_attention(x, x, x, visible="causal", initial_state=state, update_state=True, impl="native")
     assert state.kv.eq(0).all() and state.z.eq(0).all()
+
+
+def test_without_memory_where_later_keys_are_seen(limited_memory):
+    """The sweeps keep something of every token: a longer sequence needs more."""
+    x, decay = torch.rand(1, 1000, 1, 9), -torch.rand(1, 1000, 1)
+    expected = linear_attention(x, x, x, log_decay=decay, impl="native").output
+    limited_memory(1)
+    with pytest.raises(MemoryError, match=NO_MEMORY):
+        linear_attention(*[x.repeat(1, 9, 1, 1)] * 3, log_decay=decay.repeat(1, 9, 1), impl="native")
+    limited_memory(0)
+    assert torch.equal(linear_attention(x, x, x, log_decay=decay, impl="native").output, expected)
 
 
 def test_without_memory_in_other_threads():

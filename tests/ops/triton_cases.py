@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from leapformer.ops import LeapWeights, LinearState, Staircase, leap_attention, linear_attention
+from leapformer.ops.api import _IMPLEMENTATIONS
+from leapformer.ops.arguments import ANGLES, Arguments
+from leapformer.ops.lowering import fit
 from leapformer.ops.triton import OPERATOR
 from tests.ops.oracle import Case, difference, largest, make_case, results_and_gradients
 
@@ -27,7 +30,8 @@ Errors = dict[str, tuple[float, float]]
 
 # Chunks are of 16 tokens here and segments of 32: lengths above 32 go through all of it.
 SMALL = {"B": 1, "H": 1}
-FORMS: dict[str, tuple[str, torch.dtype, dict]] = {
+BLOCKS = (3, 5, 5, 2)
+FORMS: dict[str, tuple[str | tuple[int, int, int, int], torch.dtype, dict]] = {
     "plain": ("causal", F32, {"T": 41, **SMALL}),
     "bfloat16": ("causal", BF16, {"T": 41, "R": 2, **SMALL}),
     "float16": ("causal", F16, {"T": 21, "R": 2, "K": 16, **SMALL}),
@@ -65,6 +69,22 @@ FORMS: dict[str, tuple[str, torch.dtype, dict]] = {
     "per sample": ("per sample", F32, {"T": 20, "S": 37, "B": 2, "H": 1, "R": 2}),
     "tensor": ("tensor", F32, {"T": 37, "S": 41, "B": 2, "H": 1}),
     "blocks, packed": ("blocks", F32, {"lengths": [3, 0, 35], "key_lengths": [20, 2, 18], "H": 1, "state": True}),
+    "angles": ("causal", F32, {"T": 36, "B": 2, "H": 1, "angles": 2, "mask": True, "state": True}),
+    "angles, shared": ("wait-k", BF16, {"T": 20, "B": 1, "H": 2, "G": 1, "angles": 1, "factor_heads": False}),
+    "angles of all sizes": (
+        "all",
+        F32,
+        {"T": 20, "angles": 4, "normalize": False, "sizes": (1e-9, -1.0, -1e5, 1e9), **SMALL},
+    ),
+    "two-sided": ("all", F32, {"T": 70, "decay": True, "R": 2, "mask": True, "state": True, **SMALL}),
+    "two-sided, blocks": (BLOCKS, BF16, {"T": 41, "decay": True, "B": 1, "H": 2, "G": 1, "angles": 1, "mask": True}),
+    "two-sided, numerator": ("all", F32, {"T": 36, "decay": True, "normalize": False, "relu": True, **SMALL}),
+    "two-sided, wide": ("all", F32, {"T": 36, "decay": True, "K": 33, "V": 40, "angles": 1, **SMALL}),
+    "two-sided, resets, packed": (
+        BLOCKS,
+        F32,
+        {"lengths": [18, 0, 35, 1], "decay": True, "R": 2, "H": 1, "state": True, "strong": (-INF, -1e30)},
+    ),
 }
 
 
@@ -92,6 +112,10 @@ def random_form(seed: int) -> tuple[str, torch.dtype, dict]:
         form["decay"] = chance.random() < 0.5
     else:
         form["S"] = chance.randint(1, 50)
+    if visible in ("all", "blocks") and chance.random() < 0.5:
+        form |= {"S": None, "decay": True}
+    if form["R"] == 2 and chance.random() < 0.5:
+        form |= {"R": 0, "angles": 1}
     return visible, chance.choice((F32, F32, BF16)), form
 
 
@@ -118,16 +142,20 @@ def compare(run: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]], e
     return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
 
 
-def linear(visible: str, dtype: torch.dtype, form: dict) -> Errors:
+def linear(visible: str | tuple[int, int, int, int], dtype: torch.dtype, form: dict) -> Errors:
     """``linear_attention`` against the explicit formula of the same, rounded, numbers."""
-    strong = form.get("strong", ())  # decays that stand among the others
-    case = make_case(visible, **{name: value for name, value in form.items() if name != "strong"}).to(dtype)
+    strong, sizes = form.get("strong", ()), form.get("sizes")  # decays that stand among the others, and of angles
+    own = {name: value for name, value in form.items() if name not in ("strong", "sizes")}
+    case = make_case(visible, **own).to(dtype)
     for i, value in enumerate(strong):
         case.leaves["log_decay"][:, 2 + 3 * i :: 17] = value
+    if sizes is not None:
+        case.leaves |= {name: case.leaves[name] * torch.tensor(sizes) for name in ("q_angles", "k_angles")}
     expected = results_and_gradients(case.to(torch.float64), Case.formula)
     return compare(lambda impl: results_and_gradients(case, lambda c: c.call(impl)), expected)
 
 
+NAMES = {"decay": "causal", "two-sided": "all"}  # of what is seen with a decay
 LEAPS = {
     "leap": {"T": 36, "H": 2, "G": 1, "per_head": False, "r": 3, "dtype": F32, "visible": "causal"},
     "leap of each head": {"T": 18, "H": 2, "G": 2, "per_head": True, "r": 3, "dtype": BF16, "visible": "causal"},
@@ -154,6 +182,7 @@ LEAPS = {
         "bias": 20.0,
     },
     "leap with decay": {"T": 18, "H": 2, "G": 1, "per_head": True, "r": 2, "dtype": F32, "visible": "decay"},
+    "leap, two-sided": {"T": 36, "H": 1, "G": 1, "per_head": False, "r": 3, "dtype": F32, "visible": "two-sided"},
 }
 
 
@@ -176,9 +205,9 @@ def leap(
     modules[0][3] += bias  # P_q near 1 and P_k near 0
     modules[1][3] -= bias
     tensors = [random_(1, T, H, K), random_(1, T, G, K), random_(1, T, G, 6), *modules[0], *modules[1]]
-    decay = -torch.rand(1, T, H, generator=generator) if visible == "decay" else None
+    decay = -torch.rand(1, T, H, generator=generator) if visible in NAMES else None
     key_mask = torch.rand(1, T, generator=generator) > 0.3
-    where = Staircase.wait_k(2, 1) if visible == "wait-k" else "causal" if visible == "decay" else visible
+    where = Staircase.wait_k(2, 1) if visible == "wait-k" else NAMES.get(visible, visible)
     probe = torch.randn(1, T, H, 6, generator=generator, dtype=torch.float64)
 
     def run(impl, dtype=None):
@@ -207,12 +236,14 @@ STEPS = {
     "step": {"dtype": F32, "H": 4, "G": 2, "R": 2, "decay": False, "leap": False},
     "step with decay": {"dtype": BF16, "H": 2, "G": 2, "R": 1, "decay": True, "leap": False},
     "step with leap": {"dtype": F32, "H": 2, "G": 1, "R": 2, "decay": False, "leap": True},
+    "step with angles": {"dtype": F32, "H": 2, "G": 1, "R": 4, "decay": False, "leap": False, "angles": True},
 }
 
 
-def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool) -> Errors:
+def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool, angles: bool = False) -> Errors:
     """Three tokens one by one, the state updated in place."""
-    case = make_case("causal", T=3, B=2, H=H, G=G, K=5, V=20, R=0 if R == 1 or leap else R, decay=decay).to(dtype)
+    weighting = {"angles": R // 2} if angles else {"R": 0 if R == 1 or leap else R}
+    case = make_case("causal", T=3, B=2, H=H, G=G, K=5, V=20, decay=decay, **weighting).to(dtype)
     x = case.leaves
     weights = [torch.randn(1, *s, generator=torch.Generator().manual_seed(1)) for s in ((3, 5), (3,), (3,), ())]
     modules = LeapWeights(*weights)
@@ -223,6 +254,8 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
         at = {name: None if value is None else value[:, t : t + 1] for name, value in x.items()}
         y = (at["q"], at["k"], at["v"], modules, modules) if leap else [at[n] for n in names]
         options = {"visible": "causal", "log_decay": at["log_decay"], "impl": "triton"}
+        if angles:
+            options |= {name: at[name] for name in ANGLES}
         before, places = state.clone(), [s if s is None else s.data_ptr() for s in state]
         with torch.no_grad():
             updated = attend(*y, initial_state=state, update_state=True, **options)
@@ -246,6 +279,8 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
                 y["q_factors"],
                 y["k_factors"],
                 visible="causal",
+                q_angles=y["q_angles"],
+                k_angles=y["k_angles"],
                 log_decay=y["log_decay"],
                 return_state=True,
                 impl=impl,
@@ -255,6 +290,24 @@ def one_step(dtype: torch.dtype, H: int, G: int, R: int, decay: bool, leap: bool
     expected = whole("reference", torch.float64)
     triton, torch_ = relative(got, expected), relative(whole("torch", dtype), expected)
     return {name: (triton[name], torch_[name]) for name in expected}
+
+
+def separate_decays() -> Errors:
+    """A decay to later queries and another to earlier ones, as no door gives them: gradients of both."""
+    case = make_case("causal", T=36, B=1, H=1, decay=True, angles=1, mask=True, state=True)
+    decay = case.leaves["log_decay"]
+    x = {n: t for n, t in case.leaves.items() if t is not None and n != "state_decay"} | {"later_decay": decay.flip(1)}
+
+    def run(impl, dtype=F32):
+        given = {n: t.to(dtype).requires_grad_() for n, t in x.items()}
+        implementation = _IMPLEMENTATIONS[impl]
+        arguments = Arguments(**given, key_mask=case.key_mask, causal=True)
+        output, kv, z = implementation.attend(fit(arguments, False, implementation.takes_angles), False)
+        loss = sum((t.double() * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in (output, kv, z))
+        gradients = dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+        return {"output": output.detach(), "kv": kv.detach(), "z": z.detach()}, gradients
+
+    return compare(run, run("reference", torch.float64))
 
 
 def negated() -> Errors:
@@ -273,12 +326,12 @@ def negated() -> Errors:
 
 
 def operator() -> Errors:
-    """torch's own checks of the two operators; raises where one fails."""
+    """torch's own checks of the operator; raises where one fails."""
     case = make_case("causal", T=3, B=1, H=1, R=2, state=True).to(F32)
-    x = {name: None if t is None else t.requires_grad_() for name, t in case.leaves.items()}
-    tensors = (x["q"], x["k"], x["v"], x["q_factors"], x["k_factors"], None, x["kv"], x["z"], *[None] * 4)
+    given = {name: t.requires_grad_() for name, t in case.leaves.items() if t is not None}
+    checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        OPERATOR.linear.forward_op, (*tensors, True, True, 1e-6, False), test_utils=("test_schema", "test_faketensor")
+        OPERATOR.linear.forward_op, OPERATOR.linear.given(Arguments(**given, causal=True)), test_utils=checks
     )
     return {}
 
@@ -288,6 +341,7 @@ CASES: dict[str, Callable[[], Errors]] = {
     **{f"random {seed}": (lambda seed=seed: linear(*random_form(seed))) for seed in SEEDS},
     **{name: (lambda form=form: leap(**form)) for name, form in LEAPS.items()},
     **{name: (lambda form=form: one_step(**form)) for name, form in STEPS.items()},
+    "separate decays": separate_decays,
     "negated views": negated,
     "operator": operator,
 }

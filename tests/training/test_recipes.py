@@ -27,7 +27,9 @@ def test_every_recipe_of_the_package_is_valid():
     speech = ["demo", "demo-long", "multi30k-en-de", "multi30k-fr-en", "mustc-en-de", "covost-fr-en"]
     translation = [f"simulst/{name}{stage}" for name in speech for stage in ("", "-transcription")]
     translation += ["simulst/tuxpaint-fr-en", "simulmt/demo", "simulmt/multi30k-en-de"]
-    assert recipe_names() == sorted(language + arena + translation)
+    kinds = ["addition", "brackets", "copy-at", "majority", "parity", "recall-256", "recall-64", "selective-copy"]
+    synthetic = [f"synthetic/{name}" for name in kinds]
+    assert recipe_names() == sorted(language + arena + translation + synthetic)
     for name in recipe_names():
         recipe, task = load_recipe(name)
         kind = name.split("/")[0].replace("simulmt", "simulst")

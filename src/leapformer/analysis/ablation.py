@@ -58,12 +58,13 @@ class Ablation:
     cells: list[CellFigures]
 
 
-def ablation(cells: Mapping[str, Sequence[RunRecord]], *, baseline: str) -> Ablation:
-    """Compare the cells of a grid by what their task is judged by.
+def ablation(cells: Mapping[str, Sequence[RunRecord]], *, baseline: str, metric: str | None = None) -> Ablation:
+    """Compare the cells of a grid by one figure.
 
     Arguments:
         cells: the finished runs of each, every seed once.
         baseline: the one whose differences from the others are taken.
+        metric: the figure's key; None: what their task is judged by.
 
     Raises:
         LeapformerError: no run is finished, or they have no such figure in common.
@@ -71,27 +72,25 @@ def ablation(cells: Mapping[str, Sequence[RunRecord]], *, baseline: str) -> Abla
     runs = [run for members in cells.values() for run in members]
     if not runs:
         raise LeapformerError("ablate: expected at least one finished run, found none")
-    metric = _common_metric(runs)
-    reference = by_seed(cells[baseline], metric, SPLIT)
+    chosen = _common_metric(runs, runs[0].declared.metric(metric))
+    reference = by_seed(cells[baseline], chosen, SPLIT)
     return Ablation(
-        metric,
+        chosen,
         baseline,
-        [_figures(name, members, metric, None if name == baseline else reference) for name, members in cells.items()],
+        [_figures(name, members, chosen, None if name == baseline else reference) for name, members in cells.items()],
     )
 
 
-def _common_metric(runs: Sequence[RunRecord]) -> Metric:
-    """The headline, or what stands in for it where not every run has it."""
-    metric: Metric | None = runs[0].declared.headline
+def _common_metric(runs: Sequence[RunRecord], wanted: Metric) -> Metric:
+    """The figure, or what stands in for it where not every run has it."""
+    metric: Metric | None = wanted
     while metric is not None:
         alone = replace(metric, instead=None)
         if all(run.value(alone, SPLIT) is not None for run in runs):
             return alone
         metric = metric.instead
-    lacking = next(run for run in runs if run.figure(run.declared.headline, SPLIT) is None)
-    raise LeapformerError(
-        f"{lacking.folder}/results.json: expected {lacking.declared.headline.heading} of the {SPLIT} split, found none"
-    )
+    lacking = next(run for run in runs if run.figure(wanted, SPLIT) is None)
+    raise LeapformerError(f"{lacking.folder}/results.json: expected {wanted.heading} of the {SPLIT} split, found none")
 
 
 def _figures(

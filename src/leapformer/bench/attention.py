@@ -16,16 +16,19 @@ from leapformer.analysis.plots import Line, lines_over_length
 from leapformer.bench.benchmark import Bench, Benchmark
 from leapformer.bench.contenders import (
     CAUSAL,
+    FORMS,
     LEAP,
     LONG,
     LRA,
     MEMORY_KEPT,
+    PLAIN,
     SDPA,
     Contender,
     Shape,
     contender,
     contenders_for,
     cpu_impls,
+    form,
     useful_flops,
 )
 from leapformer.bench.result import Table, ratio_text, short
@@ -88,6 +91,14 @@ class OddRow(Raced):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormRow(Raced):
+    """Forms of attention, which are the contenders, in times of the plain one: forward + backward, as in ALIGNED."""
+
+    impl: str
+    time_over_plain: dict[str, Spread]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LongRow:
     """Forward + backward of one long sequence, or why it was not run.
 
@@ -107,7 +118,7 @@ class LongRow:
 
 
 def measure_attention(bench: Bench) -> None:
-    """Time first, then memory, odd shapes and one long sequence. Every row is written as soon as it is there."""
+    """Time first, then memory, odd shapes, forms and one long sequence. Every row is written as soon as it is there."""
     settings, timed = bench.settings, []
     for shape in (CAUSAL, LRA):
         seen: Seen = {}
@@ -122,6 +133,8 @@ def measure_attention(bench: Bench) -> None:
             bench.result.add("memory", _memory_row(bench, shape, row))
     for impl in cpu_impls():
         bench.result.add("odd", _odd_row(bench, impl))
+    for impl in cpu_impls():
+        bench.result.add("forms", _form_row(bench, impl))
     if not settings.quick and settings.lengths is None:
         for impl in cpu_impls():
             for length in LONG_LENGTHS:
@@ -234,6 +247,23 @@ def _odd_row(bench: Bench, impl: str) -> OddRow:
     return OddRow(impl=impl, contenders=outcome.times(), rate_over_aligned=rates)
 
 
+def _form_row(bench: Bench, impl: str) -> FormRow:
+    """What angles, factors and decays cost over plain causal attention, in one race."""
+    timers, refused = {}, {}
+    for name in FORMS:
+        call = form(impl, name).call(*ALIGNED, backward=True)
+        try:
+            call()
+        except ValueError as error:  # it does not take an argument
+            refused[name] = f"refused: {error}"
+        else:
+            timers[name] = timer(call)
+    outcome = bench.race(timers, f"{impl}, forms", limit=math.inf)
+    ratios = {name: outcome.ratios(name, PLAIN, bench.clock) for name in timers if name != PLAIN}
+    over = {name: spread(values) for name, values in ratios.items() if values}
+    return FormRow(impl=impl, contenders=outcome.times(), not_run={**refused, **outcome.not_run}, time_over_plain=over)
+
+
 def _long_row(bench: Bench, impl: str, length: int) -> LongRow:
     """One long sequence in a process of its own: memory beyond its own tensors, time per token."""
     one = LONG.batch * length * LONG.heads * LONG.width * 4 / 2**30
@@ -263,11 +293,11 @@ def _paces(worker: Worker, length: int, clock: str) -> Spread:
 
 
 def attention_tables(content: Mapping[str, Any]) -> list[Table]:
-    """Ratios first, then milliseconds, memory, the fitted exponents, odd shapes and the long sequence."""
+    """Ratios first, then milliseconds, memory, the fitted exponents, odd shapes, forms and the long sequence."""
     tables = []
     for shape in (CAUSAL, LRA):
         tables += [_ratios(content, shape), _milliseconds(content, shape), _memory(content, shape)]
-    return [*tables, _exponents(content), _odd(content), _long(content)]
+    return [*tables, _exponents(content), _odd(content), _forms(content), _long(content)]
 
 
 def _time_rows(content: Mapping[str, Any], shape: Shape) -> list[TimeRow]:
@@ -350,6 +380,18 @@ def _odd(content: Mapping[str, Any]) -> Table:
     lines = [[row.impl, *(ratio_text(row.rate_over_aligned[name]) for name in RAGGED)] for row in rows]
     title = "Odd shapes: rate per useful operation over that of N = 1,024, K = V = 64 (causal, forward + backward)"
     return Table(title, ["contender", *RAGGED], lines)
+
+
+def _forms(content: Mapping[str, Any]) -> Table:
+    rows, names = rows_of(content, "forms", FormRow), [name for name in FORMS if name != PLAIN]
+    lines = []
+    for row in rows:
+        found = [row.time_over_plain.get(name) for name in names]
+        cells = [ratio_text(times) if times else "refused" if name in row.not_run else "-"
+                 for name, times in zip(names, found, strict=True)]  # fmt: skip
+        lines.append([row.impl, *cells])
+    title = "Forms: time over that of plain causal attention, N = 1,024, K = V = 64 (forward + backward)"
+    return Table(title, ["contender", *names], lines, not_run_notes((row.impl, row.not_run) for row in rows))
 
 
 def _long(content: Mapping[str, Any]) -> Table:

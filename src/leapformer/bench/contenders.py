@@ -24,6 +24,8 @@ SDPA = "SDPA"
 LEAP = " + LeaP"  # after the name of an implementation: with the two learned modules, from plain q and k
 CHUNK = 64  # of the count of useful operations
 BACKWARD_FLOPS = 3.5  # forward and backward together, in forwards
+PLAIN, FACTORS, ANGLES, DECAY, BOTH_WAYS = "plain", "factors", "angles", "decay", "decay, later keys too"
+FORMS = (PLAIN, FACTORS, ANGLES, DECAY, BOTH_WAYS)  # of causal attention, each with what it needs and no more
 MEMORY_KEPT = ", memory kept"  # after a name: in a process whose allocator keeps what was freed
 
 Call = Callable[[], object]
@@ -142,6 +144,31 @@ def _ours(impl: str, shape: Shape, length: int, inputs: Inputs, *, leap: bool) -
     return inputs.call(attend, [q, k, v, p_q, p_k], (B, N, H, K))
 
 
+def form(impl: str, name: str) -> Contender:
+    """An implementation of `leapformer.ops` with one of FORMS. A rank is 2: FACTORS are made from the angles in the
+    call, as a model makes them; ANGLES go in as they are."""
+    return Contender(name, partial(_form, impl, name))
+
+
+def _form(impl: str, name: str, shape: Shape, length: int, inputs: Inputs) -> Callable[[], object]:
+    B, N, H, K = shape.batch, length, shape.heads, shape.width
+    leaves = [inputs.leaf(B, N, H, K) for _ in range(3)]
+    keywords: dict = {"visible": "all" if name == BOTH_WAYS else "causal", "relu": True, "impl": impl}
+    if name in (DECAY, BOTH_WAYS):
+        more = [inputs.log_decay(B, N, H)]
+    else:
+        more = [inputs.proportion(B, N, H, 1) for _ in range(0 if name == PLAIN else 2)]
+
+    def attend() -> Tensor:
+        if name == FACTORS:
+            factors = [torch.cat([angles.cos(), angles.sin()], dim=-1) for angles in more]
+            return linear_attention(*leaves, *factors, **keywords).output
+        names = ("q_angles", "k_angles") if name == ANGLES else ("log_decay",) if more else ()
+        return linear_attention(*leaves, **dict(zip(names, more, strict=True)), **keywords).output
+
+    return inputs.call(attend, [*leaves, *more], (B, N, H, K))
+
+
 def _sdpa(shape: Shape, length: int, inputs: Inputs) -> Callable[[], object]:
     size = (shape.batch, shape.heads, length, shape.width)
     q, k, v = (inputs.leaf(*size) for _ in range(3))
@@ -161,6 +188,10 @@ class Inputs:
 
     def proportion(self, *size: int) -> Tensor:
         return torch.rand(*size, generator=self.generator, device=self.device).requires_grad_(self.backward)
+
+    def log_decay(self, *size: int) -> Tensor:
+        """Half of a state is left after some ten tokens."""
+        return self._normal(*size).square().mul_(-0.05).requires_grad_(self.backward)
 
     def leap(self, shape: Shape) -> list[Tensor]:
         """w1, b1, w2, b2 of one module."""

@@ -1,7 +1,8 @@
 """`leapformer bench overhead`: which share of a train step and of a decoding step the LeaP modules cost.
 
-The share is looked at twice: the modules alone, at the model's own sizes, over the step; and the step's difference to
-that of cosFormer, which has the same attention with proportions of position, so nothing but the modules is missing.
+The share of the paper's modules is looked at twice: the modules alone, at the model's own sizes, over the step; and the
+step's difference to that of cosFormer, which has the same attention with proportions of position, so nothing but the
+modules is missing. What running proportions cost is the difference to the same gated model without a re-weighting.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ SIZES = {
 QUICK_SIZES = ("1 M",)
 PROMPT = 64  # tokens before a decoding step, whose cost does not depend on them
 LEAP, COSFORMER, MODULES = "LeaPformer", "cosFormer", "modules alone"
+GATED, RUNNING = "linear (gated)", "LeaPformer (gated, running proportions)"
+KINDS: dict[str, dict[str, Any]] = {
+    LEAP: {"attention": "leap"},
+    COSFORMER: {"attention": "cosformer"},
+    GATED: {"attention": "linear", "variant": "gated"},
+    RUNNING: {"attention": "leap", "variant": "gated", "proportion": "running"},
+}
 RATE = 50e9  # operations a second, low, to guess beforehand whether a step is too long
 STEP, BLOCK, DECODING = "train step", "one block", "decoding step"
 
@@ -49,6 +57,7 @@ class ShareRow(Raced):
         what: STEP, BLOCK or DECODING, or "nothing".
         modules_alone: over the whole.
         difference: to cosFormer's, over the whole.
+        running: what a step with running proportions takes beyond that of the gated model without, over the latter.
     """
 
     size: str
@@ -57,6 +66,7 @@ class ShareRow(Raced):
     what: str
     modules_alone: Spread | None = None
     difference: Spread | None = None
+    running: Spread | None = None
 
 
 def measure_overhead(bench: Bench) -> None:
@@ -93,10 +103,9 @@ def leap_modules(model: torch.nn.Module) -> list[LeapModule]:
 
 
 def _models(size: str, length: int) -> dict[str, LeapformerForCausalLM]:
-    """The model of a size with learned proportions, and the same with those of position."""
+    """The model of a size with each kind of proportions, and without any."""
     fields: dict[str, Any] = {**SIZES[size], "max_position_embeddings": 2 * length}
-    kinds = {LEAP: "leap", COSFORMER: "cosformer"}
-    return {name: fresh_model(LeapformerConfig(**fields, attention=kind)) for name, kind in kinds.items()}
+    return {name: fresh_model(LeapformerConfig(**fields, **kind)) for name, kind in KINDS.items()}
 
 
 def _step_or_block(
@@ -162,12 +171,14 @@ def _raced(bench: Bench, row: ShareRow, runs: Mapping[str, Callable[[], object]]
     timers = {name: timer(run) for name, run in runs.items()}
     outcome = bench.race(timers, label, limit=3 * bench.settings.limit)
     alone, others = outcome.ratios(MODULES, LEAP, bench.clock), outcome.ratios(COSFORMER, LEAP, bench.clock)
+    running = outcome.ratios(RUNNING, GATED, bench.clock)
     return replace(
         row,
         contenders=outcome.times(),
         not_run=outcome.not_run,
         modules_alone=spread(alone) if alone else None,
         difference=spread([1 - ratio for ratio in others]) if others else None,
+        running=spread([ratio - 1 for ratio in running]) if running else None,
     )
 
 
@@ -184,10 +195,21 @@ def overhead_tables(content: Mapping[str, Any]) -> list[Table]:
             continue
         step = row.contenders[LEAP].by(clock).median
         bound = "<= " if row.what == BLOCK else ""
-        cells = [bound + _percent(share) for share in (row.modules_alone, row.difference)]
+        cells = [bound + _percent(share) for share in (row.modules_alone, row.difference, row.running)]
         lines.append([row.size, at, row.what, *cells, f"{step:,.1f}"])
     title = "Share of the LeaP modules in a step, median (p20 .. p80); <= where one block stands for the whole"
-    columns = ["parameters", "tokens", "of", "modules alone", "difference to cosFormer", "ms of a LeaPformer's"]
+    columns = [
+        "parameters",
+        "tokens",
+        "of",
+        "modules alone",
+        "difference to cosFormer",
+        "running proportions",
+        "ms of a LeaPformer's",
+    ]
+    notes.append(
+        "Running proportions: what they add to the gated model without a re-weighting, as a share of its step."
+    )
     return [Table(title, columns, lines, tuple(notes))]
 
 

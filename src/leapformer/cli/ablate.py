@@ -78,6 +78,9 @@ def ablate(
     baseline: Annotated[
         str | None, typer.Option(metavar="CELL", help="The cell that the others are compared with; default: the first.")
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="KEY", help="What cells are compared by, such as loss; default: the task's.")
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_THREADS, help="Runs at a time; default: cores divided by threads, 1 on a GPU."),
@@ -95,6 +98,7 @@ def ablate(
 ) -> None:
     """Train a grid of changes to a recipe, resume what was interrupted, and compare the cells over their seeds."""
     from leapformer.files.folders import check_output_folder
+    from leapformer.tasks.registry import get_results
     from leapformer.training.grid import GridError, expand
     from leapformer.training.recipes import read_recipe
 
@@ -107,6 +111,7 @@ def ablate(
     if first not in names:
         raise LeapformerError(f"--baseline: expected one of {cut(', '.join(names), 400)}, found {shown(first)}")
     grid = _grid(recipe, cells, fixed, seeds=range(seeds), budget=budget, vary=vary or [], folder=folder)
+    get_results(grid[0].recipe.task).metric(metric)
     _check_folders(grid, at_work=not (table or dry_run))
     if dry_run:
         _tell_plan(grid)
@@ -118,7 +123,7 @@ def ablate(
         failed = children.failed
         if number is not None:
             _tell_interrupted(grid, folder, number)
-    _report(grid, first, folder, recipe=recipe, fixed=fixed)
+    _report(grid, first, folder, recipe=recipe, fixed=fixed, metric=metric)
     if failed:
         faults = [f"{name}: {line or 'no output'}" for name, line in failed.items()]
         raise GridError(f"{len(failed)} of {len(grid)} runs failed (their outputs: {folder / LOGS})", _most(faults))
@@ -287,7 +292,7 @@ def _last_event(run: Run) -> dict[str, Any] | None:
 # ---- running it
 
 
-def _children(recipe: str, todo: Sequence[GridRun], *, jobs: int | None, threads: int | None, folder: Path) -> Children:
+def _children(recipe: str, grid: Sequence[GridRun], *, jobs: int | None, threads: int | None, folder: Path) -> Children:
     """The processes of the runs that are not finished, none of them started."""
     from leapformer.files.writing import make_folder
     from leapformer.training.children import Children, Work, limited_threads
@@ -424,6 +429,8 @@ class Progress:
         going = [each for name, each in runs.items() if name not in self.children.failed]
         done = sum(map(_steps_done, runs.values())) - (self.steps_at_start or 0)
         left = sum(each.steps - _steps_done(each) for each in going)
+        if not left:
+            return "evaluating"
         return f"{_duration(left * seconds / done)} left" if done > 0 else "starting"
 
 
@@ -458,7 +465,9 @@ def _tell_interrupted(grid: Sequence[GridRun], folder: Path, number: int) -> Non
 # ---- what it shows
 
 
-def _report(grid: Sequence[GridRun], baseline: str, folder: Path, *, recipe: str, fixed: Sequence[str]) -> None:
+def _report(
+    grid: Sequence[GridRun], baseline: str, folder: Path, *, recipe: str, fixed: Sequence[str], metric: str | None
+) -> None:
     """Print the table, and write it with all numbers and the picture, from those runs that are finished."""
     from leapformer.analysis.ablation import ablation, ablation_csv, ablation_json, ablation_markdown, ablation_picture
     from leapformer.analysis.plots import figure_png, figure_svg_file
@@ -473,7 +482,7 @@ def _report(grid: Sequence[GridRun], baseline: str, folder: Path, *, recipe: str
     loaded: dict[str, list[Any]] = {name: [] for name in cells}
     for each in finished:
         loaded[each.cell.name].append(load_run(each.run.path))
-    found = ablation(loaded, baseline=baseline)
+    found = ablation(loaded, baseline=baseline, metric=metric)
     text = ablation_markdown(found)
     missing = len(grid) - len(finished)
     if missing:

@@ -12,6 +12,15 @@ and within it B and G count those. Causal attention in a chunk:
 with D the causal mask (times the decay between two tokens of a chunk), e_q the decay since the chunk began, e_k the
 decay up to its end, e_C that of the whole chunk. D, e_q, e_k and e_C never exceed 1. The normaliser could be one more
 channel of the values, but products 65 wide take a quarter longer than those 64 wide.
+
+With a ``later_decay`` later keys are seen too. Then D has no zeros: its other triangle holds the later decay between a
+query and a later key. And a second state L, of the keys behind the chunk, goes from the end to the start:
+
+    num = P v + e_q (phi_q S) + l_q (phi_q L)          L' = l_C L + phi_k^T (l_k v)
+
+with l_q the later decay up to the chunk's end, l_k that since it began, l_C that of the whole chunk. What comes from
+the end is first found at the ends of all blocks, and kept; then one sweep has both. For gradients that sweep goes from
+the end, as it does for causal attention: kept are S and the gradient of L, which both come from the start.
 """
 
 from __future__ import annotations
@@ -41,7 +50,8 @@ class Result(NamedTuple):
 
 
 def forward(x: Arguments) -> Result:
-    """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot."""
+    """Attention where every query sees all keys, or (``causal``, T = S) those up to its own slot, with a
+    ``later_decay`` those behind it too."""
     assert x.counts is None and x.cu_seqlens is None, "what is laid out otherwise is for layouts.py"
     assert not x.causal or x.q.shape[1] == x.k.shape[1], (
         "a causal block is a view of queries and of keys by the same slots"

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from leapformer.errors import LeapformerError
+from leapformer.files.showing import shown
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -96,6 +99,19 @@ class TaskResults:
     compared: tuple[Metric, ...] = (LOSS,)
     line: Callable[[Mapping[str, Any]], str] | None = None
     page: Page | None = None
+
+    def metric(self, key: str | None) -> Metric:
+        """The figure of this name that runs can be judged by; None: the headline.
+
+        Raises:
+            LeapformerError: there is none.
+        """
+        known = {each.key: each for each in reversed((self.headline, *self.compared, *self.columns))}
+        if key is None:
+            return self.headline
+        if key not in known:
+            raise LeapformerError(f"metric: expected one of {', '.join(sorted(known))}, found {shown(key)}")
+        return known[key]
 
     def describe(self, results: Mapping[str, Any]) -> str:
         """The main figures of a finished training in one line."""

@@ -19,6 +19,7 @@ from leapformer.models import LeapformerForCausalLM
 from leapformer.models.loss import IGNORE_INDEX
 from leapformer.tasks.registry import load_recipe
 from leapformer.tasks.synthetic import task as task_module
+from leapformer.tasks.synthetic.data import chance
 from leapformer.tasks.synthetic.kinds import KINDS
 from leapformer.training import train as train_module
 from leapformer.training.recipes import RecipeError, recipe_names
@@ -240,3 +241,13 @@ def test_batches_of_the_training_are_labelled_where_something_is_asked():
     batch = data.collator([data.train_dataset[index] for index in range(4)])
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 65)
     assert ((batch["labels"] != IGNORE_INDEX).sum(1) == 12).all()
+
+
+def test_the_documentation_has_the_chance_of_every_recipe(monkeypatch):
+    monkeypatch.undo()  # all 512
+    page = (Path(__file__).parents[3] / "docs" / "synthetic.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        recipe, task = load_recipe(name)
+        data = task.prepare(recipe, cache=Path("unused"))
+        found = [f"{100 * chance(data.split('validation', length=length)):.1f}" for length in recipe.data.lengths]
+        assert f"| `{name}` | {', '.join(found)} |" in page

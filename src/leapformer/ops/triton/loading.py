@@ -39,8 +39,10 @@ class Side(NamedTuple):
     """Tokens of one side. x and w have strides [batch, token, head] and a dense last axis; None: there is none.
 
     What has one number for each token is float32 with tokens side by side: ``factors`` [batch, heads or 1, R, token]
-    with strides [batch, head]; ``score`` what gives proportions by its sigmoid, in place of factors, ``scale`` a
-    further factor, ``aux`` the channel of the normaliser and ``decay`` the log decay, all [batch, head, token].
+    with strides [batch, head], or in their place ``angles`` [batch, heads or 1, R / 2, token]; ``score`` what gives
+    proportions by its sigmoid, in place of factors, ``scale`` a further factor, ``aux`` the channel of the normaliser,
+    ``decay`` the log decay and ``later`` that towards earlier queries, at the step before each token, all [batch, head,
+    token].
     ``relu`` (1 or None): relu(x) is meant. ``w1``, ``b1``, ``w2``, ``b2``: weights of a LeaP module that computes
     ``score`` and stores it (w2 is None: there is none), with ``leap_strides`` from head to head and ``r``. ``mask``
     uint8 [batch, token].
@@ -50,6 +52,7 @@ class Side(NamedTuple):
     x_strides: Any
     relu: Any
     factors: Any
+    angles: Any
     factor_strides: Any
     score: Any
     w1: Any
@@ -64,6 +67,7 @@ class Side(NamedTuple):
     aux: Any
     mask: Any
     decay: Any
+    later: Any
     tokens: Any
     heads: Any
 
@@ -185,6 +189,23 @@ def sine_of(score):
 
 
 @triton.jit
+def cosine_and_sine(angle):
+    """Of an angle of any size, within float32: branches, and memory for digits of pi, are what a library's would take.
+
+    Quarters of a turn are counted in float64, so an angle's error is its size times 2^-52, which is less than float32's
+    own for all angles whose neighbours in float32 are less than turns apart.
+    """
+    quarters = angle.to(tl.float64) * 0.6366197723675814
+    whole = tl.floor(quarters)
+    rest = quarters - whole
+    rising, falling = _sine(rest.to(tl.float32)), _sine((1.0 - rest).to(tl.float32))
+    quarter = whole.to(tl.int64)
+    odd = (quarter & 1) != 0
+    cosine, sine = tl.where(odd, rising, falling), tl.where(odd, falling, rising)
+    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
+
+
+@triton.jit
 def load_x(side, b, h, token, keep, k, c):
     """x [C, BK], or relu(x), in its own dtype."""
     i = tl.arange(0, c.C)
@@ -198,21 +219,31 @@ def load_x(side, b, h, token, keep, k, c):
 
 @triton.jit
 def load_factors(side, p, b, h, token, keep, c):
-    """R factors [C], float32: cosine and sine of the proportion that score p gives, or loaded, or 1."""
-    i = tl.arange(0, c.C)
-    factors = ()
-    for rank in tl.static_range(c.R):
-        if side.score is not None:
-            if rank == 0:
-                factors = factors + (cosine_of(p),)
+    """R factors [C], float32: cosine and sine of the proportion that score p gives, or of angles, or loaded, or 1."""
+    if side.score is not None:
+        return (cosine_of(p), sine_of(p))
+    elif side.angles is not None:
+        cosines, sines = (), ()
+        for rank in tl.static_range(c.R // 2):
+            cosine, sine = cosine_and_sine(_load_row(side, side.angles, rank, b, h, token, keep, c))
+            cosines = cosines + (cosine,)
+            sines = sines + (sine,)
+        return cosines + sines
+    else:
+        factors = ()
+        for rank in tl.static_range(c.R):
+            if side.factors is not None:
+                factors = factors + (_load_row(side, side.factors, rank, b, h, token, keep, c),)
             else:
-                factors = factors + (sine_of(p),)
-        elif side.factors is not None:
-            base = side.factors + b * side.factor_strides[0] + h * side.factor_strides[1] + rank * side.tokens + token
-            factors = factors + (tl.load(base + i, mask=keep, other=0.0),)
-        else:
-            factors = factors + (tl.zeros([c.C], tl.float32) + 1.0,)
-    return factors
+                factors = factors + (tl.zeros([c.C], tl.float32) + 1.0,)
+        return factors
+
+
+@triton.jit
+def _load_row(side, pointer, row, b, h, token, keep, c):
+    """float32 numbers [C] of one row of ``factors`` or ``angles``."""
+    base = pointer + b * side.factor_strides[0] + h * side.factor_strides[1] + row * side.tokens + token
+    return tl.load(base + tl.arange(0, c.C), mask=keep, other=0.0)
 
 
 @triton.jit
@@ -281,17 +312,22 @@ def load_values(side, b, h, token, keep, v, c):
 
 
 @triton.jit
-def load_decays(side, b, h, token, left, REVERSE: tl.constexpr, c):
-    """(running sum of the log decay [C], its total, factor of rows, factor of absorbed columns) in one chunk.
+def running_sum(side, decay, b, h, token, left, c):
+    """(running sum [C] of a log decay in one chunk, its total), in float64.
 
-    In float64, and a step is no less than one that leaves exactly 0: what a difference of sums held besides -inf, or
-    -1e30, would be lost.
+    A step is no less than one that leaves exactly 0: what a difference of sums held besides -inf, or -1e30, would be
+    lost.
     """
-    i = tl.arange(0, c.C)
-    steps = load_scalars(side, side.decay, b, h, token, i < left, c)
+    steps = load_scalars(side, decay, b, h, token, tl.arange(0, c.C) < left, c)
     steps = tl.where(steps < LEAST_STEP, LEAST_STEP, steps).to(tl.float64)  # a NaN stays one
-    total = tl.sum(steps, axis=0)
-    running = tl.cumsum(steps, axis=0)
+    return tl.cumsum(steps, axis=0), tl.sum(steps, axis=0)
+
+
+@triton.jit
+def load_decays(side, decay, b, h, token, left, REVERSE: tl.constexpr, c):
+    """(running sum of the log decay [C] in float64, its total, factor of rows, factor of absorbed columns) in one
+    chunk. ``decay`` is one of the side's."""
+    running, total = running_sum(side, decay, b, h, token, left, c)
     since, until = tl.exp(running.to(tl.float32)), tl.exp((total - running).to(tl.float32))
     if REVERSE:
         return running, total.to(tl.float32), until, since

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from leapformer.ops.arguments import MODULES, Arguments, Gradients, Incoming, by_name
+from leapformer.ops.arguments import ANGLES, MODULES, Arguments, Gradients, Incoming, by_name
 from leapformer.ops.implementation import BASIS, Implementation
 from leapformer.ops.operator import Operator
 from leapformer.ops.triton.limits import INTERPRETED, power_of_two, reasons
@@ -31,7 +32,8 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    """(output, kv, z, normaliser, states at the segments' starts, scores of queries, and of keys)."""
+    """(output, kv, z, normaliser, states at the segments' starts, scores of queries, and of keys, states of the keys
+    beyond the segments' ends where later keys are seen)."""
     plan, q = Plan(x), x.q
     leap = x.q_leap is not None
     q_score = q.new_empty((plan.B, plan.H, plan.T) if leap else (0,), dtype=torch.float32)
@@ -42,10 +44,13 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
         keys = plan.run_module(plan.key_side(score=k_score if leap else None, leap=x.k_leap))
         states, final_kv, final_z = plan.run_states(keys, plan.keys, x.kv, x.z, reverse=False, heads=1, aux=True)
         keys = keys._replace(w2=None)  # by now its scores are stored
+        later_states = plan.run_later_states(keys, plan.keys, reverse=True, aux=True)
         queries = plan.run_module(plan.query_side(score=q_score if leap else None, leap=x.q_leap))
         spans = plan.queries, plan.keys
-        plan.run_read(queries, keys, spans, states, output, normaliser if x.normalize else None, reverse=False)
-    return output, final_kv, final_z, normaliser, states, q_score, k_score
+        totals = normaliser if x.normalize else None
+        plan.run_read(queries, keys, spans, states, later_states, output, totals, reverse=False)
+    later_states = states.new_empty(0) if later_states is None else later_states
+    return output, final_kv, final_z, normaliser, states, q_score, k_score, later_states
 
 
 def _empty(x: Arguments) -> tuple[Tensor, ...]:
@@ -60,11 +65,17 @@ def _empty(x: Arguments) -> tuple[Tensor, ...]:
     def float32(*shape):
         return q.new_empty(*shape, dtype=torch.float32)
 
+    states = slots, G, R * K * (V + 1)
     return (
-        q.new_empty(B, T, H, V), float32(N, G, R, K, V), float32(N, G, R, K), float32(*((B, H,
-        T) if x.normalize else (0,))), float32(slots, G, R * K * (V + 1)), float32(*((B, H, T) if leap else (0,))),
+        q.new_empty(B, T, H, V),
+        float32(N, G, R, K, V),
+        float32(N, G, R, K),
+        float32(*((B, H, T) if x.normalize else (0,))),
+        float32(*states),
+        float32(*((B, H, T) if leap else (0,))),
         float32(*((B, G, S) if leap else (0,))),
-    )  # fmt: skip
+        float32(*((0,) if x.later_decay is None else states)),
+    )
 
 
 def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
@@ -73,7 +84,7 @@ def _backward(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gr
 
 
 def _gradients(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> Gradients:
-    output, _kv, _z, normaliser, states, q_score, k_score = results
+    output, _kv, _z, normaliser, states, q_score, k_score, later_states = results
     plan, normalize, eps = Plan(x), x.normalize, x.eps
     leap, share = x.q_leap is not None, plan.H // plan.G
     grad, scale, aux = dense(incoming.output), None, None
@@ -91,14 +102,23 @@ def _gradients(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> G
     reverse_states, d_kv, d_z = plan.run_states(
         queries, plan.queries, incoming.kv, incoming.z, reverse=True, heads=share, aux=normalize
     )
+    # Queries that see a key from before it: their states run forward.
+    earlier_states = plan.run_later_states(queries, plan.queries, reverse=False, aux=normalize)
+    later_states = None if x.later_decay is None else later_states
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
     forward, backward = (plan.queries, plan.keys), (plan.keys, plan.queries)
-    dq_factors, query_sums = plan.run_features(queries, keys, forward, states, dq, reverse=False)
-    dk_factors, key_sums = plan.run_features(keys, queries, backward, reverse_states, dk, reverse=True)
-    plan.run_read(keys, queries, backward, reverse_states, dv, None, reverse=True)
-    decay = None
-    if query_sums is not None and key_sums is not None:
-        decay = _decay_gradient(plan, states, reverse_states, query_sums, key_sums)
+    later_query_sums, later_key_sums = plan.run_diagonal(queries, keys)
+    dq_factors, query_sums = plan.run_features(
+        queries, keys, forward, states, later_states, dq, later_query_sums, reverse=False
+    )
+    dk_factors, key_sums = plan.run_features(
+        keys, queries, backward, reverse_states, earlier_states, dk, later_key_sums, reverse=True
+    )
+    plan.run_read(keys, queries, backward, reverse_states, earlier_states, dv, None, reverse=True)
+    decay = _decay_gradient(plan, states, reverse_states, query_sums, key_sums)
+    later = _decay_gradient(plan, earlier_states, later_states, later_key_sums, later_query_sums)
+    if later is not None:  # each is that of the step before
+        later = plan.first_steps(F.pad(later, (0, 1)))[..., 1:]
     q_weights: list[Tensor | None] = [None] * 4
     k_weights: list[Tensor | None] = [None] * 4
     if x.q_leap is not None and x.k_leap is not None:
@@ -106,26 +126,41 @@ def _gradients(x: Arguments, results: Sequence[Tensor], incoming: Incoming) -> G
         q_weights = _leap_gradients(plan, queries, x.q_leap, dq_factors, dq, None)
         k_weights = _leap_gradients(plan, keys, x.k_leap, dk_factors, dk, plan.mask)
         dq_factors = dk_factors = None
-    dq_factors, dk_factors = _for_heads_of(x.q_factors, dq_factors), _for_heads_of(x.k_factors, dk_factors)
+    kind, given = ("factors", x.q_factors) if x.q_angles is None else ("angles", x.q_angles)
+    weightings = {
+        f"q_{kind}": _for_heads_of(given, dq_factors),
+        f"k_{kind}": _for_heads_of(x.k_factors if x.k_angles is None else x.k_angles, dk_factors),
+    }
+    decays = {"log_decay": decay, "later_decay": later}
+    decays = {name: None if steps is None else steps.movedim(-1, 1) for name, steps in decays.items()}
     modules = by_name("q", q_weights) | by_name("k", k_weights)
-    return Gradients(dq, dk, dv, dq_factors, dk_factors, log_decay=decay, kv=d_kv, z=d_z, **modules)
+    return Gradients(dq, dk, dv, kv=d_kv, z=d_z, **weightings, **decays, **modules)
 
 
 def _for_heads_of(factors: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """From [B, H, R, T] to the gradient of factors [B, T, H or 1, R]."""
+    """From [B, H, R, T] to the gradient of factors, or angles, [B, T, H or 1, R]."""
     if factors is None or gradient is None:
         return None
     return (gradient.sum(1, keepdim=True) if factors.shape[2] == 1 else gradient).movedim(-1, 1)
 
 
-def _decay_gradient(plan: Plan, states: Tensor, reverse_states: Tensor, query_sums: Tensor, key_sums: Tensor) -> Tensor:
-    gradient = query_sums.new_empty(plan.B, plan.H, plan.T)
+def _decay_gradient(
+    plan: Plan,
+    forward_states: Tensor | None,
+    reverse_states: Tensor | None,
+    to_sums: Tensor | None,
+    from_sums: Tensor | None,
+) -> Tensor | None:
+    """The gradient [B, H, T] of a decay; None without its sums."""
+    if to_sums is None or from_sums is None:
+        return None
+    gradient = to_sums.new_empty(plan.B, plan.H, plan.T)
     launch(
-        kernels().decay_gradients, (programs(plan.queries), plan.H), plan.queries, states, reverse_states, query_sums,
-        key_sums, gradient, plan.T, plan.H, query_sums.shape[0], key_sums.shape[0], plan.D, C=16 if INTERPRETED else 64,
-        BLOCK=min(1024, power_of_two(plan.D)), num_warps=4,
+        kernels().decay_gradients, (programs(plan.queries), plan.H), plan.queries, forward_states, reverse_states,
+        to_sums, from_sums, gradient, plan.T, plan.H, to_sums.shape[0], from_sums.shape[0], plan.D,
+        C=16 if INTERPRETED else 64, BLOCK=min(512, power_of_two(plan.D)), num_warps=4,
     )  # fmt: skip
-    return gradient.movedim(-1, 1)
+    return gradient
 
 
 def _leap_gradients(
@@ -168,16 +203,17 @@ def _direct(x: Arguments, update_state: bool) -> tuple[Tensor, ...]:
     return _step(x, x.kv, x.z) if update_state and ready else _step(x)
 
 
+_TAKES = BASIS | MODULES | ANGLES | {"later_decay"}
 OPERATOR = Operator(
     "triton_linear_attention",
     forward=_forward,
     empty=_empty,
     backward=_backward,
     direct=_direct,
-    results=7,
-    takes=BASIS | MODULES,
+    results=8,
+    takes=_TAKES,
 )
-IMPLEMENTATION = Implementation(OPERATOR.attend, takes=BASIS | MODULES, limits=reasons)
+IMPLEMENTATION = Implementation(OPERATOR.attend, takes=_TAKES, limits=reasons)
 
 
 # ---- one token -------------------------------------------------------------------------------------------------------

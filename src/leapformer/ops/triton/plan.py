@@ -10,6 +10,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops.arguments import Arguments
@@ -101,6 +102,9 @@ class Plan:
             if weights is not None and weights.w1 is not None:
                 self.hidden = max(self.hidden, power_of_two(weights.w1.shape[1]))
         self.mask = None if x.key_mask is None else x.key_mask.contiguous().view(torch.uint8)
+        self.decay, self.later = by_head(x.log_decay), by_head(x.later_decay)
+        if self.later is not None:
+            self.later = self.first_steps(F.pad(self.later, (1, 0)))[..., :T].contiguous()
 
     def shape(self, tiles: Tiles, hidden: int | None = None) -> Any:
         """What kernels with these tiles are compiled for; ``hidden`` where it is not that of the modules."""
@@ -118,30 +122,36 @@ class Plan:
         exact = self.x.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         return "tf32x3" if exact else "tf32"
 
+    def first_steps(self, steps: Tensor) -> Tensor:
+        """0, in place, where ``steps`` [B, H, T + 1] would lead from one sequence into the next."""
+        starts = steps.new_zeros(1, dtype=torch.int64) if self.queries.cu is None else self.queries.cu[:-1].long()
+        return steps.index_fill_(-1, starts, 0)
+
     def query_side(self, w: Tensor | None = None, scale=None, aux=None, score=None, leap=None) -> Any:
-        return self._side(self.x.q, self.x.q_factors, w, scale, aux, score, leap, None)
+        return self._side(self.x.q, self.x.q_factors, self.x.q_angles, w, scale, aux, score, leap, None)
 
     def key_side(self, score: Tensor | None = None, leap=None) -> Any:
-        return self._side(self.x.k, self.x.k_factors, self.x.v, None, None, score, leap, self.mask)
+        return self._side(self.x.k, self.x.k_factors, self.x.k_angles, self.x.v, None, None, score, leap, self.mask)
 
-    def _side(self, x, factors, w, scale, aux, score, leap, mask) -> Any:
-        x, factors, strides = dense(x), by_head(factors), None
+    def _side(self, x, factors, angles, w, scale, aux, score, leap, mask) -> Any:
+        x, factors, angles, strides = dense(x), by_head(factors), by_head(angles), None
         w1, b1, w2, b2, *leap_strides, r = leap_weights((None,) * 4 if leap is None else leap)
-        if factors is not None:
-            strides = factors.stride(0), 0 if factors.shape[1] == 1 else factors.stride(1)
+        rows = factors if angles is None else angles
+        if rows is not None:
+            strides = rows.stride(0), 0 if rows.shape[1] == 1 else rows.stride(1)
         return kernels().Side(
-            x=x, x_strides=strides_of(x), relu=1 if self.x.relu else None, factors=factors, factor_strides=strides,
-            score=score, w1=w1, b1=b1, w2=w2, b2=b2, leap_strides=tuple(leap_strides), r=r,
+            x=x, x_strides=strides_of(x), relu=1 if self.x.relu else None, factors=factors, angles=angles,
+            factor_strides=strides, score=score, w1=w1, b1=b1, w2=w2, b2=b2, leap_strides=tuple(leap_strides), r=r,
             w=w if w is None else dense(w), w_strides=None if w is None else strides_of(dense(w)), scale=scale,
-            aux=aux, mask=mask, decay=by_head(self.x.log_decay), tokens=x.shape[1], heads=x.shape[2],
+            aux=aux, mask=mask, decay=self.decay, later=self.later, tokens=x.shape[1], heads=x.shape[2],
         )  # fmt: skip
 
     def states(self, span: Any) -> Tensor:
         return self.x.q.new_empty(programs(span) + span.sequences, self.G, self.D, dtype=torch.float32)
 
     def run_module(self, side: Any) -> Any:
-        """Runs the side's LeaP module now where it won't fit into a sweep."""
-        if side.w2 is None or self.K <= FUSED_WIDTH:
+        """Runs the side's LeaP module now where it won't fit into a sweep, or two sweeps need it."""
+        if side.w2 is None or (self.K <= FUSED_WIDTH and self.later is None):
             return side
         B, T, heads = side.x.shape[:3]
         grid, shape = (-(-T // 16), B, heads), self.shape(self.read)
@@ -152,7 +162,19 @@ class Plan:
         self, side: Any, span: Any, kv: Tensor | None, z: Tensor | None, *, reverse: bool, heads: int, aux: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States at the segments' starts (in the sweep's direction), and kv and z at its end."""
-        decay = self.x.log_decay is not None
+        final_kv = self.x.q.new_empty(self.N, self.G, self.R, self.K, self.V, dtype=torch.float32)
+        final_z = final_kv.new_empty(self.N, self.G, self.R, self.K)
+        states = self._run_states(side, span, kv, z, final_kv, final_z, reverse, heads, aux)
+        return states, final_kv, final_z
+
+    def run_later_states(self, side: Any, span: Any, *, reverse: bool, aux: bool) -> Tensor | None:
+        """As ``run_states``, of the direction in which later keys are seen; there every query head has a key head."""
+        if self.later is None:
+            return None
+        return self._run_states(side._replace(decay=self.later), span, None, None, None, None, reverse, 1, aux)
+
+    def _run_states(self, side, span, kv, z, final_kv, final_z, reverse, heads, aux) -> Tensor:
+        decay = side.decay is not None
         states = self.states(span)
         totals = states.new_empty(states.shape[:2]) if decay else None
         tiles = -(-self.V // self.read.BV)
@@ -160,8 +182,6 @@ class Plan:
             kernels().segment_states, (tiles * programs(span), self.G), side, span, states, totals, self.G,
             self.shape(self.read), HEADS=heads, AUX=aux, DECAY=decay, REVERSE=reverse, **self.read.options,
         )  # fmt: skip
-        final_kv = states.new_empty(self.N, self.G, self.R, self.K, self.V)
-        final_z = states.new_empty(self.N, self.G, self.R, self.K)
         kv, z = (None if t is None else t.float().contiguous() for t in (kv, z))
         block = min(1024, power_of_two(self.D))
         launch(
@@ -169,7 +189,7 @@ class Plan:
             final_z, self.G, self.R * self.K * self.V, self.D, DECAY=decay, REVERSE=reverse, BLOCK=block, AHEAD=4,
             num_warps=4,
         )  # fmt: skip
-        return states, final_kv, final_z
+        return states
 
     def run_read(
         self,
@@ -177,6 +197,7 @@ class Plan:
         b: Any,
         spans: tuple[Any, Any],
         states: Tensor,
+        later_states: Tensor | None,
         out: Tensor,
         normaliser: Tensor | None,
         *,
@@ -184,33 +205,82 @@ class Plan:
     ) -> None:
         rows, columns = (1, self.H // self.G) if reverse else (self.H // self.G, 1)
         tiles = -(-self.V // self.read.BV)
+        grid, normalize = (tiles * programs(spans[0]), a.heads), normaliser is not None
+        part, part_totals = None, None
+        if later_states is not None:
+            part = self._part(out)
+            part_totals = None if normaliser is None else normaliser.new_empty(tiles, *normaliser.shape)
+            launch(
+                kernels().read_against, grid, a, b, spans[0], later_states, part, strides_of(part), part_totals, self.G,
+                self.shape(self.read), REVERSE=reverse, NORMALIZE=normalize, **self.read.options,
+            )  # fmt: skip
         launch(
-            kernels().read, (tiles * programs(spans[0]), a.heads), a, b, *spans, states, self.counts,
-            self.count_stride, out, strides_of(out), normaliser, self.G, self.eps, self.shape(self.read),
+            kernels().read, grid, a, b, *spans, states, self.counts, self.count_stride, out,
+            strides_of(out), normaliser, part, part_totals, self.G, self.eps,
+            self.shape(self.read),
             ROW_SHARE=rows, COLUMN_SHARE=columns, VISIBLE=self.visible, REVERSE=reverse,
-            NORMALIZE=self.normalize and not reverse, DECAY=self.x.log_decay is not None, **self.read.options,
+            NORMALIZE=normalize, DECAY=self.x.log_decay is not None, **self.read.options,
         )  # fmt: skip
 
     def run_features(
-        self, a: Any, b: Any, spans: tuple[Any, Any], states: Tensor, dx: Tensor, *, reverse: bool
+        self,
+        a: Any,
+        b: Any,
+        spans: tuple[Any, Any],
+        states: Tensor,
+        later_states: Tensor | None,
+        dx: Tensor,
+        later_sums: Tensor | None,
+        *,
+        reverse: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Writes dx; returns the gradient of factors [B, heads, R, T] or of the proportion [B, heads, T], and the sums
-        x . dx."""
+        """Writes dx; returns the gradient of factors [B, heads, R, T], of angles [B, heads, R / 2, T] or of the
+        proportion [B, heads, T], and the sums x . dx of ``log_decay``. Those of ``later_decay`` end in
+        ``later_sums``."""
         tiles, (B, T, heads) = -(-self.K // self.features.BK), a.x.shape[:3]
         decay = self.x.log_decay is not None
         factors = None
-        if a.score is not None or a.factors is not None:
-            shape = (tiles, B, heads, T) if a.score is not None else (tiles, B, heads, self.R, T)
-            factors = dx.new_empty(shape, dtype=torch.float32)
+        if a.score is not None:
+            factors = dx.new_empty(tiles, B, heads, T, dtype=torch.float32)
+        elif a.factors is not None or a.angles is not None:
+            numbers = self.R if a.angles is None else self.R // 2
+            factors = dx.new_empty(tiles, B, heads, numbers, T, dtype=torch.float32)
         sums = dx.new_empty(tiles, B, heads, T, dtype=torch.float32) if decay else None
         rows, columns = (1, self.H // self.G) if reverse else (self.H // self.G, 1)
+        grid, shape = (tiles * programs(spans[0]), a.heads), self.shape(self.features, hidden=16)
+        auxiliary = {"ROW_AUX": reverse or self.normalize, "COLUMN_AUX": self.normalize}
+        part = None
+        if later_states is not None:
+            part = self._part(dx)
+            launch(
+                kernels().features_against, grid, a, b, spans[0], later_states, part, strides_of(part), factors,
+                later_sums, self.G, shape, REVERSE=reverse, **auxiliary, **self.features.options,
+            )  # fmt: skip
         launch(
-            kernels().feature_gradients, (tiles * programs(spans[0]), a.heads), a, b, *spans, states, self.counts,
-            self.count_stride, dx, strides_of(dx), factors, sums, self.G, self.shape(self.features, hidden=16),
+            kernels().feature_gradients, grid, a, b, *spans, states, self.counts, self.count_stride, dx, strides_of(dx),
+            factors, sums, part, later_sums, self.G, shape,
             ROW_SHARE=rows, COLUMN_SHARE=columns, VISIBLE=self.visible, REVERSE=reverse,
-            ROW_AUX=reverse or self.normalize, COLUMN_AUX=self.normalize, DECAY=decay, **self.features.options,
+            DECAY=decay, **auxiliary, **self.features.options,
         )  # fmt: skip
         return None if factors is None else factors[0] if tiles == 1 else factors.sum(0), sums
+
+    def run_diagonal(self, queries: Any, keys: Any) -> tuple[Tensor | None, Tensor | None]:
+        """The sums x . dx [tiles, B, H, T] of ``later_decay`` for queries and for keys: what is in the same chunk, in
+        the first tile. The sweeps do the rest."""
+        if self.later is None:
+            return None, None
+        tiles = -(-self.K // self.features.BK)
+        sums = self.later.new_empty(2, tiles, self.B, self.H, self.T)
+        whole = self.features._replace(BK=power_of_two(self.K), warps=4)
+        launch(
+            kernels().diagonal_sums, (programs(self.queries), self.H), queries, keys, self.queries, sums[0], sums[1],
+            self.shape(whole, hidden=16), AUX=self.normalize, **whole.options,
+        )  # fmt: skip
+        return sums[0], sums[1]
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """Where a sweep leaves what the other direction gives to ``whole``: in float32, so there itself if it is."""
+        return whole if whole.dtype == torch.float32 else torch.empty_like(whole, dtype=torch.float32)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -96,7 +96,7 @@ def absorb(
     """Add one chunk of columns, of every head that shares the state, to S and z."""
     of_columns = 1.0
     if DECAY:
-        running, total, of_rows, of_columns = load_decays(side, b, g, token, left, REVERSE, c)
+        running, total, of_rows, of_columns = load_decays(side, side.decay, b, g, token, left, REVERSE, c)
         S, z = fade(S, z, tl.exp(total), c)
     if HEADS == 1:
         S, z = _absorb_head(S, z, side, b, g, token, keep, k, v, store, of_columns, AUX, DECAY, c)
@@ -164,7 +164,8 @@ def scan_states(
     """Sums of segments -> the state with which the sweep enters each, in place; the last slot and ``final_*`` get the
     end.
 
-    ``kv`` and ``z`` (None: nothing) are where the sweep starts from. Grid: (sequences, G, numbers of a row / BLOCK).
+    ``kv`` and ``z`` (None: nothing) are where the sweep starts from; ``final_*`` may be None too.
+    Grid: (sequences, G, numbers of a row / BLOCK).
     """
     n, g = tl.program_id(0), tl.program_id(1)
     b, start, length, segments, slot = extent_of(span, n)
@@ -190,5 +191,6 @@ def scan_states(
                 state = state * tl.exp(tl.load(totals + place * groups + g, mask=there, other=0.0))
             state += more
     tl.store(states + ((slot + segments) * groups + g) * D + i, state, mask=i < D)
-    tl.store(final_kv + own + i, state, mask=i < KV)
-    tl.store(final_z + own_z + (i - KV), state, mask=(i >= KV) & (i < D))
+    if final_kv is not None:
+        tl.store(final_kv + own + i, state, mask=i < KV)
+        tl.store(final_z + own_z + (i - KV), state, mask=(i >= KV) & (i < D))

@@ -14,6 +14,12 @@ output) for queries. x and w go to the tensor cores as they are; what is multipl
 Sequences are cut into segments: ``segment_states`` sums each, ``scan_states`` turns sums into states at the segments'
 starts, and every program then sweeps over one segment with the state in registers.
 
+Where later keys are seen too (``later``, a second decay) a chunk of rows meets its columns in both directions at once;
+what lies outside it in the other direction is read before, by sweeps of their own against the direction of the main
+ones, and left in memory as float32. Keys then have states that run backward, and queries states
+that run forward. ``later`` holds the step before each token, so that a sum over j < s <= i says what lies between two
+tokens, as that of ``decay`` does with the two sides turned round.
+
 Letters: C tokens of a chunk, M tokens of a segment (a multiple of C), R rank, K and V widths, BK and BV their tiles. In
 the kernels S is a tuple of R tiles [BK, BV] and z one of R [BK]. In memory states are float32 rows of R K V numbers of
 kv, then R K of z.
@@ -31,6 +37,7 @@ from leapformer.ops.triton.loading import (
     ALL,
     CAUSAL,
     COUNTS,
+    LEAST_STEP,
     add_dot,
     cosine_of,
     dot,
@@ -38,10 +45,12 @@ from leapformer.ops.triton.loading import (
     kept_tokens,
     load_columns,
     load_decays,
+    load_factors,
     load_features,
     load_scalars,
     load_values,
     locate,
+    running_sum,
     sine_of,
     tile_mask,
     times,
@@ -117,12 +126,12 @@ def _overlap(counts, at, last, done, length, REVERSE: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _between(running, sight, REVERSE: tl.constexpr):
-    """The decay [C, C] between a query and a key of the same chunk, from the running sum of its logarithm."""
-    between = running[:, None] - running[None, :]
+def _differences(running, REVERSE: tl.constexpr):
+    """The log decay [C, C] between a query and a key of the same chunk, from its running sum in float64."""
     if REVERSE:
-        between = -between
-    return tl.exp(tl.where(sight, between, 0.0).to(tl.float32))
+        return (running[None, :] - running[:, None]).to(tl.float32)
+    else:
+        return (running[:, None] - running[None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -204,12 +213,17 @@ def _meet(
 
 
 @triton.jit
-def _masked(scores, sight, running, REVERSE: tl.constexpr, DECAY: tl.constexpr):
-    """Scores [C, C] of what sees each other, times the decay between; 0 elsewhere."""
-    scores = tl.where(sight, scores, 0.0)
-    if DECAY:
-        scores = scores * _between(running, sight, REVERSE)
-    return scores
+def _masked(scores, sight, running, later, REVERSE: tl.constexpr, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """Scores [C, C] of what sees each other, times the decay between; 0 elsewhere. LATER: elsewhere the other decay, of
+    which ``later`` is the running sum."""
+    if LATER:
+        between = tl.where(sight, _differences(running, REVERSE), -_differences(later, REVERSE))
+        return scores * tl.exp(between)
+    else:
+        scores = tl.where(sight, scores, 0.0)
+        if DECAY:
+            scores = scores * tl.exp(tl.where(sight, _differences(running, REVERSE), 0.0))
+        return scores
 
 
 @triton.jit
@@ -225,8 +239,20 @@ def _chunks_to_meet(counts, at, last, done, length, VISIBLE: tl.constexpr, REVER
 
 
 @triton.jit
+def _read_state(x, factors, S, z, NORMALIZE: tl.constexpr, c):
+    """What rows read from the state: (y [C, BV], the normaliser [C])."""
+    total = tl.zeros([c.C], tl.float32)
+    y = tl.zeros([c.C, c.BV], tl.float32)
+    for rank in tl.static_range(c.R):
+        y += dot(x.to(c.DOT), S[rank].to(c.DOT), c) * factors[rank][:, None]
+        if NORMALIZE:
+            total += tl.sum(x.to(tl.float32) * z[rank][None, :], axis=1) * factors[rank]
+    return y, total
+
+
+@triton.jit
 def _read_chunk(
-    y, total, S, z, x, factors, running, of_columns, side, counts, b, h, start, length, at, last, chunk, k, v,
+    y, total, S, z, x, factors, running, later, of_columns, side, counts, b, h, start, length, at, last, chunk, k, v,
     VISIBLE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr, c,
 ):  # fmt: skip
     """What rows read from one chunk of columns under the mask; a causal sweep also adds it to the state."""
@@ -252,7 +278,7 @@ def _read_chunk(
         c,
     )
     P = dot(x.to(c.DOT), tl.trans(x_b.to(c.DOT)), c) * _sigma(factors, factors_b, c)
-    P = _masked(P, sight, running, REVERSE, DECAY)
+    P = _masked(P, sight, running, later, REVERSE, DECAY, side.later is not None)
     if NORMALIZE:
         total += tl.sum(P, axis=1)
     y = add_dot(y, P.to(c.DOT), w.to(c.DOT), c)
@@ -260,14 +286,61 @@ def _read_chunk(
 
 
 @triton.jit
+def _absorb_against(S, z, whole, of_columns, side, b, h, token, left, k, v, AUX: tl.constexpr, c):
+    """S and z with one chunk of columns more, in the direction against the main sweep."""
+    keep = kept_tokens(side, b, token, left, c)
+    x, factors = load_columns(side, b, h, token, keep, k, 0, c)
+    w = load_values(side, b, h, token, keep, v, c)
+    S, z = fade(S, z, tl.exp(whole), c)
+    return add_columns(S, z, x, times(factors, of_columns, c), w, side, b, h, token, keep, AUX, c)
+
+
+@triton.jit
+def read_against(
+    a, b_side, span, states, part, part_strides, totals, groups, c, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """Before ``read``: rows read what lies outside their chunk against its direction, REVERSE or not, into ``part``
+    (float32) [batch, token, head, V] and ``totals`` [tiles, batch, head, token].
+
+    Grid: as of ``read``. Both sides have as many heads as states.
+    """
+    tiles = tl.cdiv(c.V, c.BV)
+    tile = tl.program_id(0) % tiles
+    n, place = locate(span, tl.program_id(0) // tiles)
+    h = tl.program_id(1)
+    if n < span.sequences:
+        b, start, first, last, _b_start, _length, _segments, slot = _rows_and_columns(span, span, n, place)
+        k = tl.arange(0, c.BK)
+        v = tile * c.BV + tl.arange(0, c.BV)
+        i = tl.arange(0, c.C)
+        S, z = load_state(states + ((slot + place) * groups + h) * (c.R * c.K * (c.V + 1)), k, v, c)
+        chunks = tl.cdiv(last - first, c.C)
+        for turn in range(chunks):
+            at = first + (turn if REVERSE else (chunks - 1 - turn)) * c.C
+            token = start + at
+            keep = kept_tokens(a, b, token, last - at, c)
+            x, factors = load_features(a, b, h, token, keep, k, 0, c)
+            y, total = _read_state(x, factors, S, z, NORMALIZE, c)
+            _running, whole, of_rows, of_columns = load_decays(a, a.later, b, h, token, last - at, not REVERSE, c)
+            base = part + b * part_strides[0] + token * part_strides[1] + h * part_strides[2]
+            inside = (i < last - at)[:, None] & (v < c.V)[None, :]
+            tl.store(base + i[:, None] * part_strides[1] + v[None, :], y * of_rows[:, None], mask=inside)
+            if NORMALIZE:
+                where = _plane_row(a, span, tile, b, h) + token + i
+                tl.store(totals + where, total * of_rows, mask=i < last - at)
+            S, z = _absorb_against(S, z, whole, of_columns, b_side, b, h, token, last - at, k, v, NORMALIZE, c)
+
+
+@triton.jit
 def read(
-    a, b_side, a_span, b_span, states, counts, count_stride, out, out_strides, normaliser, groups, eps, c,
-    ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, VISIBLE: tl.constexpr, REVERSE: tl.constexpr,
-    NORMALIZE: tl.constexpr, DECAY: tl.constexpr,
+    a, b_side, a_span, b_span, states, counts, count_stride, out, out_strides, normaliser, part, part_totals, groups,
+    eps, c, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, VISIBLE: tl.constexpr,
+    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Rows read what they see: outputs (and ``normaliser``) of queries, or, REVERSE, gradients of values.
 
     ``ROW_SHARE`` rows' heads, ``COLUMN_SHARE`` columns' heads belong to one state head of ``groups``; one of them is 1.
+    ``part`` and ``part_totals`` are what ``read_against`` has left, or None.
     Grid: (tiles of V x segments of rows, heads of rows).
     """
     tiles = tl.cdiv(c.V, c.BV)
@@ -314,48 +387,72 @@ def read(
                     REVERSE,
                     c,
                 )
-            total = tl.zeros([c.C], tl.float32)
-            y = tl.zeros([c.C, c.BV], tl.float32)
-            for rank in tl.static_range(c.R):
-                y += dot(x.to(c.DOT), S[rank].to(c.DOT), c) * factors[rank][:, None]
-                if NORMALIZE:
-                    total += tl.sum(x.to(tl.float32) * z[rank][None, :], axis=1) * factors[rank]
+            y, total = _read_state(x, factors, S, z, NORMALIZE, c)
             running = tl.zeros([c.C], tl.float32)
             of_columns = running
             if DECAY:
-                running, whole, of_rows, of_columns = load_decays(a, b, h, token, last - at, REVERSE, c)
+                running, whole, of_rows, of_columns = load_decays(a, a.decay, b, h, token, last - at, REVERSE, c)
                 y = y * of_rows[:, None]
                 total = total * of_rows
                 S, z = fade(S, z, tl.exp(whole), c)
             if VISIBLE == CAUSAL and COLUMN_SHARE == 1:
                 # Straight code, not a loop of one turn: the loop over chunks is then the innermost and its loads
                 # overlap.
+                later = running
+                if a.later is not None:
+                    later, _total = running_sum(a, a.later, b, h, token, last - at, c)
                 y, total, S, z = _read_chunk(
-                    y, total, S, z, x, factors, running, of_columns, b_side, own, b, g, b_start, b_length, at, last,
-                    at // c.C, k, v, VISIBLE, REVERSE, NORMALIZE, DECAY, c,
+                    y, total, S, z, x, factors, running, later, of_columns, b_side, own, b, g, b_start, b_length, at,
+                    last, at // c.C, k, v, VISIBLE, REVERSE, NORMALIZE, DECAY, c,
                 )  # fmt: skip
             elif VISIBLE != ALL:
                 low, high = _chunks_to_meet(own, at, last, done, b_length, VISIBLE, REVERSE, c.C)
                 for chunk in range(low, high):
                     for j in range(COLUMN_SHARE):
                         y, total, S, z = _read_chunk(
-                            y, total, S, z, x, factors, running, of_columns, b_side, own, b, g * COLUMN_SHARE + j,
-                            b_start, b_length, at, last, chunk, k, v, VISIBLE, REVERSE, NORMALIZE, DECAY, c,
+                            y, total, S, z, x, factors, running, running, of_columns, b_side, own, b,
+                            g * COLUMN_SHARE + j, b_start, b_length, at, last, chunk, k, v, VISIBLE, REVERSE,
+                            NORMALIZE, DECAY, c,
                         )  # fmt: skip
+            offset = b * out_strides[0] + token * out_strides[1] + h * out_strides[2]
+            places = offset + i[:, None] * out_strides[1] + v[None, :]
+            inside = (i < last - at)[:, None] & (v < c.V)[None, :]
+            if part is not None:
+                y += tl.load(part + places, mask=inside, other=0.0)
+                if NORMALIZE:
+                    before = part_totals + _plane_row(a, a_span, tile, b, h) + token + i
+                    total += tl.load(before, mask=i < last - at, other=0.0)
             if NORMALIZE:
                 y = y / tl.maximum(total, eps)[:, None]
                 where = (b * a.heads + h) * a.tokens + token + i
                 tl.store(normaliser + where, total, mask=(i < last - at) & (tile == 0))
             else:
                 y = tl.where(keep[:, None], y, 0.0)
-            base = out + b * out_strides[0] + token * out_strides[1] + h * out_strides[2]
-            inside = (i < last - at)[:, None] & (v < c.V)[None, :]
-            tl.store(base + i[:, None] * out_strides[1] + v[None, :], y.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + places, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plane_row(side, span, tile, b, h):
+    """Where the tokens of one head begin in a [tiles, batch, head, token] array."""
+    plane = tile * span.sequences + b if span.cu is None else tile + b
+    return (plane * side.heads + h) * side.tokens
+
+
+@triton.jit
+def _features_of_state(w, row_aux, S, z, AUX: tl.constexpr, c):
+    """The gradients [C, BK] of rows' R features from what they read in the state."""
+    parts = ()
+    for rank in tl.static_range(c.R):
+        part = dot(w.to(c.DOT), tl.trans(S[rank].to(c.DOT)), c)
+        if AUX:
+            part += row_aux[:, None] * z[rank][None, :]
+        parts = parts + (part,)
+    return parts
 
 
 @triton.jit
 def _features_chunk(
-    parts, S, z, w, row_aux, running, of_columns, side, counts, b, h, start, length, at, last, chunk, k, v,
+    parts, S, z, w, row_aux, running, later, of_columns, side, counts, b, h, start, length, at, last, chunk, k, v,
     VISIBLE: tl.constexpr, REVERSE: tl.constexpr, AUX: tl.constexpr, DECAY: tl.constexpr, c,
 ):  # fmt: skip
     """What one chunk of columns adds to the gradients of rows, under the mask; a causal sweep also adds it to the
@@ -369,7 +466,7 @@ def _features_chunk(
             dP += load_scalars(side, side.aux, b, h, token, keep, c)[None, :]
         else:
             dP += row_aux[:, None]
-    dP = _masked(dP, sight, running, REVERSE, DECAY)
+    dP = _masked(dP, sight, running, later, REVERSE, DECAY, side.later is not None)
     new_parts = ()
     for rank in tl.static_range(c.R):
         weighted = (dP * factors_b[rank][None, :]).to(c.DOT)
@@ -378,16 +475,66 @@ def _features_chunk(
 
 
 @triton.jit
-def feature_gradients(
-    a, b_side, a_span, b_span, states, counts, count_stride, dx, dx_strides, dfactors, row_sums, groups, c,
-    ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, VISIBLE: tl.constexpr, REVERSE: tl.constexpr,
-    ROW_AUX: tl.constexpr, COLUMN_AUX: tl.constexpr, DECAY: tl.constexpr,
+def features_against(
+    a, b_side, span, states, part, part_strides, dfactors, sums, groups, c, REVERSE: tl.constexpr,
+    ROW_AUX: tl.constexpr, COLUMN_AUX: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, or, REVERSE, of keys: of x, and per tile of K of factors (or of the proportion).
+    """Before ``feature_gradients``, as ``read_against``: the gradients of x into ``part`` [batch, token, head, K],
+    those of factors and x . dx into ``dfactors`` and ``sums``. There the first tile of K finds ``diagonal_sums``."""
+    tiles = tl.cdiv(c.K, c.BK)
+    tile = tl.program_id(0) % tiles
+    n, place = locate(span, tl.program_id(0) // tiles)
+    h = tl.program_id(1)
+    if n < span.sequences:
+        b, start, first, last, _b_start, _length, _segments, slot = _rows_and_columns(span, span, n, place)
+        k = tile * c.BK + tl.arange(0, c.BK)
+        v = tl.arange(0, c.BV)
+        i = tl.arange(0, c.C)
+        S, z = load_state(states + ((slot + place) * groups + h) * (c.R * c.K * (c.V + 1)), k, v, c)
+        chunks = tl.cdiv(last - first, c.C)
+        for turn in range(chunks):
+            at = first + (turn if REVERSE else (chunks - 1 - turn)) * c.C
+            token = start + at
+            left = last - at
+            keep = kept_tokens(a, b, token, left, c)
+            w = load_values(a, b, h, token, keep, v, c)
+            row_aux = _row_aux(a, b, h, token, keep, REVERSE, ROW_AUX, c)
+            parts = _features_of_state(w, row_aux, S, z, ROW_AUX, c)
+            _running, whole, of_rows, of_columns = load_decays(a, a.later, b, h, token, left, not REVERSE, c)
+            parts = times(parts, of_rows[:, None], c)
+            x, gradient, of_factors = _through_features(a, parts, b, h, token, keep, k, c)
+            base = part + b * part_strides[0] + token * part_strides[1] + h * part_strides[2]
+            places = base + i[:, None] * part_strides[1] + k[None, :]
+            tl.store(places, gradient, mask=tile_mask(i < left, k, c.K, c.BK))
+            at_head = _plane_row(a, span, tile, b, h)
+            _store_factor_gradients(a, of_factors, dfactors, at_head, b, h, token, keep, left, False, c)
+            total = tl.sum(gradient * x.to(tl.float32), axis=1)
+            total += tl.load(sums + at_head + token + i, mask=(i < left) & (tile == 0), other=0.0)
+            tl.store(sums + at_head + token + i, total, mask=i < left)
+            S, z = _absorb_against(S, z, whole, of_columns, b_side, b, h, token, left, k, v, COLUMN_AUX, c)
 
-    ``dfactors`` [tiles, batch, head, R, token] (or without R); with a decay ``row_sums`` [tiles, batch, head, token]
-    gets x . dx. The normaliser's channel is ``aux`` of the queries and 1 of the keys. BV holds all of V, and no module
-    is run.
+
+@triton.jit
+def _row_aux(side, b, h, token, keep, REVERSE: tl.constexpr, AUX: tl.constexpr, c):
+    """The normaliser's channel [C] of rows: ``aux`` of queries, 1 of keys."""
+    if AUX and not REVERSE:
+        return load_scalars(side, side.aux, b, h, token, keep, c)
+    else:
+        return tl.zeros([c.C], tl.float32) + 1.0
+
+
+@triton.jit
+def feature_gradients(
+    a, b_side, a_span, b_span, states, counts, count_stride, dx, dx_strides, dfactors, row_sums, part, later_sums,
+    groups, c, ROW_SHARE: tl.constexpr, COLUMN_SHARE: tl.constexpr, VISIBLE: tl.constexpr,
+    REVERSE: tl.constexpr, ROW_AUX: tl.constexpr, COLUMN_AUX: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, or, REVERSE, of keys: of x, and per tile of K of factors (or of angles, or the proportion).
+
+    ``dfactors`` [tiles, batch, head, R, token] (R / 2 of angles, none of the proportion); with a decay ``row_sums``
+    [tiles, batch, head, token] gets x . dx. ``part`` and ``later_sums`` are what ``features_against`` has left, or
+    None; then it has begun with ``dfactors`` too, and ``row_sums`` are without ``later_sums``. The normaliser's channel
+    is ``aux`` of the queries and 1 of the keys. BV holds all of V, and no module is run.
     Grid: (tiles of K x segments of rows, heads of rows).
     """
     tiles = tl.cdiv(c.K, c.BK)
@@ -399,6 +546,7 @@ def feature_gradients(
         b, start, first, last, b_start, b_length, b_segments, slot = _rows_and_columns(a_span, b_span, n, place)
         k = tile * c.BK + tl.arange(0, c.BK)
         v = tl.arange(0, c.BV)
+        i = tl.arange(0, c.C)
         chunks = tl.cdiv(last - first, c.C)
         own = counts  # of this sequence
         if VISIBLE == COUNTS:
@@ -407,6 +555,7 @@ def feature_gradients(
             own, place, first, last, b_segments, b_span.segment_tokens, b_length, VISIBLE, REVERSE, c.C
         )
         S, z = load_state(states + ((slot + entry) * groups + g) * (c.R * c.K * (c.V + 1)), k, v, c)
+        at_head = _plane_row(a, a_span, tile, b, h)
         for turn in range(chunks):
             at = first + ((chunks - 1 - turn) if REVERSE else turn) * c.C
             token = start + at
@@ -432,79 +581,126 @@ def feature_gradients(
                     REVERSE,
                     c,
                 )
-            row_aux = tl.zeros([c.C], tl.float32) + 1.0
-            if ROW_AUX and not REVERSE:
-                row_aux = load_scalars(a, a.aux, b, h, token, keep, c)
-            parts = ()
-            for rank in tl.static_range(c.R):
-                part = dot(w.to(c.DOT), tl.trans(S[rank].to(c.DOT)), c)
-                if ROW_AUX:
-                    part += row_aux[:, None] * z[rank][None, :]
-                parts = parts + (part,)
+            row_aux = _row_aux(a, b, h, token, keep, REVERSE, ROW_AUX, c)
+            parts = _features_of_state(w, row_aux, S, z, ROW_AUX, c)
             running = tl.zeros([c.C], tl.float32)
             of_columns = running
             if DECAY:
-                running, whole, of_rows, of_columns = load_decays(a, b, h, token, last - at, REVERSE, c)
+                running, whole, of_rows, of_columns = load_decays(a, a.decay, b, h, token, last - at, REVERSE, c)
                 parts = times(parts, of_rows[:, None], c)
                 S, z = fade(S, z, tl.exp(whole), c)
             if VISIBLE == CAUSAL and COLUMN_SHARE == 1:
+                later = running
+                if a.later is not None:
+                    later, _total = running_sum(a, a.later, b, h, token, last - at, c)
                 parts, S, z = _features_chunk(
-                    parts, S, z, w, row_aux, running, of_columns, b_side, own, b, g, b_start, b_length, at, last,
-                    at // c.C, k, v, VISIBLE, REVERSE, COLUMN_AUX, DECAY, c,
+                    parts, S, z, w, row_aux, running, later, of_columns, b_side, own, b, g, b_start, b_length, at,
+                    last, at // c.C, k, v, VISIBLE, REVERSE, COLUMN_AUX, DECAY, c,
                 )  # fmt: skip
             elif VISIBLE != ALL:
                 low, high = _chunks_to_meet(own, at, last, done, b_length, VISIBLE, REVERSE, c.C)
                 for chunk in range(low, high):
                     for j in range(COLUMN_SHARE):
                         parts, S, z = _features_chunk(
-                            parts, S, z, w, row_aux, running, of_columns, b_side, own, b, g * COLUMN_SHARE + j, b_start,
-                            b_length, at, last, chunk, k, v, VISIBLE, REVERSE, COLUMN_AUX, DECAY, c,
+                            parts, S, z, w, row_aux, running, running, of_columns, b_side, own, b,
+                            g * COLUMN_SHARE + j, b_start, b_length, at, last, chunk, k, v, VISIBLE, REVERSE,
+                            COLUMN_AUX, DECAY, c,
                         )  # fmt: skip
-            x, factors = load_columns(a, b, h, token, keep, k, 0, c)
-            gradient = parts[0] * factors[0][:, None]
-            for rank in tl.static_range(1, c.R):
-                gradient += parts[rank] * factors[rank][:, None]
-            of_factors = ()
-            for rank in tl.static_range(c.R):
-                of_factor = tl.sum(parts[rank] * x.to(tl.float32), axis=1)
-                if a.scale is not None:
-                    of_factor = of_factor * load_scalars(a, a.scale, b, h, token, keep, c)
-                of_factors = of_factors + (of_factor,)
-            _write_feature_gradients(
-                a, x, gradient, of_factors, b, h, token, keep, last - at, k, tile, a_span, dx, dx_strides, dfactors,
-                row_sums, DECAY, c,
-            )  # fmt: skip
+            x, gradient, of_factors = _through_features(a, parts, b, h, token, keep, k, c)
+            more = part is not None
+            _store_factor_gradients(a, of_factors, dfactors, at_head, b, h, token, keep, last - at, more, c)
+            offset = b * dx_strides[0] + token * dx_strides[1] + h * dx_strides[2]
+            places = offset + i[:, None] * dx_strides[1] + k[None, :]
+            inside = tile_mask(i < last - at, k, c.K, c.BK)
+            if part is not None:
+                gradient += tl.load(part + places, mask=inside, other=0.0)
+            if a.relu is not None:
+                gradient = tl.where(x.to(tl.float32) > 0, gradient, 0.0)
+            if DECAY:
+                sums = tl.sum(gradient * x.to(tl.float32), axis=1)
+                if part is not None:
+                    sums -= tl.load(later_sums + at_head + token + i, mask=i < last - at, other=0.0)
+                tl.store(row_sums + at_head + token + i, sums, mask=i < last - at)
+            tl.store(dx + places, gradient.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _write_feature_gradients(
-    side, x, gradient, of_factors, b, h, token, keep, left, k, tile, span, dx, dx_strides, dfactors, row_sums,
-    DECAY: tl.constexpr, c,
-):  # fmt: skip
-    """Store the gradients of x [C, BK] and of its factors or its proportion; hidden tokens get 0."""
-    i = tl.arange(0, c.C)
-    gradient = tl.where(keep[:, None], gradient, 0.0)
-    plane = tile * span.sequences + b if span.cu is None else tile + b
-    row = (plane * side.heads + h) * side.tokens
-    place = row + token + i
+def _through_features(side, parts, b, h, token, keep, k, c):
+    """(x [C, BK], its gradient, the gradients of its R factors [C]) from the gradients of R features. Hidden tokens
+    get 0."""
+    x, factors = load_columns(side, b, h, token, keep, k, 0, c)
+    gradient = parts[0] * factors[0][:, None]
+    for rank in tl.static_range(1, c.R):
+        gradient += parts[rank] * factors[rank][:, None]
+    of_factors = ()
+    for rank in tl.static_range(c.R):
+        of_factor = tl.sum(parts[rank] * x.to(tl.float32), axis=1)
+        if side.scale is not None:
+            of_factor = of_factor * load_scalars(side, side.scale, b, h, token, keep, c)
+        of_factors = of_factors + (of_factor,)
+    return x, tl.where(keep[:, None], gradient, 0.0), of_factors
+
+
+@triton.jit
+def _store_factor_gradients(side, of_factors, dfactors, at_head, b, h, token, keep, left, MORE: tl.constexpr, c):
+    """Store the gradients [C] of factors, or of the angles or the proportion that they are made of; MORE: added to
+    those there. ``at_head`` tokens come before this head's. Hidden tokens get 0."""
     if side.score is not None:
         p = load_scalars(side, side.score, b, h, token, keep, c)
         turn = of_factors[1] * cosine_of(p) - of_factors[0] * sine_of(p)
-        tl.store(dfactors + place, tl.where(keep, turn * 1.5707963267948966, 0.0), mask=i < left)
+        _store_row(dfactors + at_head + token, turn * 1.5707963267948966, keep, left, MORE, c)
+    elif side.angles is not None:
+        factors = load_factors(side, 0.0, b, h, token, keep, c)
+        half: tl.constexpr = c.R // 2
+        for rank in tl.static_range(half):
+            turn = of_factors[half + rank] * factors[rank] - of_factors[rank] * factors[half + rank]
+            _store_row(dfactors + at_head * half + rank * side.tokens + token, turn, keep, left, MORE, c)
     elif side.factors is not None:
         for rank in tl.static_range(c.R):
-            tl.store(
-                dfactors + row * c.R + rank * side.tokens + token + i,
-                tl.where(keep, of_factors[rank], 0.0),
-                mask=i < left,
-            )
-    if side.relu is not None:
-        gradient = tl.where(x.to(tl.float32) > 0, gradient, 0.0)
-    if DECAY:
-        tl.store(row_sums + place, tl.sum(gradient * x.to(tl.float32), axis=1), mask=i < left)
-    base = dx + b * dx_strides[0] + token * dx_strides[1] + h * dx_strides[2]
-    tl.store(base + i[:, None] * dx_strides[1] + k[None, :], gradient.to(dx.dtype.element_ty),
-             mask=tile_mask(i < left, k, c.K, c.BK))  # fmt: skip
+            _store_row(dfactors + at_head * c.R + rank * side.tokens + token, of_factors[rank], keep, left, MORE, c)
+
+
+@triton.jit
+def _store_row(pointer, numbers, keep, left, MORE: tl.constexpr, c):
+    i = tl.arange(0, c.C)
+    numbers = tl.where(keep, numbers, 0.0)
+    if MORE:
+        numbers += tl.load(pointer + i, mask=i < left, other=0.0)
+    tl.store(pointer + i, numbers, mask=i < left)
+
+
+@triton.jit
+def diagonal_sums(queries, keys, span, query_sums, key_sums, c, AUX: tl.constexpr):
+    """x . dx [batch, head, token] of queries and of later keys in the same chunk, for the gradient of ``later``.
+
+    Grid: (segments, H). BK and BV hold all of K and V.
+    """
+    n, place = locate(span, tl.program_id(0))
+    h = tl.program_id(1)
+    if n < span.sequences:
+        b, start, length, _segments, _slot = extent_of(span, n)
+        first = place * span.segment_tokens
+        last = tl.minimum(first + span.segment_tokens, length)
+        k = tl.arange(0, c.BK)
+        v = tl.arange(0, c.BV)
+        i = tl.arange(0, c.C)
+        for at in range(first, last, c.C):
+            token = start + at
+            keep = kept_tokens(queries, b, token, last - at, c)
+            keep_k = kept_tokens(keys, b, token, last - at, c)
+            x, factors = load_columns(queries, b, h, token, keep, k, 0, c)
+            x_k, factors_k = load_columns(keys, b, h, token, keep_k, k, 0, c)
+            P = dot(x.to(c.DOT), tl.trans(x_k.to(c.DOT)), c) * _sigma(factors, factors_k, c)
+            w = load_values(queries, b, h, token, keep, v, c)
+            dP = dot(w.to(c.DOT), tl.trans(load_values(keys, b, h, token, keep_k, v, c).to(c.DOT)), c)
+            if AUX:
+                dP += load_scalars(queries, queries.aux, b, h, token, keep, c)[:, None]
+            later, _total = running_sum(queries, queries.later, b, h, token, last - at, c)
+            between = tl.where(i[:, None] < i[None, :], -_differences(later, False), LEAST_STEP)
+            P = P * dP * tl.exp(between)
+            where = (b * queries.heads + h) * queries.tokens + token + i
+            tl.store(query_sums + where, tl.sum(P, axis=1), mask=i < last - at)
+            tl.store(key_sums + where, tl.sum(P, axis=0), mask=i < last - at)
 
 
 # ---- before and after the sweeps -------------------------------------------------------------------------------------
@@ -532,10 +728,11 @@ def numerator_gradients(
 
 @triton.jit
 def decay_gradients(
-    span, forward_states, reverse_states, query_sums, key_sums, gradient, tokens, groups, q_tiles, k_tiles, D,
+    span, forward_states, reverse_states, to_sums, from_sums, gradient, tokens, groups, to_tiles, from_tiles, D,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [batch, head, token] of log_decay.
+    """The gradient [batch, head, token] of a decay from keys to later queries, or (``later``) from queries to later
+    keys: ``from_sums`` and ``forward_states`` are of those, ``to_sums`` and ``reverse_states`` of these.
 
     In the running sum from a segment's start, every term with phi_q(t) has a factor exp(+sum_t), every term with
     phi_k(t) exp(-sum_t), and the state behind the segment exp(+sum at its end). Grid: (segments, H).
@@ -565,10 +762,10 @@ def decay_gradients(
             inside = i < last - at
             where = (b * groups + h) * tokens + start + at + i
             steps = tl.zeros([C], tl.float32)
-            for tile in range(q_tiles):
-                steps += tl.load(query_sums + tile * plane + where, mask=inside, other=0.0)
-            for tile in range(k_tiles):
-                steps -= tl.load(key_sums + tile * plane + where, mask=inside, other=0.0)
+            for tile in range(to_tiles):
+                steps += tl.load(to_sums + tile * plane + where, mask=inside, other=0.0)
+            for tile in range(from_tiles):
+                steps -= tl.load(from_sums + tile * plane + where, mask=inside, other=0.0)
             total = tl.sum(steps, axis=0)
             tl.store(gradient + where, carried + total - tl.cumsum(steps, axis=0) + steps, mask=inside)
             carried += total

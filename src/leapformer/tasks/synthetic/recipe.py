@@ -11,7 +11,7 @@ from leapformer.tasks.synthetic.kind import Kind, settings_of
 from leapformer.tasks.synthetic.kinds import KINDS, SETTINGS
 from leapformer.training.recipes import Recipe, Section
 
-LONGEST = 1 << 20
+LONGEST = 1 << 16
 MOST_TIMES = 64  # the trained length
 MOST_SYMBOLS = 1 << 16
 Times = Annotated[int, Field(ge=1, le=MOST_TIMES)]

@@ -12,8 +12,9 @@
 //     dv = A^T g + phi_k dS,  dphi_k = v dS^T + dz^T
 //
 // and dx, df follow from dA * sigma, dA * (x_q x_k^T) and dphi. Angles a in place of factors are f = [cos a, sin a], and
-// da = cos(a) df_sin - sin(a) df_cos. A decay multiplies sigma_ij by exp(L_i - L_j), the query's
-// factors by exp(L_i) where they meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began.
+// da = cos(a) df_sin - sin(a) df_cos. A decay multiplies sigma_ij by exp(L_i - L_j), the query's factors by exp(L_i) where they
+// meet the state, and the key's by exp(L_end - L_j), with L its sum since the tile began. Where later keys are seen too, with a
+// decay of their own, it is two_sided.h.
 #pragma once
 
 #include "angles.h"
@@ -503,10 +504,11 @@ struct Attention : Buffers {
     }
 
     // The part of dx and df that comes through the features: x, f and dphi + d z -> += dx [n, ldk], += df.
-    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay).
+    // `extra` adds extra_weight[i] extra[c] to row i of dphi; `weight` scales the factors' gradient (decay). With `first`, dx
+    // and df hold nothing yet.
     void features_backward(
         int n, const float* x, const float* f, const float* dphi, const float* extra, const float* extra_weight,
-        const float* weight, float* dx, float* df, float* decay_part
+        const float* weight, float* dx, float* df, float* decay_part, bool first = false
     ) {
         for (int i = 0; i < n; i++) {
             float along = 0;
@@ -518,10 +520,10 @@ struct Attention : Buffers {
                 for (int c = 0; c < s.Kp; c += W) {
                     const Vec both = load(grad + c) + add * load(more + c);
                     sum += load(x + i * s.ldk + c) * both;
-                    store(dx + i * s.ldk + c, load(dx + i * s.ldk + c) + factor * both);
+                    store(dx + i * s.ldk + c, first && r == 0 ? factor * both : load(dx + i * s.ldk + c) + factor * both);
                 }
-                const float share = total(sum);
-                df[r * TILE + i] += share * (weight ? weight[i] : 1.0f);
+                const float share = total(sum), weighted = share * (weight ? weight[i] : 1.0f);
+                df[r * TILE + i] = first ? weighted : df[r * TILE + i] + weighted;
                 along += share * own;
             }
             if (decay_part) decay_part[i] = along;

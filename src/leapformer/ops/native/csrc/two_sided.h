@@ -15,13 +15,14 @@
 //     dA = g v^T + d,  dphi_q = exp(L) (g S^T + d z^T) + exp(M_end - M) (g U^T + d y^T)
 //     dphi_k = exp(L_end - L) (v dS^T + dz^T) + exp(M) (v dU^T + dy^T),  dv = A^T g + exp(L_end - L) phi_k dS + exp(M) phi_k dU
 //
-// Decays: log_decay[t] stands in the exponent of all pairs j < t <= i. Counted for each token, with a_i what query i has of
-// earlier keys (the sum of weight times gradient) and b_j what key j has of later queries, that is, t <= e,
+// log_decay[t] stands in the exponent of all pairs j < t <= i. With a_i the sum over all earlier keys, the state among them, of
+// weight times gradient at query i, and b_j that over all later queries of key j,
 //
 //     dlog_decay[t] = S_e . dS_e + sum over t <= i < e of (a_i - b_i)
 //
-// where e is the end of a group of SUPER tiles, for which the forward pass has kept S. later_decay[t] stands in that of all
-// i <= t < j; the same counts towards earlier queries, from the group's beginning b, make it U_b . dU_b + sum over b <= i <= t.
+// for any e; it is the end of the group of SUPER tiles, for which the forward pass has kept S, so that sums stay short.
+// later_decay[t] stands in the exponent of all pairs i <= t < j: with a and b counted towards the other side, and from the
+// group's beginning b on, its gradient is U_b . dU_b + sum over b <= i <= t of (a_i - b_i).
 #pragma once
 
 #include "attention.h"
@@ -280,8 +281,6 @@ struct TwoSided : Attention {
         upward(own, [&](long i, int n) {
             if (i % GROUP == 0) crossing[(i - own.begin) / GROUP] = i ? float(along_state(checkpoint(i, LATER))) : 0;
             load_tile_backward(own, i, n);
-            memset(dxk, 0, sizeof(float) * n * s.ldk), memset(dxq, 0, sizeof(float) * n * s.ldk);
-            memset(dkf, 0, sizeof(float) * s.R * TILE), memset(dqf, 0, sizeof(float) * s.R * TILE);
             through_states(n, earlier, later, true);
             const long first = i - own.begin;
             for (int a = 0; a < n; a++) earlier_share[first + a] = query_share[a], later_share[first + a] = -key_share[a];
@@ -365,9 +364,9 @@ struct TwoSided : Attention {
         features(s, n, kx, weighted(kf, taken.key), phi_k);
         product(n, s.Vp, s.F, by_rows(phi_k, s.ldf), dS, s.ldv, first ? nullptr : dv, dv, s.ldv);
         product(n, s.Fp, s.V, by_rows(v, s.ldv), dSt, s.ldf, nullptr, dphi_k, s.ldf);
-        features_backward(n, kx, kf, dphi_k, dz, nullptr, taken.key, dxk, dkf, key_share);
+        features_backward(n, kx, kf, dphi_k, dz, nullptr, taken.key, dxk, dkf, key_share, first);
         product(n, s.Fp, s.V, by_rows(gn, s.ldv), St, s.ldf, nullptr, dphi_q, s.ldf);
-        features_backward(n, qx, qf, dphi_q, z, gd, read.query, dxq, dqf, query_share);
+        features_backward(n, qx, qf, dphi_q, z, gd, read.query, dxq, dqf, query_share, first);
 
         features(s, n, kx, weighted(kf, read.key), phi_k);
         product(s.V, s.Fp, n, by_columns(v, s.ldv), phi_k, s.ldf, St, St, s.ldf, {}, read.whole);
