@@ -41,8 +41,7 @@ TOKENS = 32768  # in a call: shorter sequences come in larger batches, so that t
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PASSES = {False: "forward", True: "forward + backward"}
 HEADS, WIDTH, HIDDEN = 8, 64, 16
-FACTORS, ANGLES = "factors", "angles"
-NO_DECAY, DECAY, TWO_SIDED = "causal", "causal, decay", "two-sided decay"
+WEIGHTINGS = FACTORS, ANGLES, DECAY, TWO_SIDED = "factors", "angles", "angles, decay", "angles, two-sided decay"
 CACHED, IN_PLACE = f"{SDPA} with a cache", ", in place"  # the latter after the name of an implementation
 
 # The model of the recipe lm/wikitext103 (a test compares them): its vocabulary is that of the text, 267,744 words.
@@ -308,25 +307,24 @@ def _results(case: tuple[dict[str, Tensor], dict[str, Any]], impl: Any, dtype: t
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingRow(Compared):
-    """One race of ways to weight pairs of tokens in bfloat16; `weighting` is "angles" or "decay"."""
+    """One race of WEIGHTINGS in bfloat16; `passes` is one of PASSES."""
 
-    weighting: str
     length: int
     batch: int
     passes: str = field(metadata={KEY: "pass"})
 
 
 def measure_weightings(bench: Bench, lengths: Sequence[int] = WEIGHTED_LENGTHS, impl: str = "triton") -> None:
-    """Angles against their factors, which the caller makes; a decay in both directions against none, causal."""
-    for weighting, against in (("angles", FACTORS), ("decay", NO_DECAY)):
-        for length in lengths:
-            batch = max(1, TOKENS // length)
-            for backward in (False, True):
-                names = {"angles": (FACTORS, ANGLES), "decay": (NO_DECAY, DECAY, TWO_SIDED)}[weighting]
-                runs = {name: partial(_weighted, bench, name, batch, length, backward, impl) for name in names}
-                compared = _compared(bench.race(runs), against)
-                row = WeightingRow(weighting=weighting, length=length, batch=batch, passes=PASSES[backward], **compared)
-                bench.result.add("weightings", row)
+    """Causal attention with angles, against their factors, which the caller makes, and against decays in one direction
+    and in both."""
+    for length in lengths:
+        batch = max(1, TOKENS // length)
+        for backward in (False, True):
+            runs = {name: partial(_weighted, bench, name, batch, length, backward, impl) for name in WEIGHTINGS}
+            compared = _compared(bench.race(runs), ANGLES, FACTORS)
+            bench.result.add(
+                "weightings", WeightingRow(length=length, batch=batch, passes=PASSES[backward], **compared)
+            )
 
 
 def _weighted(bench: Bench, name: str, batch: int, length: int, backward: bool, impl: Any) -> Callable[[], object]:
@@ -562,10 +560,9 @@ def tables(content: Mapping[str, Any]) -> list[Table]:
     gpu = content["machine"]["gpu"] or content["machine"]["processor"]
     found = [_check_table(content, gpu)]
     weightings = rows_of(content, "weightings", WeightingRow)
-    for weighting, passes in dict.fromkeys((r.weighting, r.passes) for r in weightings):
-        rows = {f"{r.length:,} x {r.batch}": r for r in weightings if (r.weighting, r.passes) == (weighting, passes)}
-        against = FACTORS if weighting == "angles" else NO_DECAY
-        found.append(_race_table(f"{gpu}: {weighting}, {passes}, bfloat16", "tokens", rows, against))
+    for passes in dict.fromkeys(r.passes for r in weightings):
+        rows = {f"{r.length:,} x {r.batch}": r for r in weightings if r.passes == passes}
+        found.append(_race_table(f"{gpu}: angles and decays, {passes}, bfloat16", "tokens", rows, ANGLES))
     attention = rows_of(content, "attention", AttentionRow)
     for kind in dict.fromkeys((r.dtype, r.visible, r.passes) for r in attention):
         rows = {f"{r.length:,} x {r.batch}": r for r in attention if (r.dtype, r.visible, r.passes) == kind}

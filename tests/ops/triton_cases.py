@@ -43,6 +43,7 @@ FORMS: dict[str, tuple[str | tuple[int, int, int, int], torch.dtype, dict]] = {
     "relu, without factors": ("all", BF16, {"T": 20, "S": 35, "relu": True, "B": 1, "H": 2, "G": 1}),
     "clamped": ("causal", F32, {"T": 20, "eps": 2.0, **SMALL}),
     "wide": ("causal", F32, {"T": 17, "K": 33, "V": 40, "R": 2, **SMALL}),
+    "wide, rank 3": ("causal", F32, {"T": 17, "K": 17, "V": 20, "R": 3, **SMALL}),
     "packed": ("causal", F32, {"lengths": [3, 0, 35, 1], "H": 1, "R": 2, "state": True}),
     "decay": ("causal", F32, {"T": 41, "decay": True, "R": 2, "mask": True, "state": True, **SMALL}),
     "decay, grouped": ("causal", BF16, {"T": 18, "decay": True, "B": 1, "H": 2, "G": 1, "R": 2}),

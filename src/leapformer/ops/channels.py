@@ -8,7 +8,6 @@ Letters: B batch, T tokens, H query heads, G key/value heads, K key width, V val
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from leapformer.ops.api import AttentionOutput
@@ -60,28 +59,27 @@ def channel_decay_attention(
             rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = LinearState.zeros(rows, q.shape[2], 1, q.shape[3], v.shape[3], dtype=wide, device=q.device)
         q, k, v = (x.to(wide) for x in (q, k, v))
-        v = F.pad(v, (0, 1), value=1.0)  # the normaliser is the output for values of 1
         if key_mask is not None:
             q, k, v, log_decay = (hidden(x, key_mask) for x in (q, k, v, log_decay))
         repeats = q.shape[2] // k.shape[2]
         k, v = (x if repeats == 1 else x.repeat_interleave(repeats, 2) for x in (k, v))
         cut = Cut.of(q.shape[1], CHANNEL_CHUNK, cu_seqlens)
-        both = torch.cat([state.kv, state.z[..., None]], -1).flatten(2, 3).to(wide)
-        q, k, v, log_decay = (cut.cut(x) for x in (q, k, v, log_decay))
-        output, both = _chunks(cut, q, k, v, log_decay, both)
-        output, total = output[..., :-1], output[..., -1:]
-        output = (output / total.clamp(min=eps) if normalize else output).to(dtype)
+        x, v = Faded.by_channel(*(cut.cut(part) for part in (q, k, log_decay))), cut.cut(v)
+        before, kv = cut.run(state.kv.flatten(2, 3), (x.left, x.to_end.mT @ v), _fade_and_add)
+        output = cut.join(x.q @ before + x.seen @ v)
+        sums = x.to_end.sum(-2)[..., None]  # what values of 1 would add
+        before, z = cut.run(state.z.flatten(2, 3)[..., None], (x.left, sums), _fade_and_add)
+        if normalize:
+            total = cut.join(x.q @ before + x.seen.sum(-1, keepdim=True))
+            output = output / total.clamp(min=eps)
+        output = output.to(dtype)
     if not return_state:
         return AttentionOutput(output, None)
-    both = both.unflatten(2, state.z.shape[2:])
-    return AttentionOutput(output, LinearState(both[..., :-1], both[..., -1], state.log_decay))
+    return AttentionOutput(output, LinearState(kv.reshape(state.kv.shape), z.reshape(state.z.shape), state.log_decay))
 
 
-def _chunks(cut: Cut, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    x = Faded.by_channel(q, k, log_decay)
-    new, left = x.to_end.mT @ v, x.left
-    before, last = cut.run(state, lambda i, state: state * left[:, :, i] + new[:, :, i])
-    return cut.join(x.q @ before + x.seen @ v), last
+def _fade_and_add(state: Tensor, left: Tensor, new: Tensor) -> Tensor:
+    return state * left + new
 
 
 def _check(

@@ -5,7 +5,7 @@ Letters: B batch, T tokens, N packed sequences, H heads, C tokens of a chunk, n 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,24 +75,29 @@ class Cut(NamedTuple):
         y = y.movedim(1, 3).flatten(1, 2)
         return y[:, : self.tokens] if self.place is None else y[:, self.place]
 
-    def run(self, state: Tensor, step: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """``step(number, state)`` over all chunks from ``state`` [B or N, H, ...]: the state before each chunk [B, H,
-        n, ...], and the last of each row or sequence [B or N, H, ...].
+    def run(self, state: Tensor, parts: Sequence[Tensor], step: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """``step(state, *parts of the chunk)`` over all chunks, from ``state`` [B or N, H, ...].
+
+        parts: each [B or 1, H or 1, n, ...]; taken apart at once, since the gradient of one chunk taken out by its
+        number is as large as all.
+
+        Returns:
+            The state before each chunk [B, H, n, ...], and the last of each row or sequence [B or N, H, ...].
         """
         initial, before, after = state, [], []
-        if self.row is not None:
-            state = initial[:1]
-        for i in range(self.chunks):
-            if self.begins is not None and self.row is not None:
-                state = torch.where(self.begins[i], initial.index_select(0, self.row[i : i + 1]), state)
+        first = None if self.row is None else initial.index_select(0, self.row).split(1)
+        for i, of_chunk in enumerate(zip(*(part.unbind(2) for part in parts), strict=True)):
+            if first is not None and self.begins is not None:
+                state = first[i] if i == 0 else torch.where(self.begins[i], first[i], state)
             before.append(state)
-            state = step(i, state)
+            state = step(state, *of_chunk)
             after.append(state)
-        starts = torch.stack(before, 2) if before else state.new_zeros(*state.shape[:2], 0, *state.shape[2:])
-        if self.last is None or not after:
-            return starts, initial if not after else state
+        if not before:
+            return state[:1].unsqueeze(2)[:, :, :0], initial
+        if self.last is None:
+            return torch.stack(before, 2), state
         there = (self.last >= 0).reshape(-1, *[1] * (initial.dim() - 1))
-        return starts, torch.where(there, torch.cat(after)[self.last.clamp(min=0)], initial)
+        return torch.stack(before, 2), torch.where(there, torch.cat(after)[self.last.clamp(min=0)], initial)
 
 
 def hidden(x: Tensor, key_mask: Tensor) -> Tensor:

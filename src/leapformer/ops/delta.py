@@ -104,12 +104,12 @@ def _chunks(
     fresh, known = solved.split([v.shape[-1], k.shape[-1]], -1)
     written = []
 
-    def step(i: int, state: Tensor) -> Tensor:
-        u = fresh[:, :, i] - known[:, :, i] @ state
+    def step(state: Tensor, fresh: Tensor, known: Tensor, to_end: Tensor, left: Tensor) -> Tensor:
+        u = fresh - known @ state
         written.append(u)
-        return state * x.left[:, :, i] + x.to_end[:, :, i].mT @ u
+        return state * left + to_end.mT @ u
 
-    before, last = cut.run(state, step)
+    before, last = cut.run(state, (fresh, known, x.to_end, x.left), step)
     u = torch.stack(written, 2) if written else fresh
     return cut.join(x.q @ before + x.seen @ u), last
 

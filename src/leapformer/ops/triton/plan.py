@@ -48,14 +48,21 @@ def read_tiles(K: int, V: int, R: int, dtype: torch.dtype) -> Tiles:
     BK, BV = power_of_two(K), power_of_two(V)
     # The state is the largest thing in registers, which must not spill.
     most = 2048 if dtype != torch.bfloat16 else 4096 if R * BK > 128 else 8192
-    return Tiles(16, BK, min(BV, max(16, most // (R * BK))), 8, 1)
+    return Tiles(16, BK, min(BV, _fitting(most // (R * BK))), 8, 1)
 
 
 def feature_tiles(K: int, V: int, R: int, dtype: torch.dtype) -> Tiles:
     """For sweeps that hold all values and a tile of features."""
     BK, BV = power_of_two(K), power_of_two(V)
     most = 4096 if dtype != torch.bfloat16 else 8192
-    return Tiles(16, min(BK, max(16, most // (R * BV))), BV, 8, 1)
+    if R > 4:  # the gradients of so many features take as much again
+        most //= 2
+    return Tiles(16, min(BK, _fitting(most // (R * BV))), BV, 8, 1)
+
+
+def _fitting(width: int) -> int:
+    """The largest tile up to ``width``, a power of two, or the smallest that there is."""
+    return max(16, 1 << max(0, width.bit_length() - 1))
 
 
 def segment_tokens(tokens: int, heads: int, device: torch.device) -> int:
