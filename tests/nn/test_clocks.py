@@ -130,29 +130,30 @@ def test_angles_are_as_exact_after_a_million_tokens():
     """In float32, in pieces, beside the sum of the same steps in float64: off by the rounding of one angle alone."""
     torch.manual_seed(0)
     clocks, clock = Clocks(K, 2, 2, rate=2 * math.pi), None
-    total, rates = torch.zeros(2, dtype=torch.float64), clocks.log_rates.exp().double()[:, 0]
+    total, rates = torch.zeros(2, dtype=torch.float64), clocks.log_rates.double().exp()[:, 0]
     with torch.no_grad():
         for piece in range(200):
             k = torch.randn(1, 5000, 2, K, generator=torch.Generator().manual_seed(piece)).relu()
             total = total + clocks.k_steps(k)[0].double().sum(0)
-            angles, clock = clocks.of_keys(k, clock)
-        assert angles.dtype == torch.float32 and clock.dtype == torch.float64 and angles.abs().max() <= math.pi + 1e-6
+            _, angles, clock, _ = clocks(k, past=(clock, None))
+        assert angles.dtype == torch.float32 and clock.dtype == torch.float64
+        assert 0 <= angles.min() and angles.max() <= 2 * math.pi + 1e-6
         exact = total * rates
         assert exact.min() > 1e4  # turns enough for float32 sums to have lost everything
-        half_unit = math.pi * torch.finfo(torch.float32).eps
+        half_unit = 2 * math.pi * torch.finfo(torch.float32).eps / 2
         assert (angles[0, -1, :, 0].double() - exact).cos().min() >= math.cos(half_unit + 1e-7)
 
 
 def test_packed_sequences_start_anew_and_empty_ones_keep_their_clock():
     clocks, k = Clocks(K, H, H, clocks=3).double(), numbers(1, 9, H, K)
     bounds, past = torch.tensor([0, 4, 4, 9]), numbers(3, H, 3, seed=4)
-    angles, clock = clocks.of_keys(k, past, cu_seqlens=bounds)
+    _, angles, clock, _ = clocks(k, past=(past, None), cu_seqlens_k=bounds)
     for row, part in enumerate((slice(0, 4), slice(4, 4), slice(4, 9))):
-        alone = clocks.of_keys(k[:, part], past[row : row + 1])
-        close((angles[:, part] - alone.angles).cos(), torch.ones_like(alone.angles))
+        alone = clocks(k[:, part], past=(past[row : row + 1], None))
+        close((angles[:, part] - alone.keys).cos(), torch.ones_like(alone.keys))
         close((clock[row] - alone.clock[0]).cos(), torch.ones_like(clock[row]))
     close(clock[1], past[1])
-    angles, clock = clocks.of_keys(k[:, :0], cu_seqlens=torch.tensor([0, 0]))
+    _, angles, clock, _ = clocks(k[:, :0], cu_seqlens_k=torch.tensor([0, 0]))
     assert angles.shape == (1, 0, H, 3) and clock.eq(0).all()
 
 

@@ -170,8 +170,11 @@ def test_a_proportion_for_both_that_is_always_the_same_changes_nothing():
         ({"feature_map": "rleu"}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 'rleu'"),
         ({"feature_map": 3}, r"feature_map: expected one of \['elu', 'relu', 'silu'\], got 3"),
         ({"reweighting": 3}, r"reweighting: expected one of \['cosine', 'quadratic'\], got 3"),
-        ({"proportion": "place"}, "proportion: expected None, 'position' or 'learned', got 'place'"),
-        ({"proportion": (Always(), 3)}, "proportion: expected None, 'position' or 'learned', got"),
+        (
+            {"proportion": "place"},
+            "proportion: expected None, 'position', 'learned', 'prior' or 'running', got 'place'",
+        ),
+        ({"proportion": (Always(), 3)}, "proportion: expected None, 'position', 'learned', 'prior' or 'running', got"),
     ],
 )
 def test_what_is_no_part_of_a_composition_is_refused(composition, message):

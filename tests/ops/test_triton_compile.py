@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,8 +36,13 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """What each kernel of each case needs, from a process of its own."""
-    command = [sys.executable, "-m", "tests.ops.triton_compile"]
+    """What each kernel of each case needs, from two processes of their own, side by side."""
+    with ThreadPoolExecutor() as pool:
+        return [kernel for half in pool.map(needs_of, (CASES[::2], CASES[1::2])) for kernel in half]
+
+
+def needs_of(cases: Sequence[str]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.ops.triton_compile", *cases]
     run = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -26,12 +26,15 @@ from leapformer.nn.proportions import LeapModule, Start
 FULL_TURN = 2 * math.pi
 
 
-class Reading(NamedTuple):
-    """``angles`` [B, T, heads, m] in (-pi, pi], float32 or better, and where the clocks stand behind them, float64
-    [B or N, heads, m], modulo a full turn."""
+class Angles(NamedTuple):
+    """Angles of ``queries`` [B, T, H, m] and of ``keys`` [B, S, G, m], float32 or better; and where the clocks stand
+    behind them, float64 and modulo a full turn: ``clock`` of keys [B or N, G, m], in cross-attention ``query_clock`` [B
+    or N, H, m]."""
 
-    angles: Tensor
+    queries: Tensor
+    keys: Tensor
     clock: Tensor
+    query_clock: Tensor | None
 
 
 class Clocks(nn.Module):
@@ -82,65 +85,66 @@ class Clocks(nn.Module):
         with torch.no_grad():
             self.log_rates.copy_(rates.view_as(self.log_rates))
 
-    def of_keys(
+    def forward(
         self,
         k: Tensor,
-        past: Tensor | None = None,
+        q: Tensor | None = None,
         *,
+        past: tuple[Tensor | None, Tensor | None] = (None, None),
+        places: tuple[Tensor | None, Tensor | None] = (None, None),
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Reading:
-        """The clocks of keys k [B, S, G, K], already ReLU'd, on from ``past`` float64 [B or N, G, m].
+        cu_seqlens_k: Tensor | None = None,
+    ) -> Angles:
+        """The clocks of keys k [B, S, G, K], and in cross-attention of queries q [B, T, H, K], both already ReLU'd.
 
-        key_mask: bool [B, S], True = real; padding advances nothing. cu_seqlens: packed sequences start anew.
+        past: where the clocks of keys, and of queries, stood; None: at 0. places: proportions [B, T, H] of queries and
+        [B, S, G] of keys that are added to the running ones. key_mask: bool [B, S], True = real; padding advances
+        nothing. cu_seqlens, cu_seqlens_k: packed sequences of queries and of keys, which start anew.
+
+        Raises ValueError where one of q and the clocks for it is missing.
         """
-        return _read(self.k_steps(k), self._rates(self.num_kv_heads), past, key_mask, cu_seqlens)
-
-    def of_queries(
-        self,
-        q: Tensor,
-        past: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Reading:
-        """Cross-attention: those of queries q [B, T, H, K], on from ``past`` float64 [B or N, H, m]."""
-        assert self.q_steps is not None
-        return _read(self.q_steps(q), self._rates(self.num_heads), past, key_mask, cu_seqlens)
-
-    def at_places(self, places: Tensor) -> Tensor:
-        """What proportions as places [B, T, H or G] turn the clocks by: angles [B, T, H or G, m]."""
-        return places[..., None] * self._rates(places.shape[2]).to(places.dtype)
-
-    def for_query_heads(self, angles: Tensor) -> Tensor:
-        """[B, T, G, m] -> [B, T, H, m]."""
+        if (q is None) != (self.q_steps is None):
+            found = "cross=False" if self.q_steps is None else "no queries"
+            raise ValueError(f"proportion='running': expected cross=True for cross-attention, got {found}")
+        rates = self.log_rates.to(torch.float64).exp()
+        keys, clock = _read(self.k_steps(k), rates, past[0], key_mask, cu_seqlens_k)
         repeats = self.num_heads // self.num_kv_heads
-        return angles if repeats == 1 else angles.repeat_interleave(repeats, 2)
+        of_queries = rates if repeats == 1 else rates.repeat_interleave(repeats, 0)
+        if q is None or self.q_steps is None:
+            queries, query_clock = keys if repeats == 1 else keys.repeat_interleave(repeats, 2), None
+        else:
+            queries, query_clock = _read(self.q_steps(q), of_queries, past[1], None, cu_seqlens)
+        return Angles(_turned(queries, places[0], of_queries), _turned(keys, places[1], rates), clock, query_clock)
 
-    def _rates(self, heads: int) -> Tensor:
-        """theta [heads, m]."""
-        return self.log_rates.exp().repeat_interleave(heads // self.num_kv_heads, 0)
+
+def _turned(angles: Tensor, places: Tensor | None, rates: Tensor) -> Tensor:
+    """Angles [B, T, heads, m] and what places [B, T, heads] turn them by."""
+    return angles if places is None else angles + places[..., None] * rates.to(angles.dtype)
 
 
 def _read(
     steps: Tensor, rates: Tensor, past: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Reading:
-    """From steps [B, T, heads] and rates [heads, m]. Sums are in float64, and what goes on is within a full turn: the
-    millionth token's angle is as exact as the first one's."""
+) -> tuple[Tensor, Tensor]:
+    """(angles, clock) from steps [B, T, heads] and rates float64 [heads, m].
+
+    Sums are in float64, and what goes on is within a full turn: the millionth token's angle is as exact as the first.
+    """
     T, dtype = steps.shape[1], torch.promote_types(steps.dtype, torch.float32)
     if key_mask is not None:
         steps = steps.masked_fill(~key_mask[..., None], 0)
-    steps, rates, row = steps.to(torch.float64), rates.to(torch.float64), None
+    steps, row = steps.to(torch.float64), None
     sums = steps if T == 1 else steps.cumsum(1)
     if cu_seqlens is not None:
         row, _ = sequence_of(cu_seqlens, torch.arange(T, device=steps.device))
         before = F.pad(sums, (0, 0, 1, 0))[0, cu_seqlens.to(torch.int64)]
         sums = sums - before[row]
-    turned = sums[..., None] * rates
-    if past is not None:
-        turned = turned + (past[:, None] if row is None else past[row])
-    turned = turned - FULL_TURN * torch.round(turned.detach() / FULL_TURN)
-    return Reading(turned.to(dtype), _last(turned, past, cu_seqlens))
+    if past is None:
+        turned = sums[..., None] * rates
+    else:
+        turned = torch.addcmul(past[:, None] if row is None else past[row], sums[..., None], rates)
+    turned = torch.remainder(turned, FULL_TURN)
+    return turned.to(dtype), _last(turned, past, cu_seqlens)
 
 
 def _last(turned: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

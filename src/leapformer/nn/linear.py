@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leapformer.nn.clocks import Clocks
+from leapformer.nn.clocks import Angles, Clocks
 from leapformer.nn.decay import ChannelDecay, Decay, DecayPer
 from leapformer.nn.delta import DeltaRule, Update, spread
 from leapformer.nn.feature_maps import FEATURE_MAPS, FeatureMap
@@ -50,9 +50,8 @@ class LinearAttention(SummingAttention):
         feature_map: "relu", "elu" (elu + 1), or a function or module of [..., K] that gives no negative numbers; or
             "silu", which does, where nothing is divided by a sum of weights.
         proportion: None (plain linear attention), "position" (cosFormer), "learned" (LeaPformer), "prior" (learned from
-            the place on, see ``PriorProportion``), "running" (clocks,
-            see ``Clocks``; it goes with ``output_norm``, since its re-weighting may be negative), or a ``Proportion``,
-            or two, for queries and for keys.
+            the place on, see ``PriorProportion``), "running" (clocks, see ``Clocks``; it goes with ``output_norm``,
+            since its re-weighting may be negative), or a ``Proportion``, or two, for queries and for keys.
         clocks, clock_rate, clock_decades: of running proportions, see ``Clocks``.
         leap_places: running proportions are where the clocks stand plus the paper's learned ones.
         cross: cross-attention, which has no decay, and where queries and keys have clocks of their own.
@@ -113,77 +112,79 @@ class LinearAttention(SummingAttention):
         super().__init__(hidden_size, num_heads, **shared)
         self.feature_map: FeatureMap = _named(FEATURE_MAPS, feature_map, "feature_map")
         self.reweighting = _reweighting(reweighting)
+        self.has_relu = self.feature_map is FEATURE_MAPS["relu"]
+        if proportion == "running" and not output_norm:
+            raise ValueError("proportion='running': expected output_norm (its re-weighting may be negative), got none")
+        self.eps = eps
+        self.impl: Impl = impl
+        turning = {
+            "clocks": clocks,
+            "rate": clock_rate,
+            "decades": clock_decades,
+            "cross": cross,
+            "places": leap_places,
+        }
+        module = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+        self._add_proportion(proportion, max_positions, turning, module, leap_per_head)
+        self._add_decay(hidden_size, decay and not cross, decay_scales, decay_per)
+        self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
+        if update not in ("sum", "delta"):
+            raise ValueError(f"update: expected 'sum' or 'delta', got {update!r}")
+        if update == "delta" and cross:
+            raise ValueError("update='delta': expected self-attention (it is of a past), got cross-attention")
+        self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
+        self.rotary_base = check_rotary(self.head_dim, rotary_base) if rotary else None
+        self.own_states, self.qk_norm = self.delta is not None or self.by_channel, qk_norm or self.delta is not None
+        # Whether nothing stands between ReLU'd projections and the sums but what ``leap_attention`` computes.
+        between = self.own_states or self.qk_norm or rotary or self.has_prior or self.clocks is not None
+        exact = _is_exact(self.q_proportion) and _is_exact(self.k_proportion)
+        self.is_plain_leap = not between and self.has_relu and type(self.reweighting) is Cosine and exact
+        self.feature_width, self.has_decay = self.head_dim, self.decay is not None and not self.by_channel
+        if not output_norm and self.delta is None:
+            signed = {"rotary": rotary, "feature_map='silu'": feature_map == "silu"}
+            for what in (what for what, there in signed.items() if there):
+                raise ValueError(f"{what}: expected output_norm (products of features may be negative), got none")
+        free = self.position_proportion is None
+        self.capabilities = Capabilities(True, cross=not self.own_states, streaming=True, arbitrary_length=free)
+
+    def _add_proportion(
+        self, proportion: Any, max_positions: int, turning: dict[str, Any], module: dict[str, Any], per_head: bool
+    ) -> None:
+        """What gives proportions, of queries and of keys, and the rank of the re-weighting."""
         self.q_proportion, self.k_proportion, self.position_proportion, self.clocks = None, None, None, None
+        heads, places = (self.num_heads, self.num_kv_heads), turning.pop("places")
         if proportion == "running":
-            if not output_norm:
-                raise ValueError(
-                    "proportion='running': expected output_norm (its re-weighting may be negative), got none"
-                )
-            self.clocks = Clocks(
-                self.head_dim,
-                self.num_heads,
-                self.num_kv_heads,
-                clocks=clocks,
-                rate=clock_rate,
-                decades=clock_decades,
-                cross=cross,
-                hidden=leap_hidden,
-                per_head=leap_per_head,
-                start=leap_start,
-            )
-        leap = {"hidden": leap_hidden, "bins": leap_bins, "start": leap_start}
+            steps = {name: module[name] for name in ("hidden", "start")}
+            self.clocks = Clocks(self.head_dim, *heads, **turning, **steps, per_head=per_head)
         self.has_prior = proportion == "prior"
         if self.has_prior:
             self.q_proportion, self.k_proportion = (
-                PriorProportion(self.head_dim, heads, heads=heads if leap_per_head else 1, **leap)
-                for heads in (self.num_heads, self.num_kv_heads)
+                PriorProportion(self.head_dim, n, heads=n if per_head else 1, **module) for n in heads
             )
-        elif proportion == "learned" or (proportion == "running" and leap_places):
-            self.q_proportion = LeapModule(self.head_dim, heads=self.num_heads if leap_per_head else 1, **leap)
-            self.k_proportion = LeapModule(self.head_dim, heads=self.num_kv_heads if leap_per_head else 1, **leap)
+        elif proportion == "learned" or (proportion == "running" and places):
+            self.q_proportion, self.k_proportion = (
+                LeapModule(self.head_dim, heads=n if per_head else 1, **module) for n in heads
+            )
         elif proportion == "position":
             self.position_proportion = PositionProportion(max_positions)
         elif isinstance(proportion, PositionProportion):
             self.position_proportion = proportion
         elif proportion is not None and proportion != "running":
             self.q_proportion, self.k_proportion = _two(proportion)
-        self.has_relu = self.feature_map is FEATURE_MAPS["relu"]
-        self.is_plain_leap = (
-            self.clocks is None and self.has_relu and type(self.reweighting) is Cosine and _is_exact(self.q_proportion)
-        )
-        self.is_plain_leap = self.is_plain_leap and _is_exact(self.k_proportion)
-        decay = decay and not cross
-        if decay_per not in ("head", "channel"):
-            raise ValueError(f"decay_per: expected 'head' or 'channel', got {decay_per!r}")
-        self.by_channel = decay and decay_per == "channel"
-        self.decay = None
-        if self.by_channel:
-            self.decay = ChannelDecay(hidden_size, num_heads, self.head_dim, scales=decay_scales)
-        elif decay:
-            self.decay = Decay(hidden_size, num_heads, scales=decay_scales)
-        self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if output_norm else None
-        self.eps = eps
-        self.impl: Impl = impl
-        self.feature_width, self.has_decay = self.head_dim, decay and not self.by_channel
         weighted = self.q_proportion is not None or self.position_proportion is not None
         self.rank = self.reweighting.rank if weighted else 1
         if self.clocks is not None:
-            self.rank = 2 * clocks
-        self.rotary_base = check_rotary(self.head_dim, rotary_base) if rotary else None
-        if update not in ("sum", "delta"):
-            raise ValueError(f"update: expected 'sum' or 'delta', got {update!r}")
-        if update == "delta" and cross:
-            raise ValueError("update='delta': expected self-attention (it is of a past), got cross-attention")
-        self.delta = DeltaRule(hidden_size, num_heads, reach=delta_range) if update == "delta" else None
-        self.own_states, self.qk_norm = self.delta is not None or self.by_channel, qk_norm or self.delta is not None
-        if self.own_states or self.qk_norm or rotary or self.has_prior:
-            self.is_plain_leap = False  # something stands between the features and the sums
-        if not output_norm and self.delta is None:
-            for what, there in (("rotary", rotary), ("feature_map='silu'", feature_map == "silu")):
-                if there:
-                    raise ValueError(f"{what}: expected output_norm (products of features may be negative), got none")
-        free = self.position_proportion is None
-        self.capabilities = Capabilities(True, cross=not self.own_states, streaming=True, arbitrary_length=free)
+            self.rank = 2 * self.clocks.clocks
+
+    def _add_decay(self, hidden_size: int, decay: bool, scales: Sequence[float] | None, per: str) -> None:
+        if per not in ("head", "channel"):
+            raise ValueError(f"decay_per: expected 'head' or 'channel', got {per!r}")
+        self.by_channel = decay and per == "channel"
+        self.decay = None
+        if self.by_channel:
+            self.decay = ChannelDecay(hidden_size, self.num_heads, self.head_dim, scales=scales)
+        elif decay:
+            self.decay = Decay(hidden_size, self.num_heads, scales=scales)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Call) -> tuple[Tensor, LayerState | None]:
         state, visible = call.state, call.visible
@@ -284,24 +285,20 @@ class LinearAttention(SummingAttention):
         kv, z = (x.flatten(2, 3).unflatten(2, (self.rank, self.feature_width)) for x in (linear.kv, linear.z))
         return output, LinearState(kv, z, linear.log_decay)
 
-    def _angles(self, clocks: Clocks, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of the features of queries and of keys: angles [B, T, H, m] and [B, S, G, m], and where the clocks of keys,
-        and in cross-attention those of queries, stand behind them."""
-        state = call.state
-        past = None if state is None else state.clock
-        bounds = call.cu_seqlens if call.is_self else call.cu_seqlens_k
-        k_angles, clock = clocks.of_keys(k, past, key_mask=call.key_mask, cu_seqlens=bounds)
-        if clocks.q_steps is None:
-            if not call.is_self:
-                raise ValueError("proportion='running': expected cross=True for cross-attention, got cross=False")
-            q_angles, query_clock = clocks.for_query_heads(k_angles), None
-        else:
-            past = None if state is None else state.query_clock
-            q_angles, query_clock = clocks.of_queries(q, past, cu_seqlens=call.cu_seqlens)
+    def _angles(self, clocks: Clocks, q: Tensor, k: Tensor, call: Call) -> Angles:
+        """Of the features of queries and of keys."""
+        state, places = call.state, (None, None)
         if self.q_proportion is not None and self.k_proportion is not None:
-            q_angles = q_angles + clocks.at_places(self.q_proportion(q))
-            k_angles = k_angles + clocks.at_places(self.k_proportion(k))
-        return q_angles, k_angles, clock, query_clock
+            places = self.q_proportion(q), self.k_proportion(k)
+        return clocks(
+            k,
+            None if call.is_self else q,
+            past=(None, None) if state is None else (state.clock, state.query_clock),
+            places=places,
+            key_mask=call.key_mask,
+            cu_seqlens=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens if call.is_self else call.cu_seqlens_k,
+        )
 
     def next_keys(
         self, k: Tensor, places: Tensor, state: LayerState, key_mask: Tensor | None
@@ -311,19 +308,20 @@ class LinearAttention(SummingAttention):
         if self.clocks is None:
             return super().next_keys(k, places, state, key_mask)
         k = self.feature_map(k)
-        angles, state.clock = self.clocks.of_keys(k, state.clock, key_mask=key_mask)
-        if self.k_proportion is not None:
-            angles = angles + self.clocks.at_places(self.k_proportion(k))
-        return self._unit(k), angle_factors(angles)
+        none = k.new_zeros(k.shape[0], 0, self.num_heads, k.shape[3]) if self.clocks.q_steps is not None else None
+        places = None if self.k_proportion is None else self.k_proportion(k)
+        angles = self.clocks(k, none, past=(state.clock, None), places=(None, places), key_mask=key_mask)
+        state.clock = angles.clock
+        return self._unit(k), angle_factors(angles.keys)
 
     def next_queries(self, q: Tensor, position_ids: Tensor, state: LayerState) -> tuple[Tensor, Tensor | None]:
         if self.clocks is None:
             return super().next_queries(q, position_ids, state)
         q = self.feature_map(q)
-        angles = self.clocks.of_queries(q, state.query_clock).angles
-        if self.q_proportion is not None:
-            angles = angles + self.clocks.at_places(self.q_proportion(q))
-        return self._unit(q), angle_factors(angles)
+        none = q.new_zeros(q.shape[0], 0, self.num_kv_heads, q.shape[3])
+        places = None if self.q_proportion is None else self.q_proportion(q)
+        angles = self.clocks(none, q, past=(None, state.query_clock), places=(places, None))
+        return self._unit(q), angle_factors(angles.queries)
 
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
         state = super()._empty_state(rows, keep_mass=keep_mass)
@@ -435,7 +433,7 @@ def _two(proportion: Any) -> tuple[Proportion, Proportion]:
     """Those of queries and of keys, where one may do for both."""
     pair = proportion if isinstance(proportion, tuple) else (proportion, proportion)
     if len(pair) != 2 or not all(callable(one) for one in pair):
-        raise ValueError(f"proportion: expected None, 'position' or 'learned', got {proportion!r}")
+        raise ValueError(f"proportion: expected None, 'position', 'learned', 'prior' or 'running', got {proportion!r}")
     return pair
 
 
