@@ -309,8 +309,8 @@ class LinearAttention(SummingAttention):
             return super().next_keys(k, places, state, key_mask)
         k = self.feature_map(k)
         none = k.new_zeros(k.shape[0], 0, self.num_heads, k.shape[3]) if self.clocks.q_steps is not None else None
-        places = None if self.k_proportion is None else self.k_proportion(k)
-        angles = self.clocks(k, none, past=(state.clock, None), places=(None, places), key_mask=key_mask)
+        added = None if self.k_proportion is None else self.k_proportion(k)
+        angles: Angles = self.clocks(k, none, past=(state.clock, None), places=(None, added), key_mask=key_mask)
         state.clock = angles.clock
         return self._unit(k), angle_factors(angles.keys)
 
@@ -319,8 +319,8 @@ class LinearAttention(SummingAttention):
             return super().next_queries(q, position_ids, state)
         q = self.feature_map(q)
         none = q.new_zeros(q.shape[0], 0, self.num_kv_heads, q.shape[3])
-        places = None if self.q_proportion is None else self.q_proportion(q)
-        angles = self.clocks(none, q, past=(None, state.query_clock), places=(places, None))
+        added = None if self.q_proportion is None else self.q_proportion(q)
+        angles: Angles = self.clocks(none, q, past=(None, state.query_clock), places=(added, None))
         return self._unit(q), angle_factors(angles.queries)
 
     def _empty_state(self, rows: Tensor, *, keep_mass: bool) -> LayerState:
