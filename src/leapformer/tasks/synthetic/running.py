@@ -6,64 +6,60 @@ N: examples, T: tokens of each, W: random numbers of each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from leapformer.tasks.synthetic.draws import whole
 from leapformer.tasks.synthetic.kind import Kind
 
-MODULUS = 5
 BRACKETS = 2  # kinds of them
 
 
-@dataclass(frozen=True)
-class Parity(Kind):
-    """Bits; whether the number of ones so far is odd, as a bit. Bit b has the id 1 + b."""
+class Running(Kind):
+    """A kind that asks at every place, with as many random numbers as there are places."""
 
     default_length = 40
-
-    @property
-    def vocab_size(self) -> int:
-        return 3
 
     def draws(self, length: int) -> int:
         return length
 
-    def sequences(self, uniform: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        bits = whole(uniform, 2)
-        return 1 + bits, 1 + bits.cumsum(axis=1) % 2
 
+class RunningSum(Running):
+    """Digits below ``modulus``; their sum so far, modulo that. Digit d has the id 1 + d, as an answer too."""
 
-@dataclass(frozen=True)
-class Addition(Kind):
-    """Digits from 0 to 4; their sum so far modulo 5. Digit d has the id 1 + d."""
-
-    default_length = 40
+    modulus: ClassVar[int]
 
     @property
     def vocab_size(self) -> int:
-        return 1 + MODULUS
-
-    def draws(self, length: int) -> int:
-        return length
+        return 1 + self.modulus
 
     def sequences(self, uniform: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        digits = whole(uniform, MODULUS)
-        return 1 + digits, 1 + digits.cumsum(axis=1) % MODULUS
+        digits = whole(uniform, self.modulus)
+        return 1 + digits, 1 + digits.cumsum(axis=1) % self.modulus
 
 
 @dataclass(frozen=True)
-class Majority(Kind):
+class Parity(RunningSum):
+    """Bits; whether the number of ones so far is odd, as a bit."""
+
+    modulus = 2
+
+
+@dataclass(frozen=True)
+class Addition(RunningSum):
+    """Digits from 0 to 4; their sum so far modulo 5."""
+
+    modulus = 5
+
+
+@dataclass(frozen=True)
+class Majority(Running):
     """Two symbols, the ids 1 and 2; which one has been seen more often so far, 1 where both as often."""
 
-    default_length = 40
-
     @property
     def vocab_size(self) -> int:
         return 3
-
-    def draws(self, length: int) -> int:
-        return length
 
     def sequences(self, uniform: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         seconds = whole(uniform, 2)
@@ -72,7 +68,7 @@ class Majority(Kind):
 
 
 @dataclass(frozen=True)
-class Brackets(Kind):
+class Brackets(Running):
     """Opening and closing brackets of two kinds that nest; how many are open, at most `depth`.
 
     A walk: each place opens or closes with one chance in two, opens where nothing is open, and closes at the greatest
@@ -82,8 +78,6 @@ class Brackets(Kind):
     Arguments:
         depth: the greatest.
     """
-
-    default_length = 40
 
     depth: int = 8
 
