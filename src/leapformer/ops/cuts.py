@@ -105,6 +105,12 @@ def hidden(x: Tensor, key_mask: Tensor) -> Tensor:
     return x.masked_fill(~key_mask.reshape(*key_mask.shape, *[1] * (x.dim() - 2)), 0)
 
 
+def first_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> LinearState:
+    """The state of an empty past for q [B, T, H, K] and v [B, T, G, V], one for each row or packed sequence."""
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return LinearState.zeros(rows, q.shape[2], 1, q.shape[3], v.shape[3], dtype=dtype, device=q.device)
+
+
 def check_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Refuse what isn't causal self-attention of q [B, T, H, K] with k [B, T, G, K] and v [B, T, G, V]."""
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -21,7 +21,7 @@ from torch import Tensor
 from leapformer.ops.api import AttentionOutput
 from leapformer.ops.autocast import without_autocast
 from leapformer.ops.checks import expect
-from leapformer.ops.cuts import Cut, check_rows, check_state, hidden
+from leapformer.ops.cuts import Cut, check_rows, check_state, first_state, hidden
 from leapformer.ops.decay import total_decay
 from leapformer.ops.fading import CHANNEL_CHUNK, CHUNK, Faded
 from leapformer.ops.state import LinearState
@@ -66,10 +66,7 @@ def delta_attention(
     _check(q, k, v, beta, log_decay, key_mask, cu_seqlens, initial_state)
     dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with without_autocast(q.device.type):
-        state = initial_state
-        if state is None:
-            rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = LinearState.zeros(rows, q.shape[2], 1, q.shape[3], v.shape[3], dtype=wide, device=q.device)
+        state = first_state(q, v, cu_seqlens, wide) if initial_state is None else initial_state
         q, k, v, beta = (x.to(wide) for x in (q, k, v, beta))
         if key_mask is not None:
             q, k, v, beta = (hidden(x, key_mask) for x in (q, k, v, beta))
